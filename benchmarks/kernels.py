@@ -1,0 +1,174 @@
+"""Speed of the native kernels, as a share of what this machine can do at that moment.
+
+    python benchmarks/kernels.py [--json] [--threads 1 2] [--isa NAME] [--rounds 5] [--peers] [--only product]
+
+A shared machine changes its speed from minute to minute, so each figure is the median, over interleaved rounds, of the
+ratio to a ceiling measured right before and right after it: int8 dot products on registers only for matrix products,
+plain reading of memory for matrix-vector products.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from peers_int8 import available as available_peers
+
+from bitvla import _native as native
+from bitvla.quantization import padded
+
+# Name, M tokens, N rows, K columns.
+PRODUCTS = [
+    ("language gate, up", 630, 6912, 2560),
+    ("language down", 630, 2560, 6912),
+    ("language query, output", 630, 2560, 2560),
+    ("vision fc1", 512, 4304, 1152),
+    ("vision fc2", 512, 1152, 4304),
+    ("vision query, output", 512, 1152, 1152),
+    ("nano query, output", 120, 192, 192),
+    ("nano gate, up", 120, 768, 192),
+    ("nano down", 120, 192, 768),
+]
+VECTORS = [("language gate, up", 1, 6912, 2560), ("language down", 1, 2560, 6912), ("three tokens", 3, 6912, 2560)]
+# Name, tokens, keys, heads, key-value heads, head dimension.
+ATTENTION = [("language", 630, 630, 20, 5, 128), ("vision", 256, 256, 16, 16, 72), ("nano", 120, 120, 6, 6, 32)]
+STREAM_MEGABYTES = 256  # of different weights in turn: no cache keeps them
+CEILING_SECONDS = 0.02
+
+
+def seconds_of(call: Callable[[], Any], least: float = 0.02) -> float:
+    """Seconds of one call, the mean over as many as take `least` seconds."""
+    calls, start = 0, time.perf_counter()
+    while True:
+        call()
+        calls += 1
+        elapsed = time.perf_counter() - start
+        if elapsed >= least:
+            return elapsed / calls
+
+
+def measure(
+    calls: dict[str, Callable[[], Any]], ceiling: Callable[[], float], work: float, rounds: int
+) -> dict[str, Any]:
+    """For each call: median seconds, rate (`work` in 1e9 units a second) and share of the ceiling around it."""
+    for call in calls.values():
+        call()
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    shares: dict[str, list[float]] = {name: [] for name in calls}
+    ceilings = [ceiling()]
+    for _ in range(rounds):
+        for name, call in calls.items():
+            taken = seconds_of(call)
+            ceilings.append(ceiling())
+            seconds[name].append(taken)
+            shares[name].append(work / taken / ((ceilings[-2] + ceilings[-1]) / 2))
+    return {
+        name: {
+            "ms": statistics.median(seconds[name]) * 1e3,
+            "rate": work / statistics.median(seconds[name]),
+            "share": statistics.median(shares[name]),
+            "ceiling": statistics.median(ceilings),
+        }
+        for name in calls
+    }
+
+
+def ternary_call(m: int, n: int, k: int, copies: int = 1) -> Callable[[], None]:
+    """`copies` products with different weights, 0, 1 and -1 in equal parts."""
+    rng = np.random.default_rng(0)
+    codes = np.zeros((m, padded(k)), np.int8)
+    codes[:, :k] = rng.integers(-128, 128, (m, k))
+    scales, sums = np.ones(m, np.float32), codes.sum(axis=1, dtype=np.int32)
+    fields = rng.integers(0, 3, (4, copies, padded(n) // 16, padded(k) // 16, 64), dtype=np.uint8)
+    packed = fields[0] | fields[1] << 2 | fields[2] << 4 | fields[3] << 6
+    out = np.zeros((m, n), np.float32)
+
+    def call() -> None:
+        for weights in packed:
+            native.ternary_linear(codes, scales, sums, weights, n, k, 1.0, None, out)
+
+    return call
+
+
+def attention_call(tokens: int, keys: int, heads: int, kv_heads: int, dim: int) -> Callable[[], None]:
+    rng = np.random.default_rng(0)
+    q = rng.standard_normal((tokens, heads * dim), np.float32)
+    k, v = rng.standard_normal((2, keys, kv_heads * dim), np.float32)
+    out = np.empty_like(q)
+    return lambda: native.attention(q, k, v, heads, kv_heads, dim**-0.5, False, out)
+
+
+def run(args: argparse.Namespace) -> list[dict[str, Any]]:
+    peers = available_peers() if args.peers else {}
+    rows = []
+
+    def add(kind: str, name: str, shape: list[int], threads: int, unit: str, result: dict[str, Any]) -> None:
+        for system, figures in result.items():
+            row = {"kind": kind, "name": name, "shape": shape, "threads": threads, "system": system, "unit": unit}
+            rows.append(row | figures)
+            show(rows[-1])
+
+    for threads in args.threads:
+        native.set_num_threads(threads)
+
+        def int8_ceiling(threads: int = threads) -> float:
+            return native.peak_int8_gmacs(CEILING_SECONDS, threads)
+
+        def memory_ceiling(threads: int = threads) -> float:
+            return native.peak_bandwidth_gbs(0.05, STREAM_MEGABYTES, threads)
+
+        for name, m, n, k in PRODUCTS if "product" in args.only else []:
+            calls: dict[str, Callable[[], Any]] = {"bitvla": ternary_call(m, n, k)}
+            calls |= {peer: make(m, n, k, threads) for peer, make in peers.items()}
+            result = measure(calls, int8_ceiling, m * n * k * 1e-9, args.rounds)
+            add("product", name, [m, n, k], threads, "GMAC/s", result)
+        for name, m, n, k in VECTORS if "vector" in args.only else []:
+            size = padded(n) * padded(k) / 4
+            copies = int(STREAM_MEGABYTES * 1e6 / size)
+            result = measure(
+                {"bitvla": ternary_call(m, n, k, copies)}, memory_ceiling, size * copies * 1e-9, args.rounds
+            )
+            add("vector", name, [m, n, k], threads, "GB/s", result)
+        for name, *shape in ATTENTION if "attention" in args.only else []:
+            tokens, keys, heads, _, dim = shape
+            work = 2 * tokens * keys * heads * dim * 1e-9
+            result = measure({"bitvla": attention_call(*shape)}, int8_ceiling, work, args.rounds)
+            add("attention", name, shape, threads, "GMAC/s", result)
+    return rows
+
+
+def show(row: dict[str, Any]) -> None:
+    shape = "x".join(map(str, row["shape"]))
+    print(
+        f"{row['threads']} thr  {row['kind']:9} {row['name']:22} {shape:16} {row['system']:17}"
+        f" {row['ms']:9.3f} ms {row['rate']:7.1f} {row['unit']:6} {row['share']:6.1%} of {row['ceiling']:.0f}",
+        file=sys.stderr,
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", action="store_true", help="print one JSON document on standard output")
+    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--isa", choices=native.available(), default=native.isa())
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--peers", action="store_true", help="also measure other libraries that are installed")
+    kinds = ["product", "vector", "attention"]
+    parser.add_argument("--only", nargs="+", choices=kinds, default=kinds)
+    args = parser.parse_args()
+    native.set_isa(args.isa)
+    rows = run(args)
+    if args.json:
+        document = {"isa": args.isa, "machine": platform.machine(), "rounds": args.rounds, "results": rows}
+        print(json.dumps(document, indent=2))
+
+
+if __name__ == "__main__":
+    main()

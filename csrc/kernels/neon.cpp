@@ -1,0 +1,225 @@
+// NEON with the dot product extension: four registers hold 16 floats, or a 4-way dot product for 16 rows.
+#include <arm_neon.h>
+
+#include "ternary.h"
+
+namespace bitvla {
+namespace {
+
+struct F16 {
+  float32x4_t v[4];
+
+  static constexpr int kLinearTokens = 2, kLinearRows = 2;
+  static constexpr int kPanelRows = 6, kPanelVectors = 1;
+
+  BITVLA_INLINE F16 load(const float* p) {
+    return {{vld1q_f32(p), vld1q_f32(p + 4), vld1q_f32(p + 8), vld1q_f32(p + 12)}};
+  }
+  BITVLA_INLINE F16 load(const float* p, size_t count) {
+    float full[kLanes] = {};
+    for (size_t i = 0; i < count; ++i) full[i] = p[i];
+    return load(full);
+  }
+  BITVLA_INLINE float32x4_t widen(const uint16_t* bf16) {
+    return vreinterpretq_f32_u32(vshll_n_u16(vld1_u16(bf16), 16));
+  }
+  BITVLA_INLINE F16 load_bf16(const uint16_t* p) { return {{widen(p), widen(p + 4), widen(p + 8), widen(p + 12)}}; }
+  BITVLA_INLINE F16 load_bf16(const uint16_t* p, size_t count) {
+    uint16_t full[kLanes] = {};
+    for (size_t i = 0; i < count; ++i) full[i] = p[i];
+    return load_bf16(full);
+  }
+  BITVLA_INLINE F16 set(float value) {
+    const float32x4_t x = vdupq_n_f32(value);
+    return {{x, x, x, x}};
+  }
+  BITVLA_INLINE F16 from_int(const int32_t* p, int32_t offset) {
+    F16 x;
+    for (int i = 0; i < 4; ++i) x.v[i] = vcvtq_f32_s32(vsubq_s32(vld1q_s32(p + 4 * i), vdupq_n_s32(offset)));
+    return x;
+  }
+};
+
+template <class Op>
+BITVLA_INLINE F16 quarters(F16 a, F16 b, Op op) {
+  return {{op(a.v[0], b.v[0]), op(a.v[1], b.v[1]), op(a.v[2], b.v[2]), op(a.v[3], b.v[3])}};
+}
+
+BITVLA_INLINE void store(float* p, F16 x) {
+  for (int i = 0; i < 4; ++i) vst1q_f32(p + 4 * i, x.v[i]);
+}
+BITVLA_INLINE void store(float* p, F16 x, size_t count) {
+  float full[kLanes];
+  store(full, x);
+  for (size_t i = 0; i < count; ++i) p[i] = full[i];
+}
+BITVLA_INLINE void store_codes(int8_t* p, F16 x) {
+  const int16x8_t low = vcombine_s16(vqmovn_s32(vcvtnq_s32_f32(x.v[0])), vqmovn_s32(vcvtnq_s32_f32(x.v[1])));
+  const int16x8_t high = vcombine_s16(vqmovn_s32(vcvtnq_s32_f32(x.v[2])), vqmovn_s32(vcvtnq_s32_f32(x.v[3])));
+  vst1q_s8(p, vcombine_s8(vqmovn_s16(low), vqmovn_s16(high)));
+}
+
+BITVLA_INLINE F16 operator+(F16 a, F16 b) {
+  return quarters(a, b, [](float32x4_t x, float32x4_t y) { return vaddq_f32(x, y); });
+}
+BITVLA_INLINE F16 operator-(F16 a, F16 b) {
+  return quarters(a, b, [](float32x4_t x, float32x4_t y) { return vsubq_f32(x, y); });
+}
+BITVLA_INLINE F16 operator*(F16 a, F16 b) {
+  return quarters(a, b, [](float32x4_t x, float32x4_t y) { return vmulq_f32(x, y); });
+}
+BITVLA_INLINE F16 operator/(F16 a, F16 b) {
+  return quarters(a, b, [](float32x4_t x, float32x4_t y) { return vdivq_f32(x, y); });
+}
+// By comparison: vmaxq and vminq treat NaN and the sign of zero unlike the other instruction sets.
+BITVLA_INLINE F16 max(F16 a, F16 b) {
+  return quarters(a, b, [](float32x4_t x, float32x4_t y) { return vbslq_f32(vcgtq_f32(x, y), x, y); });
+}
+BITVLA_INLINE F16 min(F16 a, F16 b) {
+  return quarters(a, b, [](float32x4_t x, float32x4_t y) { return vbslq_f32(vcltq_f32(x, y), x, y); });
+}
+BITVLA_INLINE F16 abs(F16 a) {
+  return quarters(a, a, [](float32x4_t x, float32x4_t) { return vabsq_f32(x); });
+}
+BITVLA_INLINE F16 round(F16 a) {
+  return quarters(a, a, [](float32x4_t x, float32x4_t) { return vrndnq_f32(x); });
+}
+BITVLA_INLINE F16 power_of_two(F16 a) {
+  return quarters(a, a, [](float32x4_t x, float32x4_t) {
+    return vreinterpretq_f32_s32(vshlq_n_s32(vaddq_s32(vcvtnq_s32_f32(x), vdupq_n_s32(127)), 23));
+  });
+}
+BITVLA_INLINE F16 fma(F16 a, F16 b, F16 c) {
+  return {{vfmaq_f32(c.v[0], a.v[0], b.v[0]), vfmaq_f32(c.v[1], a.v[1], b.v[1]), vfmaq_f32(c.v[2], a.v[2], b.v[2]),
+           vfmaq_f32(c.v[3], a.v[3], b.v[3])}};
+}
+BITVLA_INLINE F16 if_greater(F16 a, F16 b, F16 x, F16 y) {
+  F16 z;
+  for (int i = 0; i < 4; ++i) z.v[i] = vbslq_f32(vcgtq_f32(a.v[i], b.v[i]), x.v[i], y.v[i]);
+  return z;
+}
+BITVLA_INLINE float sum(F16 x) {
+  const float32x4_t a = vaddq_f32(vaddq_f32(x.v[0], x.v[2]), vaddq_f32(x.v[1], x.v[3]));
+  const float32x2_t b = vadd_f32(vget_low_f32(a), vget_high_f32(a));
+  return vget_lane_f32(b, 0) + vget_lane_f32(b, 1);
+}
+BITVLA_INLINE float maximum(F16 x) {
+  const auto greater = [](float a, float b) { return a > b ? a : b; };
+  float v[kLanes];
+  store(v, x);
+  for (size_t half = kLanes / 2; half > 0; half /= 2) {
+    for (size_t i = 0; i < half; ++i) v[i] = greater(v[i], v[i + half]);
+  }
+  return v[0];
+}
+
+// Four 4-way dot products: the columns 4 p .. 4 p + 3 of 4 rows by those of one token.
+template <int p>
+BITVLA_INLINE int32x4_t dot(int32x4_t sums, int8x16_t weights, int8x16_t codes) {
+  return vdotq_laneq_s32(sums, weights, codes, p);
+}
+
+struct Dot {
+  static constexpr size_t kTiles = 1;
+  static constexpr size_t kTokens = 4;
+  static constexpr size_t kFewTokens = 4;  // up to which unpacking anew for every four beats unpacking once
+  static constexpr size_t kDepth = 32;
+
+  // [block][p][64]
+  static void unpack(const uint8_t* packed, size_t, size_t, size_t blocks, uint8_t* out) {
+    const uint8x16_t mask = vdupq_n_u8(3);
+    for (size_t i = 0; i < blocks * kBlockBytes; i += 16) {
+      const uint8x16_t v = vld1q_u8(packed + i);
+      uint8_t* to = out + i / kBlockBytes * 4 * kBlockBytes + i % kBlockBytes;
+      vst1q_u8(to, vandq_u8(v, mask));
+      vst1q_u8(to + kBlockBytes, vandq_u8(vshrq_n_u8(v, 2), mask));
+      vst1q_u8(to + 2 * kBlockBytes, vandq_u8(vshrq_n_u8(v, 4), mask));
+      vst1q_u8(to + 3 * kBlockBytes, vshrq_n_u8(v, 6));
+    }
+  }
+
+  template <int p, int kM>
+  BITVLA_INLINE void step(int32x4_t (&c)[kM][4], const int8x16_t (&a)[kM], const uint8_t* weights) {
+#pragma GCC unroll 4
+    for (int r = 0; r < 4; ++r) {
+      const int8x16_t w = vreinterpretq_s8_u8(vld1q_u8(weights + p * kBlockBytes + r * 16));
+#pragma GCC unroll 8
+      for (int m = 0; m < kM; ++m) c[m][r] = dot<p>(c[m][r], w, a[m]);
+    }
+  }
+
+  template <int kT, int kM>
+  BITVLA_APART void multiply(const uint8_t* weights, const int8_t* codes, size_t stride, size_t blocks, int32_t* acc,
+                       bool first) {
+    static_assert(kT == 1);
+    int32x4_t c[kM][4];
+#pragma GCC unroll 8
+    for (int m = 0; m < kM; ++m) {
+#pragma GCC unroll 4
+      for (int r = 0; r < 4; ++r) c[m][r] = first ? vdupq_n_s32(0) : vld1q_s32(acc + m * kStripeRows + r * 4);
+    }
+    for (size_t b = 0; b < blocks; ++b) {
+      int8x16_t a[kM];
+#pragma GCC unroll 8
+      for (int m = 0; m < kM; ++m) a[m] = vld1q_s8(codes + m * stride + b * kTile);
+      step<0>(c, a, weights + b * 4 * kBlockBytes);
+      step<1>(c, a, weights + b * 4 * kBlockBytes);
+      step<2>(c, a, weights + b * 4 * kBlockBytes);
+      step<3>(c, a, weights + b * 4 * kBlockBytes);
+    }
+#pragma GCC unroll 8
+    for (int m = 0; m < kM; ++m) {
+#pragma GCC unroll 4
+      for (int r = 0; r < 4; ++r) vst1q_s32(acc + m * kStripeRows + r * 4, c[m][r]);
+    }
+  }
+
+  template <int kM>
+  BITVLA_APART void vector(const uint8_t* packed, const int8_t* codes, size_t stride, size_t blocks, int32_t* acc) {
+    const uint8x16_t mask = vdupq_n_u8(3);
+    int32x4_t c[kM][4];
+    for (int m = 0; m < kM; ++m) {
+      for (int r = 0; r < 4; ++r) c[m][r] = vdupq_n_s32(0);
+    }
+    for (size_t b = 0; b < blocks; ++b) {
+      int8x16_t a[kM];
+#pragma GCC unroll 4
+      for (int m = 0; m < kM; ++m) a[m] = vld1q_s8(codes + m * stride + b * kTile);
+#pragma GCC unroll 4
+      for (int r = 0; r < 4; ++r) {
+        const uint8x16_t v = vld1q_u8(packed + b * kBlockBytes + r * 16);
+        const int8x16_t w0 = vreinterpretq_s8_u8(vandq_u8(v, mask));
+        const int8x16_t w1 = vreinterpretq_s8_u8(vandq_u8(vshrq_n_u8(v, 2), mask));
+        const int8x16_t w2 = vreinterpretq_s8_u8(vandq_u8(vshrq_n_u8(v, 4), mask));
+        const int8x16_t w3 = vreinterpretq_s8_u8(vshrq_n_u8(v, 6));
+#pragma GCC unroll 4
+        for (int m = 0; m < kM; ++m) {
+          c[m][r] = dot<3>(dot<2>(dot<1>(dot<0>(c[m][r], w0, a[m]), w1, a[m]), w2, a[m]), w3, a[m]);
+        }
+      }
+    }
+    for (int m = 0; m < kM; ++m) {
+      for (int r = 0; r < 4; ++r) vst1q_s32(acc + m * kTile + r * 4, c[m][r]);
+    }
+  }
+};
+
+uint64_t dot_peak(uint64_t iterations) {
+  constexpr int kSums = 16;
+  int32x4_t c[kSums];
+  const int8x16_t w = vdupq_n_s8(1), a = vdupq_n_s8(-3);
+#pragma GCC unroll 16
+  for (int i = 0; i < kSums; ++i) c[i] = vdupq_n_s32(0);
+  for (uint64_t n = 0; n < iterations; ++n) {
+#pragma GCC unroll 16
+    for (int i = 0; i < kSums; ++i) asm volatile("sdot %0.4s, %1.16b, %2.16b" : "+w"(c[i]) : "w"(w), "w"(a));
+  }
+  return iterations * kSums * 16;
+}
+
+}  // namespace
+
+const Kernels kNeon = {"neon",         rows<F16>,      ternary<F16, Dot>, linear<F16>, rope<F16>,
+                       attention_pack, attention<F16>, dot_peak};
+
+}  // namespace bitvla

@@ -1,0 +1,381 @@
+"""The policy file: one safetensors file that is a whole policy. Write, map, check.
+
+    8 bytes   length of the header, little endian
+    header    JSON: every tensor's dtype, shape and place; `__metadata__` holds the policy's document (config,
+              tokenizer, golden instructions, provenance) and a SHA-256 over document, layout and data
+    data      packed ternary weights first, each block 64-byte aligned, then float32, bfloat16, images
+
+Weights are used in place from the memory map. `tensor_specs` is the one list of what a policy holds; packing,
+loading and inspection all follow it. The file is read with our own bounded parser, since a file may be damaged; it
+is written by us, since kernels want aligned blocks and the same policy must give the same bytes on every machine.
+Any safetensors reader opens it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from bitvla.config import PolicyConfig, check
+from bitvla.errors import BitvlaError
+from bitvla.quantization import BLOCK, padded
+
+FORMAT = 1
+DIGEST_AT_LOAD = 64 << 20  # files up to this size are hashed whenever they are loaded, larger ones by `verify`
+
+_ALIGNMENT = 64
+_MAX_HEADER = 100 << 20  # the limit of the safetensors format itself
+_DTYPES: dict[str, np.dtype[Any]] = {"U8": np.dtype(np.uint8), "F32": np.dtype("<f4"), "BF16": np.dtype("<u2")}
+
+MatrixDtype = Literal["F32", "BF16"]
+
+
+class TensorSpec(NamedTuple):
+    """What a tensor is and its shape in a training checkpoint.
+
+    ternary: a quantised linear layer. matrix: a full-precision linear layer or embedding, float32 or bfloat16 by
+    choice. vector: norms, biases, positions, always float32.
+    """
+
+    kind: Literal["ternary", "matrix", "vector"]
+    shape: tuple[int, ...]
+
+
+class Stored(NamedTuple):
+    """A tensor as it lies in the file."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * _DTYPES[self.dtype].itemsize
+
+
+class Document(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Everything about a policy that is not a tensor. `golden` holds the instruction of each golden trace."""
+
+    format: int
+    config: PolicyConfig
+    matrix_dtype: MatrixDtype
+    tokenizer: str
+    golden: tuple[str, ...]
+    provenance: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A policy in memory. Tensors by name; bfloat16 is seen as uint16. `sha256` identifies the policy."""
+
+    document: Document
+    tensors: Mapping[str, NDArray[Any]]
+    sha256: str
+    path: Path | None = None
+
+    @property
+    def config(self) -> PolicyConfig:
+        return self.document.config
+
+
+def tensor_specs(config: PolicyConfig) -> dict[str, TensorSpec]:
+    """Every tensor of a policy by its name in a training checkpoint, in the order of the forward pass."""
+    return {
+        **_vision_specs(config),
+        **_decoder_specs(config),
+        **_action_specs(config),
+    }
+
+
+def _vision_specs(config: PolicyConfig) -> dict[str, TensorSpec]:
+    vision, width = config.vision, config.vision.hidden_size
+    tower = "vision_tower.vision_model."
+    specs = {
+        f"{tower}embeddings.patch_embedding.weight": TensorSpec(
+            "matrix", (width, 3, vision.patch_size, vision.patch_size)
+        ),
+        f"{tower}embeddings.patch_embedding.bias": TensorSpec("vector", (width,)),
+        f"{tower}embeddings.position_embedding.weight": TensorSpec("vector", (vision.num_patches, width)),
+    }
+    for index in range(vision.num_layers):
+        layer = f"{tower}encoder.layers.{index}."
+        specs |= _norm(f"{layer}layer_norm1", width)
+        for name in ("q_proj", "k_proj", "v_proj", "out_proj"):
+            specs |= _linear(f"{layer}self_attn.{name}", width, width, "ternary")
+        specs |= _norm(f"{layer}layer_norm2", width)
+        specs |= _linear(f"{layer}mlp.fc1", vision.intermediate_size, width, "ternary")
+        specs |= _linear(f"{layer}mlp.fc2", width, vision.intermediate_size, "ternary")
+    hidden = config.language.hidden_size
+    specs |= _linear("multi_modal_projector.linear_1", hidden, width)
+    specs |= _linear("multi_modal_projector.linear_2", hidden, hidden)
+    return specs
+
+
+def _decoder_specs(config: PolicyConfig) -> dict[str, TensorSpec]:
+    language, hidden = config.language, config.language.hidden_size
+    key_size, inner = language.num_kv_heads * language.head_dim, language.intermediate_size
+    specs = {"language_model.model.embed_tokens.weight": TensorSpec("matrix", (language.vocab_size, hidden))}
+    for index in range(language.num_layers):
+        layer = f"language_model.model.layers.{index}."
+        specs |= {
+            f"{layer}input_layernorm.weight": TensorSpec("vector", (hidden,)),
+            f"{layer}self_attn.q_proj.weight": TensorSpec("ternary", (hidden, hidden)),
+            f"{layer}self_attn.k_proj.weight": TensorSpec("ternary", (key_size, hidden)),
+            f"{layer}self_attn.v_proj.weight": TensorSpec("ternary", (key_size, hidden)),
+            f"{layer}self_attn.attn_sub_norm.weight": TensorSpec("vector", (hidden,)),
+            f"{layer}self_attn.o_proj.weight": TensorSpec("ternary", (hidden, hidden)),
+            f"{layer}post_attention_layernorm.weight": TensorSpec("vector", (hidden,)),
+            f"{layer}mlp.gate_proj.weight": TensorSpec("ternary", (inner, hidden)),
+            f"{layer}mlp.up_proj.weight": TensorSpec("ternary", (inner, hidden)),
+            f"{layer}mlp.ffn_sub_norm.weight": TensorSpec("vector", (inner,)),
+            f"{layer}mlp.down_proj.weight": TensorSpec("ternary", (hidden, inner)),
+        }
+    return specs | {"language_model.model.norm.weight": TensorSpec("vector", (hidden,))}
+
+
+def _action_specs(config: PolicyConfig) -> dict[str, TensorSpec]:
+    action, hidden = config.action, config.language.hidden_size
+    slots, width = action.slots_per_step * hidden, action.head_hidden_size
+    specs = _linear("proprio_projector.fc1", hidden, action.state_dim)
+    specs |= _linear("proprio_projector.fc2", hidden, hidden)
+    specs |= _norm("action_head.model.layer_norm1", slots) | _linear("action_head.model.fc1", width, slots)
+    for index in range(action.head_blocks):
+        block = f"action_head.model.mlp_resnet_blocks.{index}.ffn."
+        specs |= _norm(f"{block}0", width) | _linear(f"{block}1", width, width)
+    specs |= _norm("action_head.model.layer_norm2", width)
+    return specs | _linear("action_head.model.fc2", action.dim, width)
+
+
+def _norm(name: str, size: int) -> dict[str, TensorSpec]:
+    return {f"{name}.weight": TensorSpec("vector", (size,)), f"{name}.bias": TensorSpec("vector", (size,))}
+
+
+def _linear(name: str, rows: int, columns: int, kind: Literal["ternary", "matrix"] = "matrix") -> dict[str, TensorSpec]:
+    return {f"{name}.weight": TensorSpec(kind, (rows, columns)), f"{name}.bias": TensorSpec("vector", (rows,))}
+
+
+def stored_tensors(document: Document) -> dict[str, Stored]:
+    """Every tensor of a policy file in the order of its data: name -> dtype and shape."""
+    config = document.config
+    groups: tuple[dict[str, Stored], ...] = ({}, {}, {}, {})
+    packed, floats, halves, images = groups
+    for name, spec in tensor_specs(config).items():
+        if spec.kind == "ternary":
+            rows, columns = spec.shape
+            packed[name] = Stored("U8", (padded(rows) // BLOCK, padded(columns) // BLOCK, 64))
+            floats[f"{name}_scale"] = Stored("F32", (1,))
+        elif spec.kind == "matrix" and document.matrix_dtype == "BF16":
+            halves[name] = Stored("BF16", spec.shape)
+        else:
+            floats[name] = Stored("F32", spec.shape)
+    for index in range(len(document.golden)):
+        floats[f"golden.{index}.state"] = Stored("F32", (config.action.state_dim,))
+        floats[f"golden.{index}.chunk"] = Stored("F32", (config.action.horizon, config.action.dim))
+        for camera in config.processing.cameras:
+            images[f"golden.{index}.image.{camera.name}"] = Stored("U8", (camera.height, camera.width, 3))
+    return {name: stored for group in groups for name, stored in group.items()}
+
+
+def write(path: Path, document: Document, tensors: Mapping[str, NDArray[Any]]) -> str:
+    """Write a policy file and return its SHA-256. The file appears whole or not at all.
+
+    `tensors` must be exactly those of `stored_tensors(document)` (ValueError otherwise). BitvlaError when the disk
+    refuses; an older file at `path` is then still there.
+    """
+    layout = stored_tensors(document)
+    if layout.keys() != tensors.keys():
+        raise ValueError(f"tensors do not fit the policy: {sorted(layout.keys() ^ tensors.keys())[:4]}")
+    arrays = {name: _storable(name, tensors[name], stored) for name, stored in layout.items()}
+    entries = _entries(layout)
+    text = msgspec.json.encode(document)
+    digest = _digest(text, entries, list(arrays.values()))
+    header = msgspec.json.encode({"__metadata__": {"bitvla": text.decode(), "sha256": digest}} | entries)
+    header += b" " * (-(8 + len(header)) % _ALIGNMENT)
+    _write_atomically(path, [len(header).to_bytes(8, "little"), header, *(a.data for a in arrays.values())])
+    return digest
+
+
+def _storable(name: str, array: NDArray[Any], stored: Stored) -> NDArray[Any]:
+    if array.dtype != _DTYPES[stored.dtype] or array.shape != stored.shape:
+        raise ValueError(f"{name} is {array.dtype} {array.shape}, the policy file needs {stored}")
+    return np.ascontiguousarray(array)
+
+
+def _entries(layout: Mapping[str, Stored]) -> dict[str, dict[str, Any]]:
+    """The tensors' part of the header."""
+    entries, start = {}, 0
+    for name, stored in layout.items():
+        end = start + stored.nbytes
+        entries[name] = {"dtype": stored.dtype, "shape": stored.shape, "data_offsets": (start, end)}
+        start = end
+    return entries
+
+
+def _digest(text: bytes, entries: Mapping[str, Mapping[str, Any]], data: list[Any]) -> str:
+    digest = hashlib.sha256(text)
+    digest.update(msgspec.json.encode(entries, order="sorted"))
+    for part in data:
+        digest.update(part)
+    return digest.hexdigest()
+
+
+def _write_atomically(path: Path, parts: list[Any]) -> None:
+    temporary = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        with os.fdopen(descriptor, "wb") as file:
+            for part in parts:
+                file.write(part)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)  # mkstemp made it private
+        os.replace(temporary, path)
+    except OSError as error:
+        raise BitvlaError(f"cannot write {path}: {error.strerror}; free some space or choose another place") from None
+    finally:
+        if temporary is not None and os.path.exists(temporary):
+            os.unlink(temporary)
+
+
+def read(path: Path, *, digest: bool | None = None) -> Bundle:
+    """Map a policy file. Header and structure are always checked, the digest by default up to 64 MB.
+
+    Raises BitvlaError, in one line, for a file that is missing, truncated, altered, foreign, or made for another
+    version of the format.
+    """
+    path = Path(path)
+    data = _map(path)
+    text, claimed, entries, start = _parse_header(path, data)
+    if digest or (digest is None and len(data) <= DIGEST_AT_LOAD):
+        _check_digest(path, claimed, _digest(text, entries, [data[start:]]))
+    document = _parse_document(path, text, len(entries))
+    _check_layout(path, document, entries, len(data) - start)
+    tensors = {
+        name: data[start + entry["data_offsets"][0] : start + entry["data_offsets"][1]]
+        .view(_DTYPES[entry["dtype"]])
+        .reshape(entry["shape"])
+        for name, entry in entries.items()
+    }
+    _check_scales(path, tensors)
+    return Bundle(document, tensors, claimed, path)
+
+
+def _map(path: Path) -> NDArray[np.uint8]:
+    try:
+        if path.is_dir():
+            raise BitvlaError(f"{path} is a folder; give the policy file in it (for example {path}/policy.safetensors)")
+        if path.stat().st_size < 8:
+            raise BitvlaError(f"{path} is not a policy file: it has only {path.stat().st_size} bytes")
+        # The plain-array view keeps the map alive and spares the subclass's cost on every slice.
+        return np.asarray(np.memmap(path, mode="r", dtype=np.uint8)).view(np.ndarray)
+    except OSError as error:
+        raise BitvlaError(f"cannot read the policy file {path}: {error.strerror or error}") from None
+
+
+def _parse_header(path: Path, data: NDArray[np.uint8]) -> tuple[bytes, str, dict[str, dict[str, Any]], int]:
+    """The document's text, the digest, the tensors' entries, and where the data starts."""
+    length = int.from_bytes(data[:8].tobytes(), "little")
+    if length > min(_MAX_HEADER, len(data) - 8):
+        raise BitvlaError(
+            f"{path} is truncated or not a safetensors file: its header would have {length} bytes, "
+            f"the file has {len(data)}"
+        )
+    try:
+        header = msgspec.json.decode(data[8 : 8 + length].tobytes(), type=dict[str, msgspec.Raw])
+        metadata = msgspec.json.decode(header.pop("__metadata__", b"{}"), type=dict[str, str])
+        entries = {name: msgspec.to_builtins(msgspec.json.decode(raw, type=_Entry)) for name, raw in header.items()}
+    except (msgspec.MsgspecError, UnicodeError, RecursionError) as error:
+        raise BitvlaError(f"{path} is damaged or not a safetensors file: header: {error}") from None
+    if not {"bitvla", "sha256"} <= metadata.keys():
+        raise BitvlaError(f"{path} is a safetensors file but not a policy; make one with: bitvla pack CHECKPOINT OUT")
+    return metadata["bitvla"].encode(errors="replace"), metadata["sha256"], entries, 8 + length
+
+
+class _Entry(msgspec.Struct, forbid_unknown_fields=True):
+    dtype: Literal["U8", "F32", "BF16"]
+    shape: tuple[int, ...]
+    data_offsets: tuple[int, int]
+
+
+def _check_digest(path: Path, claimed: str, actual: str) -> None:
+    if claimed != actual:
+        raise BitvlaError(f"{path} is damaged or was altered: its SHA-256 does not fit; fetch or pack it again")
+
+
+def _parse_document(path: Path, text: bytes, num_tensors: int) -> Document:
+    try:
+        version = msgspec.json.decode(text, type=_Version).format
+        if version != FORMAT:
+            raise BitvlaError(
+                f"{path} has policy file format {version}, this bitvla reads format {FORMAT}; "
+                + ("update bitvla" if version > FORMAT else "pack it again")
+            )
+        document = msgspec.json.decode(text, type=Document)
+    except (msgspec.MsgspecError, UnicodeError, RecursionError) as error:
+        raise BitvlaError(f"{path} is damaged: policy document: {error}") from None
+    try:
+        check(document.config)
+    except BitvlaError as error:
+        raise BitvlaError(f"{path}: {error}") from None
+    layers = document.config.vision.num_layers + document.config.language.num_layers
+    if max(layers, document.config.action.head_blocks, len(document.golden)) > num_tensors:
+        raise BitvlaError(f"{path} is damaged: {layers} layers described, only {num_tensors} tensors present")
+    if document.config.precision != "ternary":
+        raise BitvlaError(f"{path} describes a {document.config.precision} precision policy; policy files are ternary")
+    return document
+
+
+class _Version(msgspec.Struct):
+    format: int
+
+
+def _check_layout(path: Path, document: Document, entries: Mapping[str, Mapping[str, Any]], size: int) -> None:
+    """Compare the header with what the policy's configuration asks for; name the first difference."""
+    expected = stored_tensors(document)
+    for names, problem in ((expected.keys() - entries.keys(), "lacks"), (entries.keys() - expected.keys(), "has")):
+        if names:
+            what = "tensor" if problem == "lacks" else "unexpected tensor"
+            raise BitvlaError(f"{path} {problem} the {what} {min(names)} ({len(names)} in all): it is damaged")
+    for name, stored in expected.items():
+        entry = entries[name]
+        dtype, shape = entry["dtype"], tuple(entry["shape"])
+        if (dtype, shape) != (stored.dtype, stored.shape):
+            raise BitvlaError(
+                f"{path}: tensor {name} is {dtype} {list(shape)}, the policy needs {stored.dtype} {list(stored.shape)}"
+            )
+        start, end = entry["data_offsets"]
+        if not 0 <= start <= end <= size:
+            raise BitvlaError(f"{path} is truncated: tensor {name} ends at byte {end} of {size}")
+        if end - start != stored.nbytes or start % _DTYPES[stored.dtype].itemsize:
+            raise BitvlaError(f"{path} is damaged: tensor {name} lies at bytes {start} to {end}")
+    if sum(stored.nbytes for stored in expected.values()) != size:
+        raise BitvlaError(f"{path} is damaged: its data has {size} bytes, its tensors another number")
+
+
+def _check_scales(path: Path, tensors: Mapping[str, NDArray[Any]]) -> None:
+    for name, tensor in tensors.items():
+        if name.endswith("_scale") and not 0 < tensor[0] < np.inf:
+            raise BitvlaError(f"{path} is damaged: {name} is {tensor[0]}")
+
+
+def to_bfloat16(values: NDArray[np.float32]) -> NDArray[np.uint16]:
+    """Round float32 to bfloat16 (half to even), seen as uint16. Non-finite values must be excluded before."""
+    bits = np.ascontiguousarray(values, dtype=np.float32).view(np.uint32)
+    return ((bits + (np.uint32(0x7FFF) + (bits >> 16 & 1))) >> 16).astype(np.uint16)
+
+
+def to_float32(values: NDArray[Any]) -> NDArray[np.float32]:
+    """A tensor of a policy file as float32: bfloat16 is widened, float32 returned as it is."""
+    if values.dtype == np.uint16:
+        return (values.astype(np.uint32) << 16).view(np.float32)
+    return values

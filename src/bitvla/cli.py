@@ -1,0 +1,524 @@
+"""The command `bitvla`: parse, call, print. What a command does is in the module it calls.
+
+Whatever happens, a person sees one line: exit status 0 is success, 1 a failure (`error: ...` on standard error), 2 bad
+usage, 130 an interruption. Heavy modules are imported by the command that needs them, so that `--help` is immediate
+and a robot never loads PyTorch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import difflib
+import errno
+import os
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from bitvla import __version__
+from bitvla.errors import BitvlaError
+
+# Packages that come with an extra, by the name under which they are imported.
+EXTRAS = {
+    "sim": ("metaworld", "mujoco", "gymnasium", "OpenGL", "packaging"),
+    "train": ("torch", "transformers", "accelerate"),
+    "data": ("pyarrow", "av"),
+    "report": ("scipy", "matplotlib", "jinja2"),
+}
+STAGES = ("finetune", "distill")
+GO_ON = "run the same command to go on where it stopped"
+NOTHING_LEFT = "nothing half-written was left behind"
+
+
+# Commands: arguments in, result out. A result is plain data; one that says `"passed": False` is a failure.
+
+
+def _demo(args: argparse.Namespace) -> Any:
+    from bitvla.evaluate.demo import demo
+
+    return demo(args.policy, out=args.out, processes=args.processes)
+
+
+def _record(args: argparse.Namespace) -> Any:
+    from bitvla.sim.record import record
+
+    return record(
+        env=args.env,
+        suite=args.suite,
+        episodes=args.episodes,
+        out=args.out,
+        processes=args.processes,
+        image_size=args.image_size,
+        seed=args.seed,
+    )
+
+
+def _train(args: argparse.Namespace) -> Any:
+    from bitvla.train.loop import run
+
+    return run(args.stage, args.config, args.data, args.out, init=args.init, teacher=args.teacher)
+
+
+def _pack(args: argparse.Namespace) -> Any:
+    from bitvla.convert.pack import pack
+
+    return pack(args.checkpoint, args.out, round_full_precision=args.round)
+
+
+def _verify(args: argparse.Namespace) -> Any:
+    from bitvla.runtime.verify import verify
+
+    return verify(args.policy)
+
+
+def _inspect(args: argparse.Namespace) -> Any:
+    from bitvla.runtime.inspect import inspect
+
+    return inspect(args.policy)
+
+
+def _bench(args: argparse.Namespace) -> Any:
+    from bitvla.runtime.bench import bench
+
+    return bench(args.policy, threads=args.threads, repeats=args.repeats)
+
+
+def _eval(args: argparse.Namespace) -> Any:
+    from bitvla.evaluate.rollout import evaluate
+
+    # A result is a record: it is always kept, and an interrupted evaluation goes on from it.
+    precision = "-full-precision" if args.full_precision else ""
+    default = Path("reports") / f"{args.policy.stem}-{args.suite}{precision}.json"
+    out = args.json if isinstance(args.json, Path) else default
+    result = evaluate(
+        args.policy,
+        env=args.env,
+        suite=args.suite,
+        episodes=args.episodes,
+        first_seed=args.first_seed,
+        execute_horizon=args.execute_horizon,
+        full_precision=args.full_precision,
+        processes=args.processes,
+        resume=not args.restart,
+        out=out,
+    )
+    return result if args.json is True else _summary(result) | {"record": out}
+
+
+def _summary(result: Any) -> dict[str, Any]:
+    """What a person wants to know of an evaluation's result."""
+    rates = result.tasks | {"all": result.total}
+    summary: dict[str, Any] = {
+        "tasks": [
+            {
+                "task": task,
+                "success": f"{rate.successes}/{rate.total}",
+                "%": f"{100 * rate.rate:.1f}",
+                "95 % interval": f"{100 * rate.low:.1f} .. {100 * rate.high:.1f}",
+            }
+            for task, rate in rates.items()
+        ],
+        "milliseconds a chunk (median)": result.latency and result.latency.p50,
+        "policy process MB (peak)": result.policy_peak_bytes / 1e6,
+    }
+    return summary | ({"episodes that could not run": result.errors} if result.errors else {})
+
+
+def _compare(args: argparse.Namespace) -> Any:
+    from bitvla.evaluate.files import load
+    from bitvla.evaluate.result import compare
+
+    return compare(load(args.first), load(args.second))
+
+
+def _report(args: argparse.Namespace) -> Any:
+    from bitvla.evaluate.report import report
+
+    return {"report": report(args.results, args.out)}
+
+
+def _doctor(args: argparse.Namespace) -> Any:
+    from bitvla.doctor import doctor
+
+    return doctor()
+
+
+# Parsing.
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says what was wrong in one line, with the name that was probably meant."""
+
+    def error(self, message: str) -> NoReturn:
+        print(f"error: {message}; see '{self.prog} --help'", file=sys.stderr)
+        sys.exit(2)
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        if action.choices is not None and value not in action.choices:
+            names = [str(name) for name in action.choices]
+            message = f"'{value}' is not one of {', '.join(names)}{_meant(str(value), names)}"
+            raise argparse.ArgumentError(action, message)
+
+    def option_names(self) -> list[str]:
+        return [name for action in self._actions for name in action.option_strings]
+
+
+def _meant(word: str, names: Sequence[str]) -> str:
+    close = difflib.get_close_matches(word, names, n=1)
+    return f"; did you mean '{close[0]}'?" if close else ""
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"'{text}' is not a whole number of at least 1")
+    return int(text)
+
+
+def _seed(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"'{text}' is not a whole number of at least 0")
+    return int(text)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The whole command line; the help of every command carries an example."""
+    parser = _Parser(
+        prog="bitvla",
+        description="1-bit vision-language-action policies: record, train, pack, run on any CPU, evaluate.",
+        epilog="example: bitvla demo",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"bitvla {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+
+    def add(
+        run: Callable[[argparse.Namespace], Any], summary: str, example: str, interrupted: str = NOTHING_LEFT
+    ) -> argparse.ArgumentParser:
+        command: argparse.ArgumentParser = commands.add_parser(
+            run.__name__.removeprefix("_"),
+            help=summary,
+            description=f"{summary[0].upper()}{summary[1:]}.",
+            epilog=f"example: bitvla {example}",
+            allow_abbrev=False,
+        )
+        command.add_argument("--debug", action="store_true", help="show the traceback of an error")
+        if run is not _eval:
+            command.add_argument("--json", action="store_true", help="print one JSON document on standard output")
+        command.set_defaults(run=run, parser=command, interrupted=interrupted)
+        return command
+
+    _add_making(add)
+    _add_running(add)
+    _add_measuring(add)
+    return parser
+
+
+_Add = Callable[..., argparse.ArgumentParser]
+
+
+def _add_making(add: _Add) -> None:
+    """From a simulator to a policy file."""
+    record = add(
+        _record,
+        "record demonstrations of scripted experts as a LeRobot dataset",
+        "record --env metaworld --suite mt10 --episodes 100 datasets/mt10",
+        GO_ON,
+    )
+    _add_environment(record, "successful episodes to keep of each task")
+    record.add_argument("out", type=Path, metavar="OUT", help="folder of the dataset")
+    record.add_argument("--processes", type=_count, metavar="N", help="simulators side by side (default: all cores)")
+    record.add_argument("--image-size", type=_count, default=128, metavar="PX", help="width and height (default: 128)")
+    record.add_argument("--seed", type=_seed, default=0, help="another number, other initial states (default: 0)")
+
+    train = add(
+        _train,
+        "train a policy, one stage after the other",
+        "train finetune --config configs/metaworld-nano-teacher.toml --data datasets/mt10 --out runs/teacher",
+        GO_ON,
+    )
+    train.add_argument("stage", choices=STAGES, metavar="STAGE", help=" | ".join(STAGES))
+    train.add_argument("--config", type=Path, required=True, metavar="FILE", help="TOML file of the run")
+    train.add_argument("--data", type=Path, required=True, metavar="D", help="folder of the dataset")
+    train.add_argument("--out", type=Path, required=True, metavar="OUT", help="folder of the checkpoint")
+    train.add_argument("--init", type=Path, metavar="CKPT", help="checkpoint whose weights to start from")
+    train.add_argument("--teacher", type=Path, metavar="CKPT", help="checkpoint to align with (distill)")
+
+    pack = add(
+        _pack,
+        "pack a training checkpoint into one policy file",
+        "pack runs/student policy.safetensors",
+    )
+    pack.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="folder that training wrote")
+    pack.add_argument("out", type=Path, metavar="OUT", help="policy file to write")
+    pack.add_argument("--round", action="store_true", help="round a full-precision checkpoint to ternary, untrained")
+
+
+def _add_running(add: _Add) -> None:
+    """A policy file in the simulator."""
+    demo = add(
+        _demo,
+        "run the shipped policy closed loop and write an HTML report",
+        "demo",
+    )
+    demo.add_argument("--policy", type=Path, metavar="POLICY", help="another policy file (default: the shipped one)")
+    demo.add_argument("--out", type=Path, metavar="OUT", help="folder of the report (default: reports/demo)")
+    demo.add_argument("--processes", type=_count, metavar="N", help="simulators side by side (default: all cores)")
+
+    evaluate = add(
+        _eval,
+        "measure the success rate of a policy",
+        "eval policy.safetensors --env metaworld --suite mt10 --episodes 50 --json reports/mt10.json",
+        GO_ON,
+    )
+    evaluate.add_argument("policy", type=Path, metavar="POLICY", help="policy file, or checkpoint folder")
+    _add_environment(evaluate, "episodes of each task")
+    evaluate.add_argument(
+        "--json",
+        type=Path,
+        nargs="?",
+        const=True,
+        metavar="OUT",
+        help="write the record to OUT (default: a name under reports/); without OUT, print it too",
+    )
+    evaluate.add_argument("--processes", type=_count, metavar="N", help="simulators side by side (default: all cores)")
+    evaluate.add_argument(
+        "--full-precision", action="store_true", help="run the PyTorch network of a checkpoint, same protocol"
+    )
+    evaluate.add_argument(
+        "--execute-horizon", type=_count, metavar="N", help="actions of a chunk to play (default: the policy's)"
+    )
+    evaluate.add_argument("--first-seed", type=_seed, default=0, metavar="N", help="initial state of the first episode")
+    evaluate.add_argument("--restart", action="store_true", help="do not go on from an interrupted evaluation")
+
+    compare = add(
+        _compare,
+        "compare two records of the same initial states, pair by pair",
+        "compare reports/student.json reports/teacher.json",
+    )
+    compare.add_argument("first", type=Path, metavar="A.json", help="record of `bitvla eval`")
+    compare.add_argument("second", type=Path, metavar="B.json", help="record of `bitvla eval`")
+
+    report = add(
+        _report,
+        "draw the HTML report of one or several records",
+        "report reports/mt10.json reports/mt10.html",
+    )
+    report.add_argument(
+        "results",
+        type=Path,
+        nargs="+",
+        metavar="RESULT.json",
+        help="records of `bitvla eval`; the first is the subject",
+    )
+    report.add_argument("out", type=Path, metavar="OUT.html", help="report to write, one file with everything in it")
+
+
+def _add_measuring(add: _Add) -> None:
+    """What a policy file and this machine are worth."""
+    verify = add(_verify, "check a policy file: data, statistics, kernels, golden traces", "verify policy.safetensors")
+    inspect = add(_inspect, "show what is in a policy file", "inspect policy.safetensors --json")
+    bench = add(_bench, "measure latency by part, kernels and memory", "bench policy.safetensors --threads 1")
+    for command in (verify, inspect, bench):
+        command.add_argument("policy", type=Path, metavar="POLICY", help="policy file")
+    bench.add_argument("--threads", type=_count, metavar="N", help="threads of the kernels (default: 1 to all cores)")
+    bench.add_argument("--repeats", type=_count, default=50, metavar="N", help="calls to measure (default: 50)")
+    add(_doctor, "show what this machine has: instruction set, rendering, simulators, extras", "doctor")
+
+
+def _add_environment(command: argparse.ArgumentParser, episodes: str) -> None:
+    command.add_argument("--env", default="metaworld", metavar="E", help="simulator (default: metaworld)")
+    command.add_argument("--suite", required=True, metavar="S", help="mt10, mt50, or one task's name")
+    command.add_argument("--episodes", type=_count, required=True, metavar="N", help=episodes)
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    args, unknown = build_parser().parse_known_args(argv)
+    if unknown:
+        names = args.parser.option_names()
+        args.parser.error(f"unknown argument '{unknown[0]}'{_meant(unknown[0].split('=')[0], names)}")
+    return args
+
+
+# Running: results to standard output, everything else to standard error, no traceback without --debug.
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit status: 0, 1 or 130. Bad usage raises SystemExit(2)."""
+    args = _parse(argv)
+    try:
+        with _quiet(args):
+            result = args.run(args)
+        _print(result, args)
+        sys.stdout.flush()
+    except KeyboardInterrupt as stop:
+        print(f"interrupted: {str(stop) or args.interrupted}", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # The reader has gone, as in `bitvla inspect ... | head`; Python's flush at exit must not complain either.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return 1
+    except Exception as error:  # the last line of defence: a person gets one line, always
+        if args.debug:
+            raise
+        print(f"error: {_explain(error)}", file=sys.stderr)
+        return 1
+    return _status(result)
+
+
+def _status(result: Any) -> int:
+    """The exit status of a result: one that did not pass is a failure, told by its first check that failed."""
+    if not isinstance(result, dict) or result.get("passed") is not False:
+        return 0
+    failed = [check for check in result["checks"] if not check.get("passed", check.get("state") == "ok")]
+    print(f"error: {failed[0]['check']}: {' '.join(failed[0]['detail'].split())}", file=sys.stderr)
+    return 1
+
+
+@contextlib.contextmanager
+def _quiet(args: argparse.Namespace) -> Iterator[None]:
+    """With --json, lead standard output to standard error while the command works.
+
+    File descriptors are swapped, not `sys.stdout`, so that neither a native library nor a worker process can spoil the
+    document. Warnings of libraries are for developers.
+    """
+    with warnings.catch_warnings():
+        if not args.debug:
+            warnings.simplefilter("ignore")
+        if not args.json:
+            yield
+            return
+        sys.stdout.flush()
+        output = os.dup(1)
+        os.dup2(2, 1)
+        try:
+            yield
+        finally:
+            sys.stdout.flush()
+            os.dup2(output, 1)
+            os.close(output)
+
+
+def _explain(error: Exception) -> str:
+    """One line that says what went wrong and what to do."""
+    if isinstance(error, ModuleNotFoundError) and error.name and (missing := _explain_missing(error.name)):
+        return missing
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        return f"the disk is full{_where(error)}: free some space, then run the same command again"
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.strerror.lower()}{_where(error)}"
+    if isinstance(error, MemoryError):
+        return "out of memory: close other programs, or use fewer --processes"
+    text = " ".join(str(error).split())
+    # The native module, when it refuses BITVLA_ISA, can only raise an ImportError.
+    if isinstance(error, BitvlaError) or "BITVLA_ISA" in text:
+        return text
+    return (
+        f"unexpected {type(error).__name__}: {text}. Please report it with the output of the same command and --debug"
+    )
+
+
+def _where(error: OSError) -> str:
+    return f" ({error.filename})" if error.filename else ""
+
+
+def _explain_missing(module: str) -> str | None:
+    if module == "bitvla._native":
+        return "the native kernels are not built: run 'pip install .' in the repository, or 'make setup'"
+    package = module.split(".")[0]
+    for extra, packages in EXTRAS.items():
+        if package in packages:
+            return f"this command needs '{package}': pip install 'bitvla[{extra}]'"
+    return None
+
+
+def _print(result: Any, args: argparse.Namespace) -> None:
+    if args.json is True:
+        print(_as_json(result))
+    elif result is not None:
+        import msgspec
+        from rich.console import Console
+
+        # A file or a pipe has no width; tables need one that does not break their cells.
+        console = Console(highlight=False, width=None if sys.stdout.isatty() else 160)
+        _show(msgspec.to_builtins(result, enc_hook=_encode), console)
+
+
+def _as_json(result: Any) -> str:
+    import msgspec
+
+    return msgspec.json.format(msgspec.json.encode(result, enc_hook=_encode), indent=2).decode()
+
+
+def _encode(value: Any) -> Any:
+    """What msgspec does not know: NumPy values and paths."""
+    return value.tolist() if hasattr(value, "tolist") else str(value)
+
+
+def _show(value: Any, console: Any, indent: int = 0) -> None:
+    """Plain data for people: an entry a line, records of the same fields as a table."""
+    from rich.padding import Padding
+
+    def put(text: str) -> None:
+        console.print(" " * indent + text, soft_wrap=True)
+
+    if not isinstance(value, dict):
+        put(_cell(value))
+        return
+    for name, item in value.items():
+        if rows := _records(item):
+            put(f"[bold]{_label(name)}[/bold]")
+            console.print(Padding(_table(rows), (0, 0, 1, indent), expand=False))
+        elif isinstance(item, dict) and item:
+            put(f"[bold]{_label(name)}[/bold]")
+            _show(item, console, indent + 2)
+        else:
+            put(f"{_label(name)}: {_cell(item)}")
+
+
+def _records(item: Any) -> list[dict[str, Any]]:
+    """The rows of a list of flat records, or of a dictionary of them by name; empty for anything else."""
+    if isinstance(item, dict) and all(isinstance(row, dict) for row in item.values()):
+        item = [{"": name, **row} for name, row in item.items()]
+    if not isinstance(item, list) or not all(isinstance(row, dict) and row.keys() == item[0].keys() for row in item):
+        return []
+    return [] if any(isinstance(cell, dict) for row in item for cell in row.values()) else item
+
+
+def _table(rows: list[dict[str, Any]]) -> Any:
+    """A table with a row for each record; records of many fields stand side by side, a column each."""
+    from rich import box
+    from rich.table import Table
+
+    names, *cells = [list(rows[0]), *([*row.values()] for row in rows)]
+    if len(names) > 7:
+        names, *cells = [list(column) for column in zip(names, *cells, strict=True)]
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for index, name in enumerate(names):
+        numbers = all(isinstance(row[index], int | float) and not isinstance(row[index], bool) for row in cells)
+        table.add_column(_label(name), justify="right" if numbers else "left", overflow="fold")
+    for row in cells:
+        table.add_row(*map(_cell, row))
+    return table
+
+
+def _label(name: object) -> str:
+    return _cell(name.replace("_", " ") if isinstance(name, str) else name)
+
+
+def _cell(value: Any) -> str:
+    from rich.markup import escape
+
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if value is None:
+        return "-"
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, int):
+        return f"{value:,}"
+    if isinstance(value, list | tuple):
+        return ", ".join(_cell(item) for item in value) or "-"
+    return escape(str(value))

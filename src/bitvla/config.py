@@ -1,0 +1,244 @@
+"""What a policy is: the sizes of its network and the conventions of its robot. Typed, frozen, stored in the file.
+
+Every size of the BitVLA topology is here, so that the published 3-billion-parameter model and a nano model are two
+values of `PolicyConfig`. Nothing about a robot (cameras, statistics, rates, units) is known anywhere else.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import msgspec
+
+from bitvla.errors import BitvlaError
+
+T = TypeVar("T")
+
+
+class _Frozen(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A typed, immutable record; an unknown or ill-typed field is an error that names it."""
+
+
+class VisionConfig(_Frozen):
+    """A SigLIP vision transformer whose linear layers are ternary."""
+
+    image_size: int = 224
+    patch_size: int = 14
+    hidden_size: int = 1152
+    intermediate_size: int = 4304
+    num_layers: int = 26
+    num_heads: int = 16
+    layer_norm_eps: float = 1e-6
+
+    @property
+    def num_patches(self) -> int:
+        return (self.image_size // self.patch_size) ** 2
+
+
+class LanguageConfig(_Frozen):
+    """A BitNet decoder. `bidirectional`: every token sees every token (OFT); otherwise causal."""
+
+    vocab_size: int = 128264
+    hidden_size: int = 2560
+    intermediate_size: int = 6912
+    num_layers: int = 30
+    num_heads: int = 20
+    num_kv_heads: int = 5
+    rms_norm_eps: float = 1e-5
+    rope_theta: float = 500_000.0
+    max_positions: int = 4096
+    bidirectional: bool = True
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_heads
+
+
+class ActionConfig(_Frozen):
+    """Action slots and the L1-regressed head over them.
+
+    `slots_per_step` decoder positions make up the input of the head for one step of the chunk: BitVLA uses one a
+    dimension (56 slots for 8 x 7); a nano model may use fewer.
+    """
+
+    horizon: int = 8
+    dim: int = 7
+    state_dim: int = 8
+    slots_per_step: int = 7
+    head_hidden_size: int = 2560
+    head_blocks: int = 2
+
+    @property
+    def num_slots(self) -> int:
+        return self.horizon * self.slots_per_step
+
+
+class ImageProcessing(_Frozen):
+    """From a camera's uint8 image to the network's pixels, in this order.
+
+    rotate by 180 degrees -> JPEG round trip -> resize to `image_size` -> central crop of `crop_area`, resized back
+    with bilinear interpolation -> (x / 255 - mean) / std. With `resize="none"` the crop is cut from the raw image.
+    """
+
+    rotate180: bool = False
+    jpeg_quality: int | None = None
+    resize: Literal["none", "lanczos"] = "none"
+    crop_area: float = 0.9
+    mean: float = 0.5
+    std: float = 0.5
+
+
+class Camera(_Frozen):
+    """A named camera and the size of the images it must deliver, in pixels."""
+
+    name: str
+    height: int
+    width: int
+
+
+class PromptConfig(_Frozen):
+    """How an instruction becomes tokens. `{images}` expands to one image token a patch and camera."""
+
+    template: str
+    image_token: str = "<|image_pad|>"
+    proprio_token: str = "<proprio_pad>"
+    stop_token: str = "<|end_of_text|>"
+    pad_token: str = "<|pad|>"
+    lower_case: bool = True
+    max_instruction_tokens: int = 64
+
+
+class Statistics(_Frozen):
+    """Bounds that map a vector to [-1, 1], usually the 1 % and 99 % quantiles of the training data.
+
+    Where `mask` is False the value passes through unchanged.
+    """
+
+    names: tuple[str, ...]
+    units: tuple[str, ...]
+    low: tuple[float, ...]
+    high: tuple[float, ...]
+    mask: tuple[bool, ...]
+
+
+class ProcessingConfig(_Frozen):
+    """The conventions of the robot the policy was trained for."""
+
+    cameras: tuple[Camera, ...]
+    image: ImageProcessing
+    prompt: PromptConfig
+    state: Statistics
+    action: Statistics
+    control_hz: float
+    execute_horizon: int
+    gripper: Literal["as_is", "libero"] = "as_is"
+
+
+class PolicyConfig(_Frozen):
+    """A whole policy. `precision` says what its linear layers compute with."""
+
+    name: str
+    vision: VisionConfig
+    language: LanguageConfig
+    action: ActionConfig
+    processing: ProcessingConfig
+    precision: Literal["full", "ternary"] = "ternary"
+
+
+def check(config: PolicyConfig) -> PolicyConfig:
+    """Return `config`, or raise BitvlaError naming the first value that cannot be right."""
+    _check_sizes(config)
+    vision, language, action, processing = config.vision, config.language, config.action, config.processing
+    rules = [
+        (vision.image_size % vision.patch_size == 0, f"vision.image_size {vision.image_size} is not a multiple of "
+         f"vision.patch_size {vision.patch_size}"),
+        (vision.hidden_size % vision.num_heads == 0, f"vision.hidden_size {vision.hidden_size} is not a multiple of "
+         f"vision.num_heads {vision.num_heads}"),
+        (language.hidden_size % (2 * language.num_heads) == 0, f"language.hidden_size {language.hidden_size} does not "
+         f"give an even head size for language.num_heads {language.num_heads}"),
+        (language.num_heads % language.num_kv_heads == 0, f"language.num_heads {language.num_heads} is not a multiple "
+         f"of language.num_kv_heads {language.num_kv_heads}"),
+        (1 <= processing.execute_horizon <= action.horizon, f"processing.execute_horizon "
+         f"{processing.execute_horizon} is not within 1 and action.horizon {action.horizon}"),
+        (0 < processing.image.crop_area <= 1, f"processing.image.crop_area {processing.image.crop_area} is not in "
+         "(0, 1]"),
+        (language.max_positions > action.num_slots + vision.num_patches * len(processing.cameras) + 2,
+         f"language.max_positions {language.max_positions} has no room for images, slots and an instruction"),
+        (language.rope_theta > 0 and language.rms_norm_eps > 0 and vision.layer_norm_eps > 0,
+         "language.rope_theta, language.rms_norm_eps and vision.layer_norm_eps must be positive"),
+        (processing.image.std > 0, f"processing.image.std {processing.image.std} is not positive"),
+        (processing.image.jpeg_quality is None or 1 <= processing.image.jpeg_quality <= 100,
+         f"processing.image.jpeg_quality {processing.image.jpeg_quality} is not within 1 and 100"),
+        (processing.control_hz > 0, f"processing.control_hz {processing.control_hz} is not positive"),
+        (len(processing.cameras) > 0, "processing.cameras is empty: a policy needs at least one camera"),
+        (len({camera.name for camera in processing.cameras}) == len(processing.cameras),
+         "processing.cameras names one camera twice"),
+        (all(processing.prompt.template.count(part) == 1 for part in ("{images}", "{instruction}",
+                                                                      processing.prompt.proprio_token)),
+         f"processing.prompt.template must hold {{images}}, {{instruction}} and {processing.prompt.proprio_token} "
+         "once each"),
+        (processing.prompt.image_token not in processing.prompt.template,
+         f"processing.prompt.template holds {processing.prompt.image_token}; {{images}} stands for all of them"),
+    ]  # fmt: skip
+    for holds, message in rules:
+        if not holds:
+            raise BitvlaError(f"policy configuration: {message}")
+    for name, statistics, size in (
+        ("state", processing.state, action.state_dim),
+        ("action", processing.action, action.dim),
+    ):
+        _check_statistics(name, statistics, size)
+    return config
+
+
+def _check_sizes(config: PolicyConfig) -> None:
+    sections = {"vision": config.vision, "language": config.language, "action": config.action}
+    sections |= {f"camera '{camera.name}'": camera for camera in config.processing.cameras}
+    for section, value in sections.items():
+        for field in value.__struct_fields__:
+            size = getattr(value, field)
+            least = 0 if field == "head_blocks" else 1
+            if type(size) is int and not least <= size < 1 << 24:
+                raise BitvlaError(f"policy configuration: {section}.{field} is {size}; it must be a size from {least}")
+
+
+def _check_statistics(name: str, statistics: Statistics, size: int) -> None:
+    fields = (statistics.names, statistics.units, statistics.low, statistics.high, statistics.mask)
+    if any(len(field) != size for field in fields):
+        raise BitvlaError(
+            f"{name} statistics hold {[len(field) for field in fields]} values, the policy needs {size} of each; "
+            "compute them from the training data again"
+        )
+    for label, low, high, used in zip(statistics.names, statistics.low, statistics.high, statistics.mask, strict=True):
+        # NaN fails every comparison, so the condition is written to hold only for good values.
+        if used and not (-1e6 < low < high < 1e6 and high - low > 1e-6):
+            raise BitvlaError(
+                f"{name} statistics of '{label}' are missing or constant (low {low}, high {high}); "
+                "normalising with them would give wrong actions. Compute them from data in which it moves"
+            )
+
+
+def from_dict(kind: type[T], value: Any, origin: str) -> T:
+    """Build a config of type `kind` from plain data; BitvlaError names `origin` and the field at fault."""
+    try:
+        return msgspec.convert(value, kind)
+    except msgspec.ValidationError as error:
+        raise BitvlaError(f"{origin}: {error}") from None
+
+
+def load_toml(kind: type[T], path: Path) -> T:
+    """Read a config of type `kind` from a TOML file."""
+    try:
+        value = tomllib.loads(Path(path).read_text())
+    except OSError as error:
+        raise BitvlaError(f"cannot read the configuration {path}: {error.strerror}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise BitvlaError(f"{path} is not valid TOML: {error}") from None
+    return from_dict(kind, value, str(path))
+
+
+def to_dict(config: msgspec.Struct) -> dict[str, Any]:
+    """Plain data (dicts, lists, numbers, strings) of a config: the inverse of `from_dict`."""
+    return msgspec.to_builtins(config)

@@ -1,0 +1,453 @@
+"""LeRobotDataset v3.0 on disk: written in whole batches of episodes, read as arrays.
+
+    meta/info.json                       what is in it; renamed into place last, so it is the commit point of a batch
+    meta/tasks.parquet  meta/stats.json
+    meta/episodes/chunk-000/file-000.parquet     a row an episode
+    data/chunk-000/file-000.parquet              a row a frame
+    videos/<camera key>/chunk-000/file-000.mp4   the same frames, in the same order
+
+Every batch adds one file of each kind. Files that `info.json` does not count are leftovers of an interrupted batch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from fractions import Fraction
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+import pandas as pd
+from numpy.lib.format import open_memmap
+from numpy.typing import NDArray
+from rich.console import Console
+from rich.progress import track
+
+from bitvla.errors import BitvlaError
+
+VERSION = "v3.0"
+IMAGE_PREFIX = "observation.images."
+_DATA_PATH = "data/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet"
+_VIDEO_PATH = "videos/{video_key}/chunk-{chunk_index:03d}/file-{file_index:03d}.mp4"
+_EPISODES_PATH = "meta/episodes/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet"
+_FILES_PER_CHUNK = 1000
+_DEFAULT_FEATURES = {
+    "timestamp": {"dtype": "float32", "shape": [1], "names": None},
+    "frame_index": {"dtype": "int64", "shape": [1], "names": None},
+    "episode_index": {"dtype": "int64", "shape": [1], "names": None},
+    "index": {"dtype": "int64", "shape": [1], "names": None},
+    "task_index": {"dtype": "int64", "shape": [1], "names": None},
+}
+
+
+@dataclass(frozen=True)
+class Episode:
+    """One demonstration: images uint8 (T, H, W, 3) by camera, vectors float32 (T, n) by feature, and its sentence.
+
+    `extra` holds further facts (numbers, strings) that become columns of the episode table.
+    """
+
+    images: Mapping[str, NDArray[np.uint8]]
+    vectors: Mapping[str, NDArray[np.float32]]
+    task: str
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def length(self) -> int:
+        return len(self.vectors["action"])
+
+
+class LeRobotWriter:
+    """Appends batches of episodes to a dataset. `vectors` gives the names of each vector feature's dimensions."""
+
+    def __init__(
+        self,
+        root: Path,
+        *,
+        robot_type: str,
+        fps: float,
+        cameras: Mapping[str, tuple[int, int]],
+        vectors: Mapping[str, Sequence[str]],
+    ) -> None:
+        self.root, self.fps = Path(root), fps
+        images = {
+            IMAGE_PREFIX + name: _video_feature(height, width, fps) for name, (height, width) in cameras.items()
+        }
+        values = {
+            key: {"dtype": "float32", "shape": [len(names)], "names": list(names)} for key, names in vectors.items()
+        }
+        self._info: dict[str, Any] = {
+            "codebase_version": VERSION,
+            "robot_type": robot_type,
+            "total_episodes": 0,
+            "total_frames": 0,
+            "total_tasks": 0,
+            "chunks_size": _FILES_PER_CHUNK,
+            "data_files_size_in_mb": 100,
+            "video_files_size_in_mb": 500,
+            "fps": int(fps) if float(fps).is_integer() else fps,
+            "splits": {"train": "0:0"},
+            "data_path": _DATA_PATH,
+            "video_path": _VIDEO_PATH,
+            "features": {**values, **images, **_DEFAULT_FEATURES},
+        }
+        self._files = 0
+        existing = self.root / "meta" / "info.json"
+        if existing.exists():
+            info = _read_info(self.root)
+            if info["features"] != self._info["features"] or info["fps"] != self._info["fps"]:
+                raise BitvlaError(
+                    f"{self.root} holds a dataset with other features or another rate; choose another folder"
+                )
+            self._info = info
+            self._files = len(_episode_table(self.root, info)["data/file_index"].unique())
+
+    @property
+    def num_episodes(self) -> int:
+        return int(self._info["total_episodes"])
+
+    def append(self, episodes: Sequence[Episode]) -> None:
+        """Add `episodes` as one batch: all of them or, when anything fails, none."""
+        place = {"chunk_index": self._files // _FILES_PER_CHUNK, "file_index": self._files % _FILES_PER_CHUNK}
+        tasks = self._tasks(episodes)
+        rows = self._episode_rows(episodes, place)
+        for key, feature in self._info["features"].items():
+            if feature["dtype"] == "video":
+                path = self.root / _VIDEO_PATH.format(video_key=key, **place)
+                camera = key.removeprefix(IMAGE_PREFIX)
+                _write_video(path, (frame for e in episodes for frame in e.images[camera]), self.fps)
+        _write_table(self.root / _DATA_PATH.format(**place), self._frame_table(episodes, tasks))
+        _write_table(self.root / _EPISODES_PATH.format(**place), pd.DataFrame(rows))
+        _write_table(
+            self.root / "meta" / "tasks.parquet",
+            pd.DataFrame({"task_index": range(len(tasks))}, index=pd.Index(list(tasks), name="task")),
+            index=True,
+        )
+        info = dict(self._info)
+        info["total_episodes"] += len(episodes)
+        info["total_frames"] += sum(episode.length for episode in episodes)
+        info["total_tasks"] = len(tasks)
+        info["splits"] = {"train": f"0:{info['total_episodes']}"}
+        _write_json(self.root / "meta" / "stats.json", _dataset_stats(self.root, info))
+        _write_json(self.root / "meta" / "info.json", info)
+        self._info, self._files = info, self._files + 1
+
+    def _tasks(self, episodes: Sequence[Episode]) -> dict[str, int]:
+        known: list[str] = []
+        if self.num_episodes:
+            known = list(pd.read_parquet(self.root / "meta" / "tasks.parquet").index[: self._info["total_tasks"]])
+        return {task: i for i, task in enumerate(dict.fromkeys([*known, *(episode.task for episode in episodes)]))}
+
+    def _frame_table(self, episodes: Sequence[Episode], tasks: Mapping[str, int]) -> pd.DataFrame:
+        lengths = [episode.length for episode in episodes]
+        frame_index = np.concatenate([np.arange(length) for length in lengths])
+        columns: dict[str, Any] = {
+            key: list(np.concatenate([episode.vectors[key] for episode in episodes]).astype(np.float32))
+            for key in episodes[0].vectors
+        }
+        columns["timestamp"] = (frame_index / self.fps).astype(np.float32)
+        columns["frame_index"] = frame_index
+        columns["episode_index"] = np.repeat(self.num_episodes + np.arange(len(episodes)), lengths)
+        columns["index"] = self._info["total_frames"] + np.arange(len(frame_index))
+        columns["task_index"] = np.repeat([tasks[episode.task] for episode in episodes], lengths)
+        return pd.DataFrame(columns)
+
+    def _episode_rows(self, episodes: Sequence[Episode], place: Mapping[str, int]) -> list[dict[str, Any]]:
+        rows, begin, file_frame = [], int(self._info["total_frames"]), 0
+        for i, episode in enumerate(episodes):
+            row: dict[str, Any] = {
+                "episode_index": self.num_episodes + i,
+                "tasks": [episode.task],
+                "length": episode.length,
+                "dataset_from_index": begin,
+                "dataset_to_index": begin + episode.length,
+                "data/chunk_index": place["chunk_index"],
+                "data/file_index": place["file_index"],
+                "meta/episodes/chunk_index": place["chunk_index"],
+                "meta/episodes/file_index": place["file_index"],
+            }
+            for camera, images in episode.images.items():
+                key = IMAGE_PREFIX + camera
+                row[f"videos/{key}/chunk_index"] = place["chunk_index"]
+                row[f"videos/{key}/file_index"] = place["file_index"]
+                row[f"videos/{key}/from_timestamp"] = file_frame / self.fps
+                row[f"videos/{key}/to_timestamp"] = (file_frame + episode.length) / self.fps
+                row |= _flat_stats(key, _image_stats(images))
+            for key, values in episode.vectors.items():
+                row |= _flat_stats(key, _vector_stats(values))
+            rows.append(row | dict(episode.extra))
+            begin, file_frame = begin + episode.length, file_frame + episode.length
+        return rows
+
+
+class LeRobotDataset:
+    """A LeRobotDataset v3.0 as arrays; checked when it is opened.
+
+    Attributes (N frames): state (N, S), action (N, A) and environment_state (N, E) or None, float32;
+    episode_index, frame_index (N,) int64; episode_ranges, task_strings by episode; stats by feature.
+
+    Raises BitvlaError, naming the file or the episode, for anything that would silently spoil a training.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self.root = Path(root)
+        self.info = _read_info(self.root)
+        self.features: dict[str, Any] = self.info["features"]
+        self.fps = float(self.info["fps"])
+        self.cameras = [key.removeprefix(IMAGE_PREFIX) for key in self.features if key.startswith(IMAGE_PREFIX)]
+        self.num_episodes, self.num_frames = int(self.info["total_episodes"]), int(self.info["total_frames"])
+        if self.num_episodes == 0:
+            raise BitvlaError(f"the dataset {self.root} holds no episode")
+        self.episodes = _episode_table(self.root, self.info)
+        self._frames = self._frame_table()
+        self.state = self._vectors("observation.state")
+        self.action = self._vectors("action")
+        key = "observation.environment_state"
+        self.environment_state = self._vectors(key) if key in self.features else None
+        self.episode_index = self._frames["episode_index"].to_numpy()
+        self.frame_index = self._frames["frame_index"].to_numpy()
+        self.episode_ranges = list(
+            zip(self.episodes["dataset_from_index"], self.episodes["dataset_to_index"], strict=True)
+        )
+        self._check_episodes()
+        tasks = _read_table(self.root / "meta" / "tasks.parquet")
+        names = dict(zip(tasks["task_index"], tasks.index, strict=True))
+        first = self._frames["task_index"].to_numpy()[[begin for begin, _ in self.episode_ranges]]
+        self.task_strings = [str(names[i]) for i in first]
+
+    @cached_property
+    def stats(self) -> dict[str, dict[str, list[float]]]:
+        """min, max, mean, std, q01, q99 and count of state and action, as stored; missing or constant ones refused."""
+        path = self.root / "meta" / "stats.json"
+        try:
+            stats: dict[str, dict[str, list[float]]] = json.loads(path.read_text())
+        except (OSError, ValueError) as error:
+            raise BitvlaError(f"{path} cannot be read ({error}): the dataset has no statistics") from None
+        for key in ("observation.state", "action"):
+            names = self.features[key]["names"]
+            low, high = (stats.get(key, {}).get(bound) for bound in ("q01", "q99"))
+            if low is None or high is None or len(low) != len(names) or len(high) != len(names):
+                raise BitvlaError(f"{path} lacks the quantiles q01 and q99 of '{key}'; compute the statistics again")
+            for name, a, b in zip(names, low, high, strict=True):
+                if not (np.isfinite(a) and np.isfinite(b) and b - a > 1e-6):
+                    raise BitvlaError(f"'{name}' of '{key}' is constant or not finite (q01 {a}, q99 {b}) in {self.root}")
+        return stats
+
+    def images(self, camera: str) -> NDArray[np.uint8]:
+        """All frames of `camera`, uint8 (N, H, W, 3), mapped from a cache that is decoded once."""
+        if camera not in self.cameras:
+            raise BitvlaError(f"the dataset has no camera '{camera}', it has {', '.join(self.cameras)}")
+        path = self.root / ".cache" / f"{camera}-{_digest(self.info)}.npy"
+        if not path.exists():
+            self._decode(camera, path)
+        return np.load(path, mmap_mode="r")
+
+    def _decode(self, camera: str, path: Path) -> None:
+        path.parent.mkdir(exist_ok=True)
+        temporary = path.with_suffix(".tmp")
+        shape = (self.num_frames, *self.features[IMAGE_PREFIX + camera]["shape"])
+        cache = open_memmap(temporary, mode="w+", dtype=np.uint8, shape=shape)
+        key = f"videos/{IMAGE_PREFIX}{camera}"
+        files = list(self.episodes.groupby([f"{key}/chunk_index", f"{key}/file_index"], sort=True))
+        console = Console(stderr=True)
+        for (chunk, file), episodes in track(files, description=f"decoding {camera}", console=console):
+            video = self.root / self.info["video_path"].format(
+                video_key=IMAGE_PREFIX + camera, chunk_index=chunk, file_index=file
+            )
+            begin, end = int(episodes["dataset_from_index"].min()), int(episodes["dataset_to_index"].max())
+            count = 0
+            for frame in _read_video(video):
+                if begin + count < end:
+                    cache[begin + count] = frame
+                count += 1
+            if count != end - begin:
+                raise BitvlaError(f"{video} has {count} frames, its episodes have {end - begin}: it is truncated")
+        cache.flush()
+        del cache
+        os.replace(temporary, path)
+
+    def _frame_table(self) -> pd.DataFrame:
+        places = self.episodes[["data/chunk_index", "data/file_index"]].drop_duplicates()
+        tables = [
+            _read_table(self.root / self.info["data_path"].format(chunk_index=chunk, file_index=file))
+            for chunk, file in places.itertuples(index=False)
+        ]
+        table = pd.concat(tables, ignore_index=True)
+        if len(table) != self.num_frames:
+            raise BitvlaError(f"{self.root} has {len(table)} frames in its tables, info.json says {self.num_frames}")
+        return table
+
+    def _vectors(self, key: str) -> NDArray[np.float32]:
+        if key not in self._frames:
+            raise BitvlaError(f"the dataset {self.root} has no '{key}'")
+        values = np.stack(self._frames[key].to_numpy()).astype(np.float32)
+        if not np.isfinite(values).all():
+            frame = int(np.flatnonzero(~np.isfinite(values).all(axis=1))[0])
+            episode = int(self._frames["episode_index"].iloc[frame])
+            raise BitvlaError(f"'{key}' of episode {episode} in {self.root} is not finite (frame {frame})")
+        return values
+
+    def _check_episodes(self) -> None:
+        expected = 0
+        for i, (begin, end) in enumerate(self.episode_ranges):
+            inside = self.episode_index[begin:end]
+            if begin != expected or end <= begin or len(inside) != end - begin or np.any(inside != i):
+                raise BitvlaError(f"episode {i} of {self.root} is broken: frames {begin} to {end} do not belong to it")
+            expected = end
+
+
+def _video_feature(height: int, width: int, fps: float) -> dict[str, Any]:
+    info = {
+        "video.height": height,
+        "video.width": width,
+        "video.codec": "h264",
+        "video.pix_fmt": "yuv420p",
+        "video.is_depth_map": False,
+        "video.fps": fps,
+        "video.channels": 3,
+        "has_audio": False,
+    }
+    names = ["height", "width", "channels"]
+    return {"dtype": "video", "shape": [height, width, 3], "names": names, "info": info}
+
+
+def _write_video(path: Path, frames: Iterator[NDArray[np.uint8]], fps: float) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp.mp4")
+    with av.open(str(temporary), "w") as container:
+        stream: Any = None
+        for frame in frames:
+            if stream is None:
+                stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1000))
+                stream.height, stream.width = frame.shape[:2]
+                stream.pix_fmt = "yuv420p"
+                # A key frame every two frames, so that training tools can seek; quality near the original.
+                stream.options = {"crf": "17", "g": "2", "preset": "veryfast"}
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")))
+        container.mux(stream.encode())
+    os.replace(temporary, path)
+
+
+def _read_video(path: Path) -> Iterator[NDArray[np.uint8]]:
+    try:
+        with av.open(str(path)) as container:
+            for frame in container.decode(video=0):
+                yield frame.to_ndarray(format="rgb24")
+    except (av.FFmpegError, OSError) as error:
+        raise BitvlaError(f"{path} cannot be decoded: {error}") from None
+
+
+def _write_table(path: Path, table: pd.DataFrame, index: bool = False) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    table.to_parquet(temporary, index=index)
+    os.replace(temporary, path)
+
+
+def _read_table(path: Path) -> pd.DataFrame:
+    try:
+        return pd.read_parquet(path)
+    except (OSError, ValueError) as error:
+        raise BitvlaError(f"{path} cannot be read: {str(error).splitlines()[0]}") from None
+
+
+def _write_json(path: Path, value: Any) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(value, indent=2))
+    os.replace(temporary, path)
+
+
+def _read_info(root: Path) -> dict[str, Any]:
+    path = root / "meta" / "info.json"
+    try:
+        info = json.loads(path.read_text())
+        version = info["codebase_version"]
+        info["features"], info["fps"], info["total_episodes"], info["total_frames"]  # noqa: B018
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise BitvlaError(f"{root} is not a LeRobotDataset: meta/info.json cannot be read ({error!r})") from None
+    if version != VERSION:
+        raise BitvlaError(f"{root} is a LeRobotDataset {version}, needed is {VERSION}; convert it with the lerobot tools")
+    return dict(info)
+
+
+def _episode_table(root: Path, info: Mapping[str, Any]) -> pd.DataFrame:
+    """Rows of the committed episodes, in order."""
+    paths = sorted((root / "meta" / "episodes").glob("chunk-*/file-*.parquet"))
+    if not paths:
+        raise BitvlaError(f"{root} has no episode table (meta/episodes)")
+    table = pd.concat([_read_table(path) for path in paths], ignore_index=True).sort_values("episode_index")
+    table = table[table["episode_index"] < info["total_episodes"]].reset_index(drop=True)
+    if len(table) != info["total_episodes"]:
+        raise BitvlaError(f"{root} lists {len(table)} episodes, info.json says {info['total_episodes']}")
+    return table
+
+
+def _vector_stats(values: NDArray[np.float32]) -> dict[str, Any]:
+    wide = values.astype(np.float64)
+    return {
+        "min": wide.min(0).tolist(),
+        "max": wide.max(0).tolist(),
+        "mean": wide.mean(0).tolist(),
+        "std": wide.std(0).tolist(),
+        "q01": np.quantile(wide, 0.01, axis=0).tolist(),
+        "q99": np.quantile(wide, 0.99, axis=0).tolist(),
+        "count": [len(wide)],
+    }
+
+
+def _image_stats(images: NDArray[np.uint8]) -> dict[str, Any]:
+    """Per channel, in [0, 1], over a few frames; shape (3, 1, 1) as the lerobot package has it."""
+    sample = images[:: max(1, len(images) // 8)].astype(np.float64) / 255
+    kinds = {"min": sample.min, "max": sample.max, "mean": sample.mean, "std": sample.std}
+    stats = {name: [[[value]] for value in reduce(axis=(0, 1, 2))] for name, reduce in kinds.items()}
+    return {**stats, "count": [len(sample)]}
+
+
+def _flat_stats(key: str, stats: Mapping[str, Any]) -> dict[str, Any]:
+    return {f"stats/{key}/{name}": value for name, value in stats.items()}
+
+
+def _dataset_stats(root: Path, info: Mapping[str, Any]) -> dict[str, Any]:
+    """Exact statistics of vectors over all frames; of images, the average over episodes."""
+    episodes = _episode_table(root, info)
+    places = episodes[["data/chunk_index", "data/file_index"]].drop_duplicates()
+    tables = [
+        _read_table(root / _DATA_PATH.format(chunk_index=chunk, file_index=file))
+        for chunk, file in places.itertuples(index=False)
+    ]
+    frames = pd.concat(tables, ignore_index=True)
+    stats: dict[str, Any] = {}
+    for key, feature in info["features"].items():
+        if feature["dtype"] == "video":
+            columns = {name: episodes[f"stats/{key}/{name}"] for name in ("min", "max", "mean", "std", "count")}
+            arrays = {name: np.stack([_nested(value) for value in column]) for name, column in columns.items()}
+            stats[key] = {
+                "min": arrays["min"].min(0).tolist(),
+                "max": arrays["max"].max(0).tolist(),
+                "mean": arrays["mean"].mean(0).tolist(),
+                "std": arrays["std"].mean(0).tolist(),
+                "count": [int(arrays["count"].sum())],
+            }
+        else:
+            values = frames[key].to_numpy()
+            vectors = np.stack(values) if len(feature["names"] or []) else values[:, None]
+            stats[key] = _vector_stats(vectors)
+    return stats
+
+
+def _nested(value: Any) -> NDArray[np.float64]:
+    """Parquet gives nested lists back as arrays of arrays."""
+    if isinstance(value, np.ndarray) and value.dtype == object:
+        return np.stack([_nested(item) for item in value])
+    return np.asarray(value, dtype=np.float64)
+
+
+def _digest(info: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(info, sort_keys=True).encode()).hexdigest()[:16]

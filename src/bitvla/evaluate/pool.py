@@ -1,0 +1,104 @@
+"""Workers in parallel processes: hand out jobs, replace the dead, lose nothing."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Collection, Iterator, Sequence
+from multiprocessing.connection import Connection, wait
+from types import TracebackType
+from typing import Any, NamedTuple
+
+from bitvla.errors import BitvlaError
+from bitvla.evaluate.process import ProcessError, Remote
+from bitvla.evaluate.record import Episode, Job, PolicyFacts, Protocol
+from bitvla.evaluate.worker import SimulatorFacts, Worker
+
+ATTEMPTS = 2  # a job whose process died is run once more, then recorded as an error
+
+
+class _Task(NamedTuple):
+    job: Job
+    attempt: int
+
+
+class Pool:
+    """Up to `size` workers made by `Worker(*spec)`; a context manager that leaves no process behind."""
+
+    def __init__(self, spec: tuple[Any, ...], size: int, threads: int) -> None:
+        self._spec, self.size, self._threads = spec, size, threads
+        self._idle: list[Remote] = []
+        self._busy: dict[Connection, tuple[Remote, _Task | None]] = {}  # None: the worker is starting
+
+    def describe(self) -> tuple[PolicyFacts, SimulatorFacts]:
+        """Start the first worker and ask it what it runs. BitvlaError when it cannot run."""
+        worker = self._start()
+        self._finish_start(worker)
+        try:
+            facts: tuple[PolicyFacts, SimulatorFacts] = worker.call("facts")
+        except ProcessError as error:
+            raise BitvlaError(f"the simulator could not be started: {error}") from None
+        return facts
+
+    def run(
+        self, jobs: Sequence[Job], protocol: Protocol, filmed: Collection[Job]
+    ) -> Iterator[tuple[Episode, bytes | None]]:
+        """Run all jobs; yield each episode, with its film if its job is in `filmed`, as it ends."""
+        queue = deque(_Task(job, 1) for job in jobs)
+        while queue or any(task for _, task in self._busy.values()):
+            self._employ(queue, protocol, filmed)
+            for connection in wait(list(self._busy)):
+                yield from self._collect(connection, queue)  # type: ignore[arg-type]
+
+    def _employ(self, queue: deque[_Task], protocol: Protocol, filmed: Collection[Job]) -> None:
+        while queue and self._idle:
+            worker, task = self._idle.pop(), queue.popleft()
+            self._busy[worker.connection] = (worker, task)
+            try:
+                worker.send("run", task.job, protocol, task.job in filmed)
+            except ProcessError:
+                continue  # its closed connection is collected next
+        starting = sum(task is None for _, task in self._busy.values())
+        for _ in range(min(len(queue) - starting, self.size - len(self._busy))):
+            self._start()
+
+    def _collect(self, connection: Connection, queue: deque[_Task]) -> Iterator[tuple[Episode, bytes | None]]:
+        worker, task = self._busy[connection]
+        if task is None:
+            self._finish_start(worker)
+            return
+        del self._busy[connection]
+        try:
+            episode, film = worker.receive()
+        except ProcessError as error:
+            worker.close(grace=0)  # whatever is wrong with it must not touch the next job
+            if task.attempt < ATTEMPTS:
+                queue.appendleft(_Task(task.job, task.attempt + 1))
+                return
+            job = task.job
+            yield Episode(task=job.task, seed=job.seed, group=job.group, attempts=task.attempt, error=str(error)), None
+            return
+        self._idle.append(worker)
+        yield episode, film
+
+    def _start(self) -> Remote:
+        worker = Remote(Worker, *self._spec, threads=self._threads)
+        self._busy[worker.connection] = (worker, None)
+        return worker
+
+    def _finish_start(self, worker: Remote) -> None:
+        try:
+            worker.receive()
+        except ProcessError as error:
+            raise BitvlaError(f"a worker could not start ({error}); try fewer processes") from None
+        del self._busy[worker.connection]
+        self._idle.append(worker)
+
+    def __enter__(self) -> Pool:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        workers = [*self._idle, *(worker for worker, _ in self._busy.values())]
+        for worker in workers:
+            worker.connection.close()  # told all at once, they end side by side
+        for worker in workers:
+            worker.close(grace=5 if kind is None else 0)

@@ -1,0 +1,150 @@
+"""The result of an evaluation: its episodes and what they add up to. Reports and comparisons need nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import msgspec
+
+from bitvla.errors import BitvlaError
+from bitvla.evaluate.record import Episode, Machine, PolicyFacts, Protocol, Record, jobs
+from bitvla.evaluate.statistics import Latency, Paired, Rate, latency, paired, rate_of
+
+FORMAT = 1
+INITIAL_STATE_TOLERANCE = 1e-4  # metres; two machines may settle a scene in different last bits
+
+
+class Obedience(Record, frozen=True, kw_only=True):
+    """Did the sentence decide what was done? One a group of tasks that share a scene.
+
+    `matrix[i][j]`: runs in which task i was asked for and task j done first; the last column is nothing. `obeyed`:
+    runs that did what was asked. `obeyed_when_done`: the same among runs that did anything. `changed`: scenes in
+    which not all sentences led to the same thing being done. `all_obeyed`: scenes in which every sentence was obeyed.
+    """
+
+    group: tuple[str, ...]
+    matrix: tuple[tuple[int, ...], ...]
+    obeyed: Rate
+    obeyed_when_done: Rate
+    changed: Rate
+    all_obeyed: Rate
+
+
+class Result(Record, frozen=True, kw_only=True):
+    """A whole evaluation. `wall_seconds` is the time of the call that completed it."""
+
+    format: int = FORMAT
+    date: str
+    protocol: Protocol
+    policy: PolicyFacts
+    versions: dict[str, str]
+    machine: Machine
+    processes: int
+    wall_seconds: float
+    policy_peak_bytes: int
+    total: Rate
+    tasks: dict[str, Rate]
+    errors: int
+    latency: Latency | None
+    obedience: tuple[Obedience, ...]
+    episodes: tuple[Episode, ...]
+
+
+def summarize(
+    *,
+    date: str,
+    protocol: Protocol,
+    policy: PolicyFacts,
+    versions: dict[str, str],
+    machine: Machine,
+    processes: int,
+    wall_seconds: float,
+    episodes: Sequence[Episode],
+) -> Result:
+    """A result from its episodes, in the order of the protocol."""
+    order = {job: index for index, job in enumerate(jobs(protocol))}
+    episodes = sorted(episodes, key=lambda episode: order[episode.job])
+    tasks = {task: rate_of(e.success for e in episodes if e.task == task) for task in protocol.tasks}
+    return Result(
+        date=date,
+        protocol=protocol,
+        policy=policy,
+        versions=versions,
+        machine=machine,
+        processes=processes,
+        wall_seconds=wall_seconds,
+        policy_peak_bytes=max((episode.policy_peak_bytes for episode in episodes), default=0),
+        total=rate_of(episode.success for episode in episodes),
+        tasks=tasks,
+        errors=sum(episode.error is not None for episode in episodes),
+        latency=latency([ms for episode in episodes for ms in episode.chunk_ms]),
+        obedience=tuple(_obedience(group, episodes) for group in protocol.groups),
+        episodes=tuple(episodes),
+    )
+
+
+def _obedience(group: tuple[str, ...], episodes: Sequence[Episode]) -> Obedience:
+    runs = [episode for episode in episodes if episode.group == group and episode.error is None]
+    columns = (*group, None)
+    scenes: dict[int, list[Episode]] = {}
+    for run in runs:
+        scenes.setdefault(run.seed, []).append(run)
+    whole = [scene for scene in scenes.values() if len(scene) == len(group)]
+    return Obedience(
+        group=group,
+        matrix=tuple(
+            tuple(sum(run.task == asked and run.done == done for run in runs) for done in columns) for asked in group
+        ),
+        obeyed=rate_of(run.success for run in runs),
+        obeyed_when_done=rate_of(run.success for run in runs if run.done is not None),
+        changed=rate_of(len({run.done for run in scene}) > 1 for scene in whole),
+        all_obeyed=rate_of(all(run.success for run in scene) for scene in whole),
+    )
+
+
+class Comparison(Record, frozen=True, kw_only=True):
+    """Two results on the same initial states: overall and task by task."""
+
+    a: str
+    b: str
+    total: Paired
+    tasks: dict[str, Paired]
+
+
+def compare(a: Result, b: Result) -> Comparison:
+    """Compare two policies pair by pair: same task, same seed, same initial state, same rules.
+
+    Raises BitvlaError when the protocols or the initial states differ, or an episode had an error: such results may
+    not be compared.
+    """
+    _same("protocol", msgspec.structs.asdict(a.protocol), msgspec.structs.asdict(b.protocol))
+    pairs = list(zip(a.episodes, b.episodes, strict=True))
+    for x, y in pairs:
+        broken = x.error or y.error
+        if broken:
+            raise BitvlaError(f"cannot compare: {x.task} with seed {x.seed} was not run ({broken}); evaluate it again")
+        if not _same_start(x, y):
+            raise BitvlaError(
+                f"cannot compare: {x.task} with seed {x.seed} did not start from the same state in both results; "
+                "evaluate both with the same version of the simulator"
+            )
+    by_task = {task: [(x.success, y.success) for x, y in pairs if x.task == task] for task in a.protocol.tasks}
+    return Comparison(
+        a=f"{a.policy.name} ({a.policy.precision})",
+        b=f"{b.policy.name} ({b.policy.precision})",
+        total=paired([x.success for x, _ in pairs], [y.success for _, y in pairs]),
+        tasks={task: paired([x for x, _ in outcomes], [y for _, y in outcomes]) for task, outcomes in by_task.items()},
+    )
+
+
+def _same(what: str, a: dict[str, Any], b: dict[str, Any]) -> None:
+    for name, value in a.items():
+        if value != b[name]:
+            raise BitvlaError(f"cannot compare: the {what}s differ in {name} ({value} and {b[name]})")
+
+
+def _same_start(x: Episode, y: Episode) -> bool:
+    if x.instruction != y.instruction or len(x.initial) != len(y.initial):
+        return False
+    return all(abs(p - q) <= INITIAL_STATE_TOLERANCE for p, q in zip(x.initial, y.initial, strict=True))

@@ -1,0 +1,195 @@
+"""Evaluation: a policy runs every episode of a protocol, in parallel processes, and nothing that ran is lost."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import platform
+import time
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+
+import msgspec
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from bitvla.errors import BitvlaError
+from bitvla.evaluate.files import Header, Journal, save, write_whole
+from bitvla.evaluate.policy_host import PolicySource
+from bitvla.evaluate.pool import Pool
+from bitvla.evaluate.record import Episode, Machine, PolicyFacts, Protocol, jobs
+from bitvla.evaluate.result import Result, summarize
+from bitvla.evaluate.statistics import rate_of
+from bitvla.evaluate.worker import SimulatorFacts, SimulatorSource
+
+ERRORS_IN_A_ROW = 5  # so many errors without one good episode: something is broken, stop
+
+
+def evaluate(
+    policy: PolicySource | Path,
+    *,
+    env: SimulatorSource = "metaworld",
+    suite: str = "mt10",
+    episodes: int = 50,
+    first_seed: int = 0,
+    execute_horizon: int | None = None,
+    max_steps: int | None = None,
+    full_precision: bool = False,
+    processes: int | None = None,
+    threads: int = 1,
+    out: Path | None = None,
+    resume: bool = True,
+    films: Path | None = None,
+    on_episode: Callable[[Episode], None] | None = None,
+    console: Console | None = None,
+) -> Result:
+    """Run `episodes` episodes of every task of `suite` and return the result.
+
+    Args:
+        policy: a policy file; with `full_precision` a training checkpoint, run by PyTorch. Or a picklable function
+            that makes an object with reset(), act(observation), info() and config.
+        env: a simulator's name, or a picklable function that makes one (called with `image_size`).
+        suite: a suite or task of the simulator. "swap" measures obedience: tasks that share one scene, told apart
+            by the sentence alone.
+        first_seed: episode i starts from the simulator's state of seed first_seed + i.
+        execute_horizon, max_steps: override what the policy and the simulator ask for.
+        processes: simulators side by side, each with a policy process of its own; default: one a core.
+        threads: of each policy process.
+        out: write the result there (JSON). Until it is complete, its episodes lie beside it in OUT.partial.jsonl,
+            and the same call goes on from them; `resume=False` starts anew.
+        films: folder for a film (MP4) of each task's first episode.
+        on_episode: called with each episode when it has ended.
+        console: where a progress bar is shown (default: standard error).
+
+    Raises:
+        BitvlaError: policy and simulator cannot be had or do not fit, files cannot be written, or every episode
+            fails. KeyboardInterrupt passes; what was done until then is kept.
+    """
+    if episodes < 1 or first_seed < 0:
+        raise BitvlaError(f"{episodes} episodes from seed {first_seed} cannot be run: at least 1, from at least 0")
+    source = policy if callable(policy) else str(policy)
+    spec = (source, env, suite, threads, full_precision)
+    start = time.perf_counter()
+    with Pool(spec, processes or available_cores(), threads) as pool:
+        policy_facts, simulator = pool.describe()
+        protocol = _protocol(policy_facts, simulator, suite, episodes, first_seed, execute_horizon, max_steps)
+        with _journal(out, protocol, policy_facts, simulator, resume) as journal:
+            _run(pool, protocol, journal, films, on_episode, console)
+            result = summarize(
+                date=datetime.now(UTC).isoformat(timespec="seconds"),
+                protocol=protocol,
+                policy=policy_facts,
+                versions=simulator.versions,
+                machine=machine(),
+                processes=pool.size,
+                wall_seconds=round(time.perf_counter() - start, 3),
+                episodes=list(journal.episodes.values()),
+            )
+            if out is not None:
+                save(result, out)
+            journal.complete = True
+    return result
+
+
+def _protocol(
+    policy: PolicyFacts,
+    simulator: SimulatorFacts,
+    suite: str,
+    episodes: int,
+    first_seed: int,
+    execute_horizon: int | None,
+    max_steps: int | None,
+) -> Protocol:
+    horizon = execute_horizon or policy.execute_horizon
+    if not 1 <= horizon <= policy.horizon:
+        raise BitvlaError(f"cannot play {horizon} actions of a chunk: the policy answers {policy.horizon} at a time")
+    return Protocol(
+        simulator=simulator.name,
+        suite=suite,
+        tasks=simulator.tasks,
+        groups=simulator.groups,
+        episodes=episodes,
+        first_seed=first_seed,
+        max_steps=max_steps or simulator.max_steps,
+        execute_horizon=horizon,
+        image_size=simulator.image_size,
+        stop="first_done" if simulator.groups else "success",
+    )
+
+
+def _journal(
+    out: Path | None, protocol: Protocol, policy: PolicyFacts, simulator: SimulatorFacts, resume: bool
+) -> Journal:
+    header = Header(protocol=protocol, policy=policy.digest, precision=policy.precision, versions=simulator.versions)
+    return Journal(out and out.with_name(f"{out.name}.partial.jsonl"), header, resume)
+
+
+def _run(
+    pool: Pool,
+    protocol: Protocol,
+    journal: Journal,
+    films: Path | None,
+    on_episode: Callable[[Episode], None] | None,
+    console: Console | None,
+) -> None:
+    """Run what the journal lacks, and write down every episode as it ends."""
+    every = jobs(protocol)
+    filmed = {job for job in every if job.seed == protocol.first_seed} if films else set()
+    errors = 0
+    with _progress(len(every), journal, console) as show:
+        for episode, film in pool.run([job for job in every if job not in journal.episodes], protocol, filmed):
+            if film is not None and films is not None:
+                episode = _keep_film(episode, film, films, journal.path)
+            journal.add(episode)
+            show()
+            if on_episode is not None:
+                on_episode(episode)
+            errors = errors + 1 if episode.error else 0
+            if errors == min(ERRORS_IN_A_ROW, len(every)):
+                raise BitvlaError(f"stopped: {errors} episodes in a row could not be run: {episode.error}")
+
+
+def _keep_film(episode: Episode, film: bytes, folder: Path, beside: Path | None) -> Episode:
+    """Save a film; its path is recorded relative to the result, so that both can be moved together."""
+    scene = f"-in-{'-'.join(episode.group)}" if episode.group else ""
+    path = folder / f"{episode.task}{scene}-{episode.seed}.mp4"
+    write_whole(path, film)
+    video = os.path.relpath(path, beside.parent) if beside else str(path)
+    return msgspec.structs.replace(episode, video=video)
+
+
+@contextlib.contextmanager
+def _progress(total: int, journal: Journal, console: Console | None) -> Iterator[Callable[[], None]]:
+    """A progress bar on standard error with the success rate so far."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console or Console(stderr=True)) as bar:
+        task = bar.add_task("starting", total=total)
+
+        def show() -> None:
+            rate = rate_of(episode.success for episode in journal.episodes.values())
+            text = f"success {rate.rate:.0%} [{rate.low:.0%}, {rate.high:.0%}]" if rate.total else "running"
+            bar.update(task, completed=rate.total, description=text)
+
+        show()
+        yield show
+
+
+def available_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def machine() -> Machine:
+    """What this evaluation runs on."""
+    cpu = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError, IndexError):
+        cpu = Path("/proc/cpuinfo").read_text().split("model name")[1].split("\n")[0].strip(" \t:")
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return Machine(cpu=cpu, cores=available_cores(), memory_bytes=memory, system=platform.platform())

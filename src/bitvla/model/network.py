@@ -1,0 +1,220 @@
+"""The BitVLA network in PyTorch, for training. Its twin for the robot is `bitvla.runtime.network`.
+
+    images -> vision tower -> connector -.
+    instruction -> embeddings -----------+-> [text | images | proprio | text | slots | stop] -> decoder -> action head
+    state -> proprio projector ----------'
+
+Blocks are those of `transformers` (SigLIP, BitNet) with our ternary linear layers put in; parameter names are those of
+the published BitVLA checkpoints. Tensor letters: B batch, V views, P patches, S sequence, H hidden.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import BitNetConfig, SiglipVisionConfig
+from transformers.models.bitnet.modeling_bitnet import BitNetDecoderLayer, BitNetRMSNorm, BitNetRotaryEmbedding
+from transformers.models.siglip.modeling_siglip import SiglipEncoderLayer, SiglipVisionEmbeddings
+
+from bitvla.config import ActionConfig, LanguageConfig, PolicyConfig, VisionConfig
+from bitvla.model.ternary import make_ternary
+
+
+# On a CPU the backward pass of PyTorch's fused attention is several times slower than plain products at these lengths.
+ATTENTION = "sdpa" if torch.cuda.is_available() else "eager"
+
+
+class Batch(NamedTuple):
+    """What the network sees. Sequences of different lengths are padded on the left; `padding` marks those tokens."""
+
+    pixels: Tensor  # float (B, V, 3, size, size)
+    token_ids: Tensor  # int64 (B, S)
+    padding: Tensor  # bool (B, S), True where padded
+    state: Tensor  # float (B, state_dim), normalised
+
+
+class Output(NamedTuple):
+    """Normalised actions (B, horizon, dim) and, when asked for, the hidden states that distillation aligns."""
+
+    actions: Tensor
+    vision_states: list[Tensor]  # each (B * V, P, H)
+    decoder_states: list[Tensor]  # each (B, S, H)
+    proprio_state: Tensor  # (B, H): the final state at the proprio token
+
+
+class VisionTower(nn.Module):
+    """SigLIP without its final norm: the features are the output of the last layer."""
+
+    def __init__(self, config: VisionConfig) -> None:
+        super().__init__()
+        siglip = SiglipVisionConfig(
+            hidden_size=config.hidden_size,
+            intermediate_size=config.intermediate_size,
+            num_hidden_layers=config.num_layers,
+            num_attention_heads=config.num_heads,
+            image_size=config.image_size,
+            patch_size=config.patch_size,
+            layer_norm_eps=config.layer_norm_eps,
+            hidden_act="gelu_pytorch_tanh",
+            attn_implementation=ATTENTION,
+        )
+        self.vision_model = nn.Module()
+        self.vision_model.embeddings = SiglipVisionEmbeddings(siglip)
+        self.vision_model.encoder = nn.Module()
+        self.vision_model.encoder.layers = nn.ModuleList(SiglipEncoderLayer(siglip) for _ in range(config.num_layers))
+
+    def forward(self, pixels: Tensor) -> list[Tensor]:
+        """Hidden states (B, P, H) before the first and after every layer."""
+        states = [self.vision_model.embeddings(pixels)]
+        for layer in self.vision_model.encoder.layers:
+            states.append(layer(states[-1], attention_mask=None))
+        return states
+
+
+class Connector(nn.Module):
+    """Two linear layers with an exact GELU between them, from vision width to language width."""
+
+    def __init__(self, vision: VisionConfig, language: LanguageConfig) -> None:
+        super().__init__()
+        self.linear_1 = nn.Linear(vision.hidden_size, language.hidden_size)
+        self.linear_2 = nn.Linear(language.hidden_size, language.hidden_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear_2(nn.functional.gelu(self.linear_1(x)))
+
+
+class Decoder(nn.Module):
+    """BitNet decoder over embeddings, bidirectional or causal."""
+
+    def __init__(self, config: LanguageConfig) -> None:
+        super().__init__()
+        self.bidirectional = config.bidirectional
+        bitnet = BitNetConfig(
+            vocab_size=config.vocab_size,
+            bos_token_id=None,
+            eos_token_id=None,
+            hidden_size=config.hidden_size,
+            intermediate_size=config.intermediate_size,
+            num_hidden_layers=config.num_layers,
+            num_attention_heads=config.num_heads,
+            num_key_value_heads=config.num_kv_heads,
+            max_position_embeddings=config.max_positions,
+            rms_norm_eps=config.rms_norm_eps,
+            rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
+            hidden_act="relu2",
+            attn_implementation=ATTENTION,
+        )
+        self.model = nn.Module()
+        self.model.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.model.layers = nn.ModuleList(BitNetDecoderLayer(bitnet, i) for i in range(config.num_layers))
+        self.model.norm = BitNetRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.rotary = BitNetRotaryEmbedding(bitnet)
+
+    def forward(self, embeddings: Tensor, padding: Tensor) -> list[Tensor]:
+        """Hidden states (B, S, H) before the first and after every layer; the last one is normalised."""
+        length = embeddings.shape[1]
+        positions = torch.arange(length, device=embeddings.device)[None]
+        allowed = ~padding[:, None, None, :].expand(-1, 1, length, -1)
+        if not self.bidirectional:
+            allowed = allowed & (positions[0][:, None] >= positions[0])
+        # A padded token may see itself: a row without any allowed key would become NaN.
+        allowed = allowed | torch.eye(length, dtype=torch.bool, device=embeddings.device)
+        mask = torch.zeros(allowed.shape, dtype=embeddings.dtype, device=embeddings.device)
+        mask = mask.masked_fill(~allowed, torch.finfo(embeddings.dtype).min)
+        rotary = self.rotary(embeddings, positions)
+        states = [embeddings]
+        for layer in self.model.layers:
+            states.append(layer(states[-1], attention_mask=mask, position_embeddings=rotary))
+        states[-1] = self.model.norm(states[-1])
+        return states
+
+
+class ProprioProjector(nn.Module):
+    """The normalised state as one token of the decoder."""
+
+    def __init__(self, action: ActionConfig, language: LanguageConfig) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(action.state_dim, language.hidden_size)
+        self.fc2 = nn.Linear(language.hidden_size, language.hidden_size)
+
+    def forward(self, state: Tensor) -> Tensor:
+        return self.fc2(nn.functional.gelu(self.fc1(state)))
+
+
+class _ResidualBlock(nn.Module):
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.ffn = nn.Sequential(nn.LayerNorm(size), nn.Linear(size, size), nn.ReLU())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.ffn(x)
+
+
+class ActionHead(nn.Module):
+    """One step of the chunk from the states of its slots: (..., slots_per_step * H) -> (..., dim)."""
+
+    def __init__(self, action: ActionConfig, language: LanguageConfig) -> None:
+        super().__init__()
+        inputs, hidden = action.slots_per_step * language.hidden_size, action.head_hidden_size
+        self.model = nn.Module()
+        self.model.layer_norm1 = nn.LayerNorm(inputs)
+        self.model.fc1 = nn.Linear(inputs, hidden)
+        self.model.mlp_resnet_blocks = nn.ModuleList(_ResidualBlock(hidden) for _ in range(action.head_blocks))
+        self.model.layer_norm2 = nn.LayerNorm(hidden)
+        self.model.fc2 = nn.Linear(hidden, action.dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = nn.functional.relu(self.model.fc1(self.model.layer_norm1(x)))
+        for block in self.model.mlp_resnet_blocks:
+            x = block(x)
+        return self.model.fc2(self.model.layer_norm2(x))
+
+
+class BitVLA(nn.Module):
+    """The whole policy. `image_id` and `proprio_id` are the token ids whose embeddings the inputs replace."""
+
+    def __init__(self, config: PolicyConfig, image_id: int, proprio_id: int) -> None:
+        super().__init__()
+        self.config = config
+        self.image_id, self.proprio_id = image_id, proprio_id
+        self.vision_tower = VisionTower(config.vision)
+        self.multi_modal_projector = Connector(config.vision, config.language)
+        self.language_model = Decoder(config.language)
+        self.proprio_projector = ProprioProjector(config.action, config.language)
+        self.action_head = ActionHead(config.action, config.language)
+        self.apply(_initialize)
+        if config.precision == "ternary":
+            make_ternary(self.vision_tower.vision_model.encoder)
+            make_ternary(self.language_model.model.layers)
+
+    def forward(self, batch: Batch) -> Output:
+        action = self.config.action
+        vision_states = self.vision_tower(batch.pixels.flatten(0, 1))
+        images = self.multi_modal_projector(vision_states[-1]).reshape(len(batch.state), -1)
+
+        embeddings = self.language_model.model.embed_tokens(batch.token_ids)
+        embeddings[:, -1 - action.num_slots : -1] = 0  # slots: told apart by position alone
+        is_image = (batch.token_ids == self.image_id)[..., None]
+        is_proprio = (batch.token_ids == self.proprio_id)[..., None]
+        embeddings = embeddings.masked_scatter(is_image, images.to(embeddings.dtype))
+        proprio = self.proprio_projector(batch.state).to(embeddings.dtype)
+        embeddings = torch.where(is_proprio, proprio[:, None], embeddings)
+
+        decoder_states = self.language_model(embeddings, batch.padding)
+        # The state that answers a slot stands one position before it, as in the reference.
+        slots = decoder_states[-1][:, -2 - action.num_slots : -2]
+        actions = self.action_head(slots.reshape(len(batch.state), action.horizon, -1))
+        proprio_state = (decoder_states[-1] * is_proprio).sum(1)
+        return Output(actions, vision_states, decoder_states, proprio_state)
+
+
+def _initialize(module: nn.Module) -> None:
+    if isinstance(module, nn.Linear | nn.Conv2d):
+        fan_in = module.weight[0].numel()
+        nn.init.normal_(module.weight, std=fan_in**-0.5)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+    elif isinstance(module, nn.Embedding):
+        nn.init.normal_(module.weight, std=0.02 if module.weight.shape[0] <= 4096 else 0.01)

@@ -1,0 +1,71 @@
+"""A training checkpoint as a policy: the PyTorch network with the same `act` as the packed one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from bitvla.model.checkpoint import load_network
+from bitvla.model.network import Batch, BitVLA
+from bitvla.processing.images import check_image, crop_resized, to_pixels
+from bitvla.processing.prompt import Prompt
+from bitvla.processing.vectors import check_state, normalize, unnormalize
+
+
+class TorchPolicy:
+    """Runs a network in float32. `act` answers an observation as `bitvla.load(...).act` does."""
+
+    def __init__(self, network: BitVLA, prompt: Prompt) -> None:
+        self.config = network.config
+        self._network, self._prompt = network.eval(), prompt
+
+    @classmethod
+    def load(cls, checkpoint: Path, threads: int | None = None) -> TorchPolicy:
+        """The policy of a training checkpoint folder."""
+        if threads is not None:
+            torch.set_num_threads(threads)
+        return cls(*load_network(Path(checkpoint)))
+
+    def reset(self) -> None:
+        """Start a new episode. The network has no memory, so there is nothing to forget."""
+
+    def info(self) -> dict[str, Any]:
+        """Name, precision, cameras and rates."""
+        processing = self.config.processing
+        return {
+            "name": self.config.name,
+            "precision": self.config.precision,
+            "cameras": [camera.name for camera in processing.cameras],
+            "control_hz": processing.control_hz,
+            "execute_horizon": processing.execute_horizon,
+            "instruction_set": "pytorch",
+        }
+
+    @torch.inference_mode()
+    def act(self, observation: dict[str, Any]) -> NDArray[np.float32]:
+        """Observation -> chunk, float32 (horizon, dim) in the robot's units."""
+        processing = self.config.processing
+        views = [
+            to_pixels(
+                crop_resized(
+                    check_image(observation["images"][camera.name], camera),
+                    processing.image,
+                    self.config.vision.image_size,
+                ),
+                processing.image,
+            ).transpose(2, 0, 1)
+            for camera in processing.cameras
+        ]
+        state = normalize(check_state(observation["state"], processing.state), processing.state)
+        token_ids = torch.from_numpy(self._prompt.ids(observation["instruction"]))[None]
+        batch = Batch(
+            pixels=torch.from_numpy(np.stack(views))[None],
+            token_ids=token_ids,
+            padding=torch.zeros_like(token_ids, dtype=torch.bool),
+            state=torch.from_numpy(state)[None],
+        )
+        return unnormalize(self._network(batch).actions[0].numpy(), processing.action)

@@ -1,0 +1,66 @@
+"""A camera's image -> the network's pixels. The same function in training (with a random crop) and on the robot."""
+
+from __future__ import annotations
+
+import io
+import math
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from bitvla.config import Camera, ImageProcessing
+from bitvla.errors import BitvlaError
+
+
+def check_image(image: object, camera: Camera) -> NDArray[np.uint8]:
+    """Return `image` if it is what `camera` must deliver: uint8 (height, width, 3). Otherwise BitvlaError."""
+    if not isinstance(image, np.ndarray):
+        raise BitvlaError(f"image '{camera.name}' is a {type(image).__name__}, not a NumPy array")
+    if image.dtype != np.uint8:
+        raise BitvlaError(f"image '{camera.name}' has dtype {image.dtype}; the policy needs uint8 values 0..255")
+    if image.shape != (camera.height, camera.width, 3):
+        raise BitvlaError(
+            f"image '{camera.name}' has shape {image.shape}; the policy was trained on "
+            f"({camera.height}, {camera.width}, 3): height, width, RGB"
+        )
+    return image
+
+
+def crop_resized(
+    image: NDArray[np.uint8],
+    processing: ImageProcessing,
+    size: int,
+    offset: tuple[float, float] = (0.5, 0.5),
+) -> NDArray[np.uint8]:
+    """The uint8 part of the image chain: (H, W, 3) -> (size, size, 3).
+
+    `offset` places the crop: (0.5, 0.5) is the centre (deployment), training draws both in [0, 1].
+    """
+    if processing.rotate180:
+        image = image[::-1, ::-1]
+    picture = Image.fromarray(np.ascontiguousarray(image))
+    if processing.jpeg_quality is not None:
+        buffer = io.BytesIO()
+        picture.save(buffer, "JPEG", quality=processing.jpeg_quality)
+        picture = Image.open(buffer)
+    if processing.resize == "lanczos":
+        picture = picture.resize((size, size), Image.Resampling.LANCZOS)
+    side = math.sqrt(processing.crop_area)
+    left = picture.width * (1 - side) * offset[0]
+    top = picture.height * (1 - side) * offset[1]
+    box = (left, top, left + picture.width * side, top + picture.height * side)
+    return np.asarray(picture.resize((size, size), Image.Resampling.BILINEAR, box=box))
+
+
+def to_pixels(image: NDArray[np.uint8], processing: ImageProcessing) -> NDArray[np.float32]:
+    """The float part of the image chain: uint8 (..., H, W, 3) -> float32 of the same shape, about [-1, 1]."""
+    scale = np.float32(1 / (255 * processing.std))
+    return image.astype(np.float32) * scale - np.float32(processing.mean / processing.std)
+
+
+def to_patches(pixels: NDArray[np.float32], patch_size: int) -> NDArray[np.float32]:
+    """Cut (size, size, 3) into the rows of the patch embedding: (patches, 3 * patch_size**2), channel first."""
+    grid = pixels.shape[0] // patch_size
+    cells = pixels.reshape(grid, patch_size, grid, patch_size, 3).transpose(0, 2, 4, 1, 3)
+    return np.ascontiguousarray(cells.reshape(grid * grid, 3 * patch_size * patch_size))

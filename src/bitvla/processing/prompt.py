@@ -1,0 +1,91 @@
+"""An instruction -> token ids, with places for images, proprio and action slots."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+from tokenizers import Tokenizer
+
+from bitvla.config import PolicyConfig
+from bitvla.errors import BitvlaError
+
+SLOT_ID = 1  # what the reference feeds as an action placeholder; its embedding is replaced by zeros
+
+
+class Prompt:
+    """Builds the token sequence of a policy; one instance a policy, cheap to call for every observation.
+
+    The sequence is: prompt (with image and proprio tokens) | action slots | stop token.
+    """
+
+    def __init__(self, config: PolicyConfig, tokenizer: Tokenizer) -> None:
+        self._prompt = config.processing.prompt
+        self._tokenizer = tokenizer
+        self._num_slots = config.action.num_slots
+        num_image_tokens = config.vision.num_patches * len(config.processing.cameras)
+        self._images = self._prompt.image_token * num_image_tokens
+        self.image_id = self._special(self._prompt.image_token)
+        self.proprio_id = self._special(self._prompt.proprio_token)
+        self.stop_id = self._special(self._prompt.stop_token)
+        self.pad_id = self._special(self._prompt.pad_token)
+        if SLOT_ID in (self.image_id, self.proprio_id):
+            raise BitvlaError(f"the tokenizer's image or proprio token has id {SLOT_ID}, which marks action slots")
+        size = tokenizer.get_vocab_size(with_added_tokens=True)
+        if size > config.language.vocab_size:
+            raise BitvlaError(
+                f"the tokenizer has {size} tokens, the policy's embedding only {config.language.vocab_size} rows: "
+                "this tokenizer belongs to another model"
+            )
+
+    def _special(self, token: str) -> int:
+        token_id = self._tokenizer.token_to_id(token)
+        if token_id is None:
+            raise BitvlaError(f"the tokenizer lacks the special token {token}: it belongs to another model")
+        return int(token_id)
+
+    def ids(self, instruction: str) -> NDArray[np.int64]:
+        """Token ids (length,) of the whole sequence for `instruction`.
+
+        Raises BitvlaError for an instruction that is empty, too long, or would smuggle in special tokens.
+        """
+        if not isinstance(instruction, str) or not instruction.strip():
+            raise BitvlaError(f"the instruction is empty ({instruction!r}); say what the robot should do")
+        text = " ".join(instruction.split())
+        if self._prompt.lower_case:
+            text = text.lower()
+        words = self._tokenizer.encode(text, add_special_tokens=False).ids
+        if {self.image_id, self.proprio_id, self.stop_id, self.pad_id} & set(words):
+            raise BitvlaError(f"the instruction contains reserved tokens ({text[:60]!r}); remove them")
+        length = len(words)
+        if length > self._prompt.max_instruction_tokens:
+            raise BitvlaError(
+                f"the instruction has {length} tokens, the policy was trained for at most "
+                f"{self._prompt.max_instruction_tokens}; shorten it ({text[:40]}...)"
+            )
+        filled = self._prompt.template.replace("{images}", self._images).replace("{instruction}", text)
+        ids = self._tokenizer.encode(filled, add_special_tokens=False).ids
+        return np.asarray([*ids, *[SLOT_ID] * self._num_slots, self.stop_id], dtype=np.int64)
+
+    def slot_states(self, length: int) -> slice:
+        """Positions whose final hidden states feed the action head, one before each slot (as the reference does)."""
+        first_slot = length - 1 - self._num_slots
+        return slice(first_slot - 1, first_slot - 1 + self._num_slots)
+
+
+def train_tokenizer(sentences: Sequence[str], vocab_size: int, special_tokens: Sequence[str]) -> Tokenizer:
+    """A byte-level BPE tokenizer of at most `vocab_size` tokens: any text encodes, the corpus encodes shortly."""
+    from tokenizers import decoders, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=list(special_tokens),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(sentences, trainer)
+    return tokenizer

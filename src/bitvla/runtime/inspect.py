@@ -1,0 +1,105 @@
+"""What is in a policy file: parameters, bytes and bits by part, conventions, statistics, provenance."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+from bitvla.bundle import Bundle, Document, TensorSpec, read, stored_tensors, tensor_specs
+from bitvla.config import Statistics, to_dict
+
+PARTS = {
+    "vision": "vision_tower.",
+    "connector": "multi_modal_projector.",
+    "embeddings": "language_model.model.embed_tokens.",
+    "decoder": "language_model.",
+    "proprio": "proprio_projector.",
+    "head": "action_head.",
+    "golden traces": "golden.",
+}
+
+
+def part_of(tensor: str) -> str:
+    """The part of the policy that a tensor belongs to, by its name."""
+    return next(part for part, prefix in PARTS.items() if tensor.startswith(prefix))
+
+
+def bytes_by_part(document: Document) -> dict[str, int]:
+    """Bytes in the file of each part's tensors."""
+    total = dict.fromkeys(PARTS, 0)
+    for name, stored in stored_tensors(document).items():
+        total[part_of(name)] += stored.nbytes
+    return total
+
+
+def inspect(path: Path) -> dict[str, Any]:
+    """Describe a policy file as plain, JSON-able data. Reads the header only, and the weights of small files."""
+    return describe(read(Path(path)))
+
+
+def describe(bundle: Bundle) -> dict[str, Any]:
+    document, config = bundle.document, bundle.config
+    specs = tensor_specs(config)
+    parameters = sum(math.prod(spec.shape) for spec in specs.values())
+    file_bytes = bundle.path.stat().st_size if bundle.path else None
+    weight_bytes = sum(size for part, size in bytes_by_part(document).items() if part != "golden traces")
+    processing = config.processing
+    return {
+        "name": config.name,
+        "path": str(bundle.path) if bundle.path else None,
+        "sha256": bundle.sha256,
+        "format": document.format,
+        "file_bytes": file_bytes,
+        "weight_bytes": weight_bytes,
+        "bf16_bytes": 2 * parameters,
+        "parameters": parameters,
+        "bits_per_parameter": 8 * weight_bytes / parameters,
+        "precision": _by_precision(document, specs),
+        "parts": _by_part(document, specs),
+        "sizes": {name: to_dict(getattr(config, name)) for name in ("vision", "language", "action")},
+        "conventions": {
+            "cameras": [to_dict(camera) for camera in processing.cameras],
+            "image": to_dict(processing.image),
+            "prompt": to_dict(processing.prompt),
+            "control_hz": processing.control_hz,
+            "horizon": config.action.horizon,
+            "execute_horizon": processing.execute_horizon,
+            "gripper": processing.gripper,
+        },
+        "statistics": {name: _rows(getattr(processing, name)) for name in ("state", "action")},
+        "golden": list(document.golden),
+        "provenance": document.provenance,
+    }
+
+
+def _by_part(document: Document, specs: dict[str, TensorSpec]) -> dict[str, dict[str, Any]]:
+    sizes = bytes_by_part(document)
+    parts: dict[str, dict[str, Any]] = {
+        part: {"parameters": 0, "ternary": 0, "bytes": size} for part, size in sizes.items()
+    }
+    for name, spec in specs.items():
+        entry, count = parts[part_of(name)], math.prod(spec.shape)
+        entry["parameters"] += count
+        entry["ternary"] += count if spec.kind == "ternary" else 0
+    return parts
+
+
+def _by_precision(document: Document, specs: dict[str, TensorSpec]) -> dict[str, dict[str, Any]]:
+    """Parameters, bytes and bits a weight of each storage format; padding and scales are counted as ternary."""
+    stored = stored_tensors(document)
+    formats: dict[str, dict[str, Any]] = {}
+    for name, spec in specs.items():
+        kind = "ternary" if spec.kind == "ternary" else stored[name].dtype.lower()
+        entry = formats.setdefault(kind, {"parameters": 0, "bytes": 0})
+        entry["parameters"] += math.prod(spec.shape)
+        entry["bytes"] += stored[name].nbytes + (stored[f"{name}_scale"].nbytes if kind == "ternary" else 0)
+    for entry in formats.values():
+        entry["bits_per_parameter"] = 8 * entry["bytes"] / entry["parameters"]
+    return formats
+
+
+def _rows(statistics: Statistics) -> list[dict[str, Any]]:
+    fields = ("name", "unit", "low", "high", "normalized")
+    columns = (statistics.names, statistics.units, statistics.low, statistics.high, statistics.mask)
+    return [dict(zip(fields, row, strict=True)) for row in zip(*columns, strict=True)]

@@ -1,0 +1,349 @@
+"""The BitVLA network on the native kernels, without PyTorch. Its twin for training is `bitvla.model.network`.
+
+Every ternary layer takes activations that the step before it has already quantised: norms and activation functions
+write int8 codes directly, and layers with the same input share them. Buffers are made once for each sequence length
+and used again, so a call in steady state allocates nothing large. M rows (tokens), S sequence, H hidden.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+import bitvla._native as native
+from bitvla.bundle import Bundle, to_float32
+from bitvla.errors import BitvlaError
+from bitvla.processing.prompt import Prompt
+from bitvla.quantization import padded
+
+Floats = NDArray[np.float32]
+
+HEAD_EPSILON = 1e-5  # of the action head's norms: PyTorch's default, which BitVLA uses
+
+
+class Ternary(NamedTuple):
+    """A packed linear layer from `columns` to `rows` values."""
+
+    packed: NDArray[np.uint8]
+    rows: int
+    columns: int
+    scale: float
+    bias: Floats | None
+
+
+class Linear(NamedTuple):
+    """A full-precision linear layer (float32 or bfloat16) or, by the same name, the gain and bias of a LayerNorm."""
+
+    weight: NDArray[Any]
+    bias: Floats
+
+
+class Quantized(NamedTuple):
+    """Activations as codes int8 (M, K padded), a scale float32 (M,) and a sum of codes int32 (M,) for each token."""
+
+    codes: NDArray[np.int8]
+    scales: Floats
+    sums: NDArray[np.int32]
+
+    def rows(self, rows: slice) -> Quantized:
+        return Quantized(self.codes[rows], self.scales[rows], self.sums[rows])
+
+
+class VisionLayer(NamedTuple):
+    layer_norm1: Linear
+    q_proj: Ternary
+    k_proj: Ternary
+    v_proj: Ternary
+    out_proj: Ternary
+    layer_norm2: Linear
+    fc1: Ternary
+    fc2: Ternary
+
+
+class DecoderLayer(NamedTuple):
+    input_layernorm: Floats
+    q_proj: Ternary
+    k_proj: Ternary
+    v_proj: Ternary
+    attn_sub_norm: Floats
+    o_proj: Ternary
+    post_attention_layernorm: Floats
+    gate_proj: Ternary
+    up_proj: Ternary
+    ffn_sub_norm: Floats
+    down_proj: Ternary
+
+
+class Plan(NamedTuple):
+    """Where everything stands in the token sequence of one instruction."""
+
+    length: int
+    text_positions: NDArray[np.int64]
+    text_ids: NDArray[np.int64]
+    image_positions: NDArray[np.int64]
+    proprio_positions: NDArray[np.int64]
+    slots: slice  # the action slots, which start as zeros
+    answers: slice  # the positions whose final states the action head reads
+
+
+def plan(prompt: Prompt, instruction: str, num_slots: int, max_positions: int) -> Plan:
+    """The plan for `instruction`; BitvlaError where the instruction is unusable or the sequence too long."""
+    ids = prompt.ids(instruction)
+    length = len(ids)
+    if length > max_positions:
+        raise BitvlaError(f"the sequence has {length} tokens, the policy was built for {max_positions}; shorten it")
+    slots = slice(length - 1 - num_slots, length - 1)
+    is_text = (ids != prompt.image_id) & (ids != prompt.proprio_id)
+    is_text[slots] = False
+    text = np.flatnonzero(is_text)
+    return Plan(
+        length=length,
+        text_positions=text,
+        text_ids=ids[text],
+        image_positions=np.flatnonzero(ids == prompt.image_id),
+        proprio_positions=np.flatnonzero(ids == prompt.proprio_id),
+        slots=slots,
+        answers=prompt.slot_states(length),
+    )
+
+
+class Workspace:
+    """Named scratch buffers, each as large as its largest use so far; a name given twice is the same memory."""
+
+    def __init__(self) -> None:
+        self._flat: dict[str, NDArray[Any]] = {}
+        self._views: dict[tuple[str, int, int], NDArray[Any]] = {}
+
+    def floats(self, name: str, rows: int, columns: int) -> Floats:
+        return self._view(name, rows, columns, np.float32)
+
+    def quantized(self, rows: int, columns: int) -> Quantized:
+        return Quantized(
+            self._view("codes", rows, padded(columns), np.int8),
+            self._view("scales", rows, 1, np.float32)[:, 0],
+            self._view("sums", rows, 1, np.int32)[:, 0],
+        )
+
+    def _view(self, name: str, rows: int, columns: int, dtype: Any) -> NDArray[Any]:
+        view = self._views.get((name, rows, columns))
+        if view is None:
+            flat = self._flat.get(name)
+            if flat is None or flat.size < rows * columns:
+                flat = self._flat[name] = np.zeros(rows * columns, dtype)
+                self._views = {key: old for key, old in self._views.items() if key[0] != name}
+            view = self._views[name, rows, columns] = flat[: rows * columns].reshape(rows, columns)
+        return view
+
+    @property
+    def nbytes(self) -> int:
+        return sum(flat.nbytes for flat in self._flat.values())
+
+
+class Network:
+    """From patches, a plan and a normalised state to normalised actions. `record`, when set, sees hidden states."""
+
+    def __init__(self, bundle: Bundle) -> None:
+        config, tensors = bundle.config, bundle.tensors
+        self.config = config
+        self.workspace = Workspace()
+        self.record: Callable[[str, NDArray[Any]], None] | None = None
+
+        def vector(name: str) -> Floats:
+            return tensors[name]
+
+        def linear(name: str) -> Linear:
+            weight = tensors[f"{name}.weight"]
+            return Linear(weight.reshape(len(weight), -1) if weight.ndim > 1 else weight, tensors[f"{name}.bias"])
+
+        def ternary(name: str, rows: int, columns: int) -> Ternary:
+            scale = float(tensors[f"{name}.weight_scale"][0])
+            return Ternary(tensors[f"{name}.weight"], rows, columns, scale, tensors.get(f"{name}.bias"))
+
+        vision, language = config.vision, config.language
+        tower = "vision_tower.vision_model."
+        self.patch_embedding = linear(f"{tower}embeddings.patch_embedding")
+        self.position_embedding = vector(f"{tower}embeddings.position_embedding.weight")
+        self.vision_layers = [
+            VisionLayer(
+                layer_norm1=linear(f"{layer}layer_norm1"),
+                q_proj=ternary(f"{layer}self_attn.q_proj", vision.hidden_size, vision.hidden_size),
+                k_proj=ternary(f"{layer}self_attn.k_proj", vision.hidden_size, vision.hidden_size),
+                v_proj=ternary(f"{layer}self_attn.v_proj", vision.hidden_size, vision.hidden_size),
+                out_proj=ternary(f"{layer}self_attn.out_proj", vision.hidden_size, vision.hidden_size),
+                layer_norm2=linear(f"{layer}layer_norm2"),
+                fc1=ternary(f"{layer}mlp.fc1", vision.intermediate_size, vision.hidden_size),
+                fc2=ternary(f"{layer}mlp.fc2", vision.hidden_size, vision.intermediate_size),
+            )
+            for layer in (f"{tower}encoder.layers.{index}." for index in range(vision.num_layers))
+        ]
+        self.connector = [linear(f"multi_modal_projector.linear_{index}") for index in (1, 2)]
+
+        hidden, key_size = language.hidden_size, language.num_kv_heads * language.head_dim
+        self.embed_tokens = tensors["language_model.model.embed_tokens.weight"]
+        self.decoder_layers = [
+            DecoderLayer(
+                input_layernorm=vector(f"{layer}input_layernorm.weight"),
+                q_proj=ternary(f"{layer}self_attn.q_proj", hidden, hidden),
+                k_proj=ternary(f"{layer}self_attn.k_proj", key_size, hidden),
+                v_proj=ternary(f"{layer}self_attn.v_proj", key_size, hidden),
+                attn_sub_norm=vector(f"{layer}self_attn.attn_sub_norm.weight"),
+                o_proj=ternary(f"{layer}self_attn.o_proj", hidden, hidden),
+                post_attention_layernorm=vector(f"{layer}post_attention_layernorm.weight"),
+                gate_proj=ternary(f"{layer}mlp.gate_proj", language.intermediate_size, hidden),
+                up_proj=ternary(f"{layer}mlp.up_proj", language.intermediate_size, hidden),
+                ffn_sub_norm=vector(f"{layer}mlp.ffn_sub_norm.weight"),
+                down_proj=ternary(f"{layer}mlp.down_proj", hidden, language.intermediate_size),
+            )
+            for layer in (f"language_model.model.layers.{index}." for index in range(language.num_layers))
+        ]
+        self.norm = vector("language_model.model.norm.weight")
+        self.cos, self.sin = rotary_table(language.max_positions, language.head_dim, language.rope_theta)
+        self.proprio_projector = [linear(f"proprio_projector.fc{index}") for index in (1, 2)]
+        head = "action_head.model."
+        self.head_norms = [linear(f"{head}layer_norm{index}") for index in (1, 2)]
+        self.head_layers = [linear(f"{head}fc{index}") for index in (1, 2)]
+        self.head_blocks = [
+            (linear(f"{head}mlp_resnet_blocks.{index}.ffn.0"), linear(f"{head}mlp_resnet_blocks.{index}.ffn.1"))
+            for index in range(config.action.head_blocks)
+        ]
+
+    def see(self, patches: Floats) -> Floats:
+        """Patches of all cameras (cameras * P, 3 * patch**2) -> image tokens (cameras * P, language H)."""
+        vision, tokens = self.config.vision, len(patches)
+        size, inner = vision.hidden_size, vision.intermediate_size
+        scale = (size // vision.num_heads) ** -0.5
+        x = self.workspace.floats("x", tokens, size)
+        q, k, v, attended = (self.workspace.floats(name, tokens, size) for name in ("q", "k", "v", "attended"))
+        up = self.workspace.floats("up", tokens, inner)
+        narrow, wide = self.workspace.quantized(tokens, size), self.workspace.quantized(tokens, inner)
+        views = [slice(start, start + vision.num_patches) for start in range(0, tokens, vision.num_patches)]
+
+        native.linear(patches, self.patch_embedding.weight, self.patch_embedding.bias, x)
+        for view in views:
+            x[view] += self.position_embedding
+        self._recorded("vision.0", x)
+        for index, layer in enumerate(self.vision_layers):
+            _layer_norm_quantize(x, layer.layer_norm1, vision.layer_norm_eps, narrow)
+            for projection, out in ((layer.q_proj, q), (layer.k_proj, k), (layer.v_proj, v)):
+                _ternary(narrow, projection, out)
+            for view in views:  # cameras do not see each other
+                native.attention(
+                    q[view], k[view], v[view], vision.num_heads, vision.num_heads, scale, False, attended[view]
+                )
+            native.quantize(attended, *narrow)
+            _ternary(narrow, layer.out_proj, x, accumulate=True)
+            _layer_norm_quantize(x, layer.layer_norm2, vision.layer_norm_eps, narrow)
+            _ternary(narrow, layer.fc1, up)
+            native.gelu_quantize(up, True, *wide)
+            _ternary(wide, layer.fc2, x, accumulate=True)
+            self._recorded(f"vision.{index + 1}", x)
+        features = self._gelu_mlp(x, self.connector, "features")
+        self._recorded("connector", features)
+        return features
+
+    def think(self, sequence: Plan, features: Floats, state: Floats) -> Floats:
+        """Image tokens and a normalised state (state_dim,) -> final hidden states at the answers (slots, H)."""
+        language, length = self.config.language, sequence.length
+        hidden, head_dim, inner = language.hidden_size, language.head_dim, language.intermediate_size
+        scale, eps = head_dim**-0.5, language.rms_norm_eps
+        x = self._embed(sequence, features, state)
+        q, attended = (self.workspace.floats(name, length, hidden) for name in ("q", "attended"))
+        k, v = (self.workspace.floats(name, length, language.num_kv_heads * head_dim) for name in ("k", "v"))
+        gate, up = (self.workspace.floats(name, length, inner) for name in ("gate", "up"))
+        narrow, wide = self.workspace.quantized(length, hidden), self.workspace.quantized(length, inner)
+
+        self._recorded("decoder.0", x)
+        rows = slice(0, length)
+        for index, layer in enumerate(self.decoder_layers):
+            native.rms_norm_quantize(x, layer.input_layernorm, eps, *narrow)
+            _ternary(narrow, layer.k_proj, k)
+            _ternary(narrow, layer.v_proj, v)
+            native.rope(k, self.cos, self.sin, 0, language.num_kv_heads)
+            if layer is self.decoder_layers[-1]:  # from here on only the answers are needed
+                rows = sequence.answers
+                x, q, attended, gate, up = x[rows], q[rows], attended[rows], gate[rows], up[rows]
+            _ternary(narrow.rows(rows), layer.q_proj, q)
+            native.rope(q, self.cos, self.sin, rows.start, language.num_heads)
+            narrow, wide = narrow.rows(slice(0, len(x))), wide.rows(slice(0, len(x)))
+            seen = length if language.bidirectional else rows.stop  # a causal query is the last that its keys serve
+            native.attention(
+                q, k[:seen], v[:seen], language.num_heads, language.num_kv_heads, scale,
+                not language.bidirectional, attended,
+            )  # fmt: skip
+            native.rms_norm_quantize(attended, layer.attn_sub_norm, eps, *narrow)
+            _ternary(narrow, layer.o_proj, x, accumulate=True)
+            native.rms_norm_quantize(x, layer.post_attention_layernorm, eps, *narrow)
+            _ternary(narrow, layer.gate_proj, gate)
+            _ternary(narrow, layer.up_proj, up)
+            native.relu2_gate_norm_quantize(gate, up, layer.ffn_sub_norm, eps, *wide)
+            _ternary(wide, layer.down_proj, x, accumulate=True)
+            self._recorded(f"decoder.{index + 1}", x)
+        answers = self.workspace.floats("answers", len(x), hidden)
+        native.rms_norm(x, self.norm, eps, answers)
+        self._recorded("answers", answers)
+        return answers
+
+    def act(self, answers: Floats) -> Floats:
+        """Final hidden states (slots, H) -> normalised actions (horizon, dim), a new array."""
+        action = self.config.action
+        x = answers.reshape(action.horizon, -1)
+        width = action.head_hidden_size
+        first = self.workspace.floats("head.first", action.horizon, x.shape[1])
+        h, normed, change = (
+            self.workspace.floats(name, action.horizon, width) for name in ("head.h", "head.normed", "head.change")
+        )
+        native.layer_norm(x, *self.head_norms[0], HEAD_EPSILON, first)
+        native.linear(first, *self.head_layers[0], h)
+        native.relu(h, h)
+        for norm, layer in self.head_blocks:
+            native.layer_norm(h, *norm, HEAD_EPSILON, normed)
+            native.linear(normed, *layer, change)
+            native.relu(change, change)
+            h += change
+        native.layer_norm(h, *self.head_norms[1], HEAD_EPSILON, normed)
+        actions = np.empty((action.horizon, action.dim), dtype=np.float32)
+        native.linear(normed, *self.head_layers[1], actions)
+        return actions
+
+    def _embed(self, sequence: Plan, features: Floats, state: Floats) -> Floats:
+        x = self.workspace.floats("x", sequence.length, self.config.language.hidden_size)
+        x[sequence.text_positions] = to_float32(self.embed_tokens[sequence.text_ids])
+        x[sequence.image_positions] = features
+        x[sequence.proprio_positions] = self._gelu_mlp(state[None], self.proprio_projector, "proprio")
+        x[sequence.slots] = 0
+        return x
+
+    def _gelu_mlp(self, x: Floats, layers: list[Linear], name: str) -> Floats:
+        """Two linear layers with an exact GELU between them, written to the buffer `name`."""
+        rows, size = len(x), self.config.language.hidden_size
+        between, out = self.workspace.floats("between", rows, size), self.workspace.floats(name, rows, size)
+        native.linear(x, *layers[0], between)
+        native.gelu(between, False, between)
+        native.linear(between, *layers[1], out)
+        return out
+
+    def _recorded(self, name: str, values: NDArray[Any]) -> None:
+        if self.record is not None:
+            self.record(name, values.copy())
+
+
+def _layer_norm_quantize(x: Floats, norm: Linear, eps: float, out: Quantized) -> None:
+    native.layer_norm_quantize(x, norm.weight, norm.bias, eps, *out)
+
+
+def _ternary(x: Quantized, layer: Ternary, out: Floats, *, accumulate: bool = False) -> None:
+    native.ternary_linear(
+        *x, layer.packed, layer.rows, layer.columns, layer.scale, layer.bias, out, accumulate=accumulate
+    )
+
+
+def rotary_table(positions: int, head_dim: int, theta: float) -> tuple[Floats, Floats]:
+    """Cosines and sines (positions, head_dim / 2). Angles are float32 as in training; the functions are taken in
+    float64 and rounded once, because float32 ones differ between processors."""
+    powers = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
+    frequencies = np.float32(1) / np.power(theta, powers.astype(np.float64)).astype(np.float32)
+    angles = (np.arange(positions, dtype=np.float32)[:, None] * frequencies).astype(np.float64)
+    return np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)

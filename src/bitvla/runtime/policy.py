@@ -1,0 +1,128 @@
+"""A policy on the robot: an observation in, a chunk of actions out. NumPy and native kernels only."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from tokenizers import Tokenizer
+
+import bitvla._native as native
+from bitvla.bundle import Bundle, read
+from bitvla.config import to_dict
+from bitvla.errors import BitvlaError
+from bitvla.processing.images import crop_resized, to_patches, to_pixels
+from bitvla.processing.observation import check_observation
+from bitvla.processing.prompt import Prompt
+from bitvla.processing.vectors import normalize, robot_actions
+from bitvla.runtime.inspect import bytes_by_part
+from bitvla.runtime.network import Network, Plan, plan
+from bitvla.runtime.selftest import choose_isa
+
+PARTS = ("preprocess", "vision", "decoder", "head")
+
+_MAX_PLANS = 256  # instructions whose token ids are remembered
+
+
+class Policy:
+    """A loaded policy. Not for use by several threads at once: its buffers are used again by every call.
+
+    `timings` holds the milliseconds that each part of the last call took, by the names in `PARTS`.
+    """
+
+    def __init__(self, bundle: Bundle) -> None:
+        self.bundle = bundle
+        self.config = bundle.config
+        self.prompt = Prompt(self.config, parse_tokenizer(bundle.document.tokenizer))
+        self.network = Network(bundle)
+        self.isa = choose_isa(self.network)
+        self.timings = dict.fromkeys(PARTS, 0.0)
+        self._plans: dict[str, Plan] = {}
+
+    @classmethod
+    def load(cls, path: Path, threads: int | None = None) -> Policy:
+        """Load a policy file; see `bitvla.load`."""
+        if threads is not None:
+            if threads < 1:
+                raise BitvlaError(f"threads is {threads}; give a number from 1")
+            native.set_num_threads(threads)
+        return cls(read(path))
+
+    def act(self, observation: object) -> NDArray[np.float32]:
+        """The chunk for an observation: float32 (horizon, action_dim), in the robot's own units.
+
+        `observation` is {"images": {camera: uint8 (height, width, 3) RGB}, "state": float (state_dim,) in the robot's
+        units, "instruction": str}. Raises BitvlaError, and never acts, on anything missing, unknown or unusable.
+        """
+        times = [time.perf_counter()]
+        patches, sequence, state = self._preprocess(observation)
+        times.append(time.perf_counter())
+        features = self.network.see(patches)
+        times.append(time.perf_counter())
+        answers = self.network.think(sequence, features, state)
+        times.append(time.perf_counter())
+        actions = self.network.act(answers)
+        if not np.isfinite(actions).all():
+            raise BitvlaError("the network answered with a value that is not finite; check the file: bitvla verify")
+        chunk = robot_actions(actions, self.config.processing)
+        times.append(time.perf_counter())
+        self.timings = {part: 1e3 * (times[i + 1] - times[i]) for i, part in enumerate(PARTS)}
+        return chunk
+
+    def reset(self) -> None:
+        """Begin a new episode. Every call of `act` stands alone, so there is nothing to forget yet."""
+
+    def info(self) -> dict[str, Any]:
+        """What the policy expects and does: cameras, units, rates, memory in bytes, instruction set, provenance."""
+        processing, action = self.config.processing, self.config.action
+        return {
+            "name": self.config.name,
+            "path": str(self.bundle.path) if self.bundle.path else None,
+            "sha256": self.bundle.sha256,
+            "cameras": [to_dict(camera) for camera in processing.cameras],
+            "state": {"names": list(processing.state.names), "units": list(processing.state.units)},
+            "action": {"names": list(processing.action.names), "units": list(processing.action.units)},
+            "control_hz": processing.control_hz,
+            "horizon": action.horizon,
+            "execute_horizon": processing.execute_horizon,
+            "precision": self.config.precision,
+            "instruction_set": native.isa(),
+            "threads": native.num_threads(),
+            "memory": bytes_by_part(self.bundle.document) | {"buffers": self.network.workspace.nbytes},
+            "provenance": self.bundle.document.provenance,
+        }
+
+    def _preprocess(self, observation: object) -> tuple[NDArray[np.float32], Plan, NDArray[np.float32]]:
+        seen = check_observation(observation, self.config)
+        sequence = self.plan(seen.instruction)
+        vision, processing = self.config.vision, self.config.processing
+        patches = [
+            to_patches(
+                to_pixels(crop_resized(image, processing.image, vision.image_size), processing.image),
+                vision.patch_size,
+            )
+            for image in seen.images
+        ]
+        return np.concatenate(patches), sequence, normalize(seen.state, processing.state)
+
+    def plan(self, instruction: str) -> Plan:
+        """Where everything stands in the sequence for `instruction`, remembered from call to call."""
+        known = self._plans.get(instruction) if isinstance(instruction, str) else None
+        if known is None:
+            slots, positions = self.config.action.num_slots, self.config.language.max_positions
+            known = plan(self.prompt, instruction, slots, positions)
+            if len(self._plans) >= _MAX_PLANS:
+                self._plans.clear()
+            self._plans[instruction] = known
+        return known
+
+
+def parse_tokenizer(text: str) -> Tokenizer:
+    """The tokenizer from the text of its tokenizer.json; BitvlaError when it is not one."""
+    try:
+        return Tokenizer.from_str(text)
+    except Exception as error:  # the library raises plain Exception
+        raise BitvlaError(f"the policy's tokenizer is damaged: {error}") from None

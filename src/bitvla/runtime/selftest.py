@@ -1,0 +1,144 @@
+"""Does an instruction set compute, bit for bit, what the scalar kernels compute? Asked whenever a policy is loaded.
+
+A few tokens go through every kind of kernel on the policy's own weights and widths: well under 100 ms.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+import bitvla._native as native
+from bitvla.quantization import BLOCK
+from bitvla.runtime.network import DecoderLayer, Network, Quantized, Ternary, VisionLayer, Workspace
+
+_log = logging.getLogger("bitvla")
+
+TOKENS = 3
+_TILES = 4  # of each matrix: the last ones, which hold its tail
+
+
+def choose_isa(network: Network) -> str:
+    """Check the instruction set in use and keep it, or warn and fall back to the next one that agrees with scalar."""
+    available = list(native.available())
+    for isa in available[available.index(native.isa()) :]:
+        wrong = mismatches(network, isa)
+        if not wrong:
+            native.set_isa(isa)
+            return isa
+        # A log record of this level reaches standard error even where nothing configures logging.
+        _log.warning(
+            "the %s kernels differ from the scalar ones on this machine (%s); they are not used, the policy will be "
+            "slower. Please report this with the output of: bitvla doctor",
+            isa,
+            ", ".join(wrong),
+        )
+    native.set_isa("scalar")
+    return "scalar"
+
+
+def mismatches(network: Network, isa: str) -> list[str]:
+    """The names of the kernels whose results under `isa` differ from the scalar ones. Leaves the set in use alone."""
+    if isa == "scalar":
+        return []
+    before = native.isa()
+    try:
+        native.set_isa("scalar")
+        expected = list(_results(network))
+        native.set_isa(isa)
+        actual = list(_results(network))
+    finally:
+        native.set_isa(before)
+    wrong = [name for (name, a), (_, b) in zip(expected, actual, strict=True) if a.tobytes() != b.tobytes()]
+    return list(dict.fromkeys(wrong))
+
+
+def _results(network: Network) -> Iterator[tuple[str, NDArray[Any]]]:
+    """Kernel name and output, always the same ones in the same order."""
+    random = np.random.default_rng(0)
+    vision, decoder = network.vision_layers[0], network.decoder_layers[0]
+    for layer in _distinct_shapes(vision, decoder):
+        yield from _ternary_results(layer, random)
+    yield from _vision_results(network, vision, random)
+    yield from _decoder_results(network, decoder, random)
+    first = network.head_layers[0]
+    x = _floats(random, first.weight.shape[1])
+    out = np.zeros((TOKENS, len(first.weight)), np.float32)
+    native.linear(x, *first, out)
+    yield "linear", out
+
+
+def _distinct_shapes(*layers: VisionLayer | DecoderLayer) -> list[Ternary]:
+    matrices = [field for layer in layers for field in layer if isinstance(field, Ternary)]
+    return list({(matrix.rows, matrix.columns): matrix for matrix in matrices}.values())
+
+
+def _ternary_results(layer: Ternary, random: np.random.Generator) -> Iterator[tuple[str, NDArray[Any]]]:
+    packed = layer.packed[-_TILES:]
+    rows = layer.rows - BLOCK * (len(layer.packed) - len(packed))
+    bias = None if layer.bias is None else layer.bias[-rows:]
+    x = _floats(random, layer.columns)
+    quantized = Workspace().quantized(*x.shape)
+    native.quantize(x, *quantized)
+    yield from _named("quantize", quantized)
+    accumulators = np.zeros((TOKENS, rows), np.int32)
+    native.ternary_matmul(quantized.codes, quantized.sums, packed, rows, layer.columns, accumulators)
+    yield f"ternary_matmul {layer.rows}x{layer.columns}", accumulators
+    for tokens in (TOKENS, 1):  # a matrix product and a matrix-vector product
+        out = np.zeros((tokens, rows), np.float32)
+        few = quantized.rows(slice(0, tokens))
+        native.ternary_linear(*few, packed, rows, layer.columns, layer.scale, bias, out, accumulate=True)
+        yield f"ternary_linear {layer.rows}x{layer.columns}", out
+
+
+def _vision_results(
+    network: Network, layer: VisionLayer, random: np.random.Generator
+) -> Iterator[tuple[str, NDArray[Any]]]:
+    vision = network.config.vision
+    quantized = Workspace().quantized(TOKENS, vision.hidden_size)
+    x = _floats(random, vision.hidden_size)
+    norm = layer.layer_norm1
+    native.layer_norm_quantize(x, norm.weight, norm.bias, vision.layer_norm_eps, *quantized)
+    yield from _named("layer_norm_quantize", quantized)
+    wide = _floats(random, vision.intermediate_size)
+    quantized = Workspace().quantized(*wide.shape)
+    native.gelu_quantize(wide, True, *quantized)
+    yield from _named("gelu_quantize", quantized)
+    smooth, out = np.zeros_like(x), np.zeros_like(x)
+    native.gelu(x, False, smooth)
+    yield "gelu", smooth
+    native.attention(x, x, x, vision.num_heads, vision.num_heads, 1.0, False, out)
+    yield "attention", out
+
+
+def _decoder_results(
+    network: Network, layer: DecoderLayer, random: np.random.Generator
+) -> Iterator[tuple[str, NDArray[Any]]]:
+    language = network.config.language
+    x, eps = _floats(random, language.hidden_size), language.rms_norm_eps
+    quantized = Workspace().quantized(*x.shape)
+    native.rms_norm_quantize(x, layer.input_layernorm, eps, *quantized)
+    yield from _named("rms_norm_quantize", quantized)
+    gate, up = _floats(random, language.intermediate_size), _floats(random, language.intermediate_size)
+    quantized = Workspace().quantized(*gate.shape)
+    native.relu2_gate_norm_quantize(gate, up, layer.ffn_sub_norm, eps, *quantized)
+    yield from _named("relu2_gate_norm_quantize", quantized)
+    keys = _floats(random, language.num_kv_heads * language.head_dim)
+    native.rope(x, network.cos, network.sin, 1, language.num_heads)
+    yield "rope", x
+    out = np.zeros_like(x)
+    native.attention(x, keys, keys, language.num_heads, language.num_kv_heads, language.head_dim**-0.5, True, out)
+    yield "attention", out
+
+
+def _floats(random: np.random.Generator, width: int) -> NDArray[np.float32]:
+    return random.standard_normal((TOKENS, width), dtype=np.float32)
+
+
+def _named(name: str, quantized: Quantized) -> Iterator[tuple[str, NDArray[Any]]]:
+    for part in quantized:
+        yield name, part

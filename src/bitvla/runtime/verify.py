@@ -1,0 +1,131 @@
+"""Is a policy file whole, and does this machine compute with it what it should? Named checks, each with one line."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import bitvla._native as native
+from bitvla.bundle import Bundle, read, tensor_specs
+from bitvla.errors import BitvlaError
+from bitvla.quantization import unpack
+from bitvla.runtime.policy import Policy
+from bitvla.runtime.selftest import mismatches
+
+
+def verify(path: Path) -> dict[str, Any]:
+    """Check a policy file on this machine: {"path", "passed", "checks": [{"check", "passed", "detail"}]}.
+
+    Structure, digest, weights and statistics of the file; then every instruction set of this processor is compared
+    with the scalar one on the policy's shapes, and must answer each golden trace with the same bits, on one thread
+    and on all. Checks that need a readable file are left out where it is not.
+    """
+    path = Path(path)
+    checks: list[dict[str, Any]] = []
+
+    def passes(name: str, check: Callable[[], str]) -> bool:
+        try:
+            detail, passed = check(), True
+        except (BitvlaError, ValueError) as error:
+            detail, passed = str(error), False
+        checks.append({"check": name, "passed": passed, "detail": detail})
+        return passed
+
+    if passes("structure", lambda: _structure(path)):
+        bundle = read(path, digest=False)
+        passes("digest", lambda: f"SHA-256 {read(path, digest=True).sha256}")
+        passes("weights", lambda: _weights(bundle))
+        passes("statistics", lambda: _statistics(bundle))
+        if passes("load", lambda: _load(bundle)):
+            policy = Policy(bundle)
+            for isa in native.available():
+                passes(f"kernels {isa}", lambda isa=isa: _kernels(policy, isa))  # type: ignore[misc]
+            for isa in native.available():
+                passes(f"golden traces {isa}", lambda isa=isa: _golden(policy, isa))  # type: ignore[misc]
+    return {"path": str(path), "passed": all(check["passed"] for check in checks), "checks": checks}
+
+
+def golden_traces(bundle: Bundle) -> Iterator[tuple[dict[str, Any], np.ndarray]]:
+    """The golden observations of a policy file, each with the chunk that must come out."""
+    for index, instruction in enumerate(bundle.document.golden):
+        images = {
+            camera.name: bundle.tensors[f"golden.{index}.image.{camera.name}"]
+            for camera in bundle.config.processing.cameras
+        }
+        state = bundle.tensors[f"golden.{index}.state"]
+        yield (
+            {"images": images, "state": state, "instruction": instruction},
+            bundle.tensors[f"golden.{index}.chunk"],
+        )
+
+
+def _structure(path: Path) -> str:
+    bundle = read(path, digest=False)
+    return f"format {bundle.document.format}, {len(bundle.tensors)} tensors as the configuration asks"
+
+
+def _weights(bundle: Bundle) -> str:
+    counts = np.zeros(3, dtype=np.int64)
+    for name, spec in tensor_specs(bundle.config).items():
+        tensor = bundle.tensors[name]
+        if spec.kind == "ternary":
+            try:
+                codes = unpack(tensor, *spec.shape)
+            except ValueError as error:
+                raise BitvlaError(f"{name}: {error}") from None
+            counts += np.bincount(codes.ravel().view(np.uint8) + np.uint8(1), minlength=3)
+        elif not _finite(tensor):
+            raise BitvlaError(f"{name} holds a value that is not finite: the data is damaged")
+    minus, zero, plus = 100 * counts / counts.sum()
+    return f"{counts.sum():,} ternary weights: {minus:.1f} % -1, {zero:.1f} % 0, {plus:.1f} % +1; all others finite"
+
+
+def _finite(tensor: np.ndarray) -> bool:
+    if tensor.dtype == np.uint16:  # bfloat16: all exponent bits set means infinite or NaN
+        return not np.any((tensor & 0x7F80) == 0x7F80)
+    return bool(np.isfinite(tensor).all())
+
+
+def _statistics(bundle: Bundle) -> str:
+    processing = bundle.config.processing  # their values were checked when the file was read
+    state, action = processing.state.names, processing.action.names
+    return f"{len(state)} state and {len(action)} action bounds, none missing or constant"
+
+
+def _load(bundle: Bundle) -> str:
+    policy = Policy(bundle)
+    cameras = ", ".join(camera.name for camera in bundle.config.processing.cameras)
+    return f"cameras {cameras}; runs on {policy.isa} kernels"
+
+
+def _kernels(policy: Policy, isa: str) -> str:
+    wrong = mismatches(policy.network, isa)
+    if wrong:
+        raise BitvlaError(f"differ from the scalar kernels: {', '.join(wrong)}")
+    return "the reference" if isa == "scalar" else "the same bits as the scalar kernels on the policy's shapes"
+
+
+def _golden(policy: Policy, isa: str) -> str:
+    if not policy.bundle.document.golden:
+        raise BitvlaError("the file holds no golden trace; pack it again")
+    before_isa, before_threads = native.isa(), native.num_threads()
+    try:
+        native.set_isa(isa)
+        for threads in sorted({1, before_threads}):
+            native.set_num_threads(threads)
+            _replay(policy, threads)
+    finally:
+        native.set_isa(before_isa)
+        native.set_num_threads(before_threads)
+    return f"{len(policy.bundle.document.golden)} replayed, every chunk identical bit for bit"
+
+
+def _replay(policy: Policy, threads: int) -> None:
+    for index, (observation, expected) in enumerate(golden_traces(policy.bundle)):
+        chunk = policy.act(observation)
+        if chunk.tobytes() != expected.tobytes():
+            error = np.abs(chunk - expected).max()
+            raise BitvlaError(f"trace {index} differs by up to {error:.3g} on {threads} threads")

@@ -1,0 +1,80 @@
+"""What every simulator looks like to the recorder and to the evaluation."""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from bitvla.errors import BitvlaError
+
+Observation = dict[str, Any]
+"""``{"images": {camera: uint8 (H, W, 3)}, "state": float32 (S,), "instruction": str}``"""
+
+TRAINING_SEEDS = 1_000_000
+"""Seeds from here on are for recording; evaluation uses seeds below. The two never meet."""
+
+
+class Simulator(Protocol):
+    """A simulated robot with cameras, one task at a time.
+
+    The initial state after ``reset`` is a pure function of ``(task, seed, ambiguous)``.
+    """
+
+    name: str
+    cameras: tuple[str, ...]
+    image_size: int
+    state_names: tuple[str, ...]
+    action_names: tuple[str, ...]
+    environment_state_names: tuple[str, ...]
+    control_hz: float
+    max_steps: int
+
+    def tasks(self, suite: str) -> list[str]:
+        """Names of the tasks of ``suite`` (a suite's name or one task's name)."""
+        ...
+
+    def reset(self, task: str, seed: int, ambiguous: bool | tuple[str, ...] = False) -> None:
+        """Put ``task`` into the initial state of ``seed``."""
+        ...
+
+    def observe(self) -> Observation:
+        """The observation now; rendering happens only in this call."""
+        ...
+
+    def step(self, action: npt.NDArray[np.float32]) -> bool:
+        """Play one action ``float32 (A,)``; True when the task is solved at this step."""
+        ...
+
+    def environment_state(self) -> npt.NDArray[np.float32]:
+        """Privileged state ``float32 (E,)``, in metres."""
+        ...
+
+    def outcome(self) -> dict[str, Any]:
+        """Small measured facts about the episode so far."""
+        ...
+
+    def close(self) -> None:
+        """Free the rendering contexts; may be called more than once."""
+        ...
+
+
+def make_simulator(name: str, **options: Any) -> Simulator:
+    """Create a simulator by name (``metaworld``); ``options`` go to its constructor.
+
+    Raises:
+        BitvlaError: unknown name, or the simulator's packages are not installed.
+    """
+    if name != "metaworld":
+        raise BitvlaError(f"unknown simulator '{name}': available is 'metaworld'")
+    for package in ("metaworld", "mujoco"):
+        if importlib.util.find_spec(package) is None:
+            raise BitvlaError(
+                f"simulator '{name}' needs the package '{package}', which is not installed: "
+                "pip install bitvla[sim]"
+            )
+    from bitvla.sim.metaworld import MetaWorld
+
+    return MetaWorld(**options)

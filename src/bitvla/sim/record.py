@@ -1,0 +1,284 @@
+"""Demonstrations by scripted experts: `record(...)` writes a LeRobotDataset v3.
+
+An episode is a pure function of (task, index, seed, settings), so any number of processes may make them in any order.
+Finished episodes wait in `OUT/.staging` (whole or absent) until a batch is complete and joins the dataset; a recording
+that was killed goes on from there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import zlib
+from collections.abc import Iterator
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from dataclasses import asdict, dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from bitvla.data.lerobot import Episode, LeRobotWriter
+from bitvla.errors import BitvlaError
+from bitvla.sim.base import TRAINING_SEEDS, Simulator, make_simulator
+from bitvla.sim.experts import Expert, expert
+from bitvla.sim.instructions import instruction
+
+BATCH = 50  # episodes a commit
+HOLD_STEPS = 8  # recorded after success, so that a policy learns to stay
+MAX_RECORDED = 250
+ATTEMPTS = 20
+NOISE = (0.0, 0.0, 0.1, 0.25)  # deviations of the executed from the recorded action, one drawn an episode
+RECOVERIES, AMBIGUOUS = 0.2, 0.3  # shares of the episodes
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a recording is; a folder holds one recording."""
+
+    env: str
+    suite: str
+    seed: int
+    image_size: int
+
+
+@dataclass(frozen=True)
+class Job:
+    """The `index`-th demonstration of `task`."""
+
+    number: int
+    task: str
+    index: int
+
+
+def record(
+    env: str,
+    suite: str,
+    episodes: int,
+    out: Path,
+    *,
+    seed: int = 0,
+    image_size: int = 128,
+    processes: int | None = None,
+) -> dict[str, Any]:
+    """Record `episodes` demonstrations of every task of `suite` into the dataset `out`, or go on doing so.
+
+    Returns a summary. Raises BitvlaError for an unusable folder, a full disk, or a task that the expert cannot do.
+    """
+    out, settings = Path(out), Settings(env, suite, seed, image_size)
+    simulator = make_simulator(env, image_size=image_size)
+    tasks = simulator.tasks(suite)
+    _claim(out, settings)
+    writer = LeRobotWriter(
+        out,
+        robot_type=f"{env}-sawyer",
+        fps=simulator.control_hz,
+        cameras={name: (image_size, image_size) for name in simulator.cameras},
+        vectors={
+            "observation.state": simulator.state_names,
+            "action": simulator.action_names,
+            "observation.environment_state": simulator.environment_state_names,
+        },
+    )
+    simulator.close()
+    # Task by task within an index, so that every prefix of the dataset is balanced.
+    jobs = [Job(i * len(tasks) + k, task, i) for i in range(episodes) for k, task in enumerate(tasks)]
+    pending = jobs[writer.num_episodes :]
+    if pending:
+        with _named_disk_errors(out):
+            _record_all(pending, settings, writer, out, processes or os.cpu_count() or 1)
+    shutil.rmtree(out / ".staging", ignore_errors=True)
+    return {"out": str(out), "tasks": len(tasks), "episodes": writer.num_episodes, "recorded_now": len(pending)}
+
+
+def _record_all(jobs: list[Job], settings: Settings, writer: LeRobotWriter, out: Path, processes: int) -> None:
+    staging = out / ".staging"
+    staging.mkdir(exist_ok=True)
+    missing = [job for job in jobs if not _staged(staging, job).exists()]
+    console = Console(stderr=True)
+    columns = [TextColumn("recording"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()]
+    pool = ProcessPoolExecutor(processes, mp_context=get_context("spawn"), initializer=_start_worker)
+    try:
+        with Progress(*columns, TextColumn("{task.fields[last]}"), console=console) as progress:
+            total = jobs[-1].number + 1
+            bar = progress.add_task("", total=total, completed=total - len(missing), last="")
+            futures: dict[Future[str], Job] = {pool.submit(_work, job, settings, staging): job for job in missing}
+            waiting = list(jobs)
+            for future in as_completed(futures):
+                progress.update(bar, advance=1, last=future.result())
+                waiting = _commit(waiting, writer, staging, final=False)
+        _commit(waiting, writer, staging, final=True)
+    except BaseException:
+        # What is staged stays; a worker in the middle of an episode loses only that episode.
+        for process in list(getattr(pool, "_processes", {}).values()):
+            process.terminate()
+        pool.shutdown(wait=False, cancel_futures=True)
+        raise
+    pool.shutdown()
+
+
+def _commit(waiting: list[Job], writer: LeRobotWriter, staging: Path, final: bool) -> list[Job]:
+    """Append every complete batch at the head of `waiting`; return the jobs that still wait."""
+    while waiting:
+        batch = waiting[:BATCH]
+        if not all(_staged(staging, job).exists() for job in batch) or (len(batch) < BATCH and not final):
+            break
+        writer.append([_load(_staged(staging, job)) for job in batch])
+        for job in batch:
+            _staged(staging, job).unlink()
+        waiting = waiting[len(batch) :]
+    return waiting
+
+
+# -- one episode, in a worker ------------------------------------------------------------------
+
+_simulators: dict[tuple[str, int], Simulator] = {}
+
+
+def _start_worker() -> None:
+    # Ctrl-C belongs to the main process, which ends the workers.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def _work(job: Job, settings: Settings, staging: Path) -> str:
+    key = (settings.env, settings.image_size)
+    if key not in _simulators:
+        _simulators[key] = make_simulator(settings.env, image_size=settings.image_size)
+    episode = record_episode(_simulators[key], job, settings.seed)
+    path = _staged(staging, job)
+    temporary = path.with_suffix(".tmp")
+    arrays = {f"images/{name}": images for name, images in episode.images.items()}
+    arrays |= {f"vectors/{name}": values for name, values in episode.vectors.items()}
+    with temporary.open("wb") as file:
+        np.savez(file, task=episode.task, extra=json.dumps(dict(episode.extra)), **arrays)  # type: ignore[arg-type]
+    os.replace(temporary, path)
+    return f"{job.task} {episode.length} frames"
+
+
+def record_episode(simulator: Simulator, job: Job, seed: int) -> Episode:
+    """Demonstrate until an attempt succeeds. Raises BitvlaError when the expert fails too often."""
+    for attempt in range(ATTEMPTS):
+        episode = _attempt(simulator, job, seed, attempt)
+        if episode is not None:
+            return episode
+    raise BitvlaError(f"the expert failed {ATTEMPTS} times at '{job.task}' (episode {job.index}, seed {seed})")
+
+
+def _attempt(simulator: Simulator, job: Job, seed: int, attempt: int) -> Episode | None:
+    rng = np.random.default_rng([seed, zlib.crc32(job.task.encode()), job.index, attempt])
+    groups = simulator.groups("swap") if hasattr(simulator, "groups") else []
+    ambiguous = bool(rng.random() < AMBIGUOUS) and any(job.task in group for group in groups)
+    recovery = bool(rng.random() < RECOVERIES)
+    noise = float(rng.choice(NOISE))
+    start = TRAINING_SEEDS + int(rng.integers(1_000_000_000))
+    sentence = instruction(job.task, rng, split="train")
+    act = expert(job.task)
+    simulator.reset(job.task, start, ambiguous=ambiguous)
+    if recovery and not _disturb(simulator, act, rng):
+        return None
+    frames = _demonstrate(simulator, act, rng, noise)
+    if frames is None:
+        return None
+    images, states, actions, privileged = frames
+    extra = {"env_task": job.task, "seed": start, "ambiguous": ambiguous, "recovery": recovery, "noise": noise}
+    vectors = {"observation.state": states, "action": actions, "observation.environment_state": privileged}
+    return Episode(images, vectors, sentence, extra)
+
+
+def _disturb(simulator: Simulator, act: Expert, rng: np.random.Generator) -> bool:
+    """Lead the scene into a failed state, unrecorded: some expert steps, then a burst of wrong ones."""
+    for _ in range(int(rng.integers(0, 60))):
+        if simulator.step(act(simulator.full_observation())):
+            return False
+    direction = rng.uniform(-1, 1, 4).astype(np.float32)
+    for _ in range(int(rng.integers(5, 20))):
+        simulator.step(np.clip(direction + 0.3 * rng.standard_normal(4), -1, 1).astype(np.float32))
+    return not simulator.outcome()["success"]
+
+
+def _demonstrate(
+    simulator: Simulator, act: Expert, rng: np.random.Generator, noise: float
+) -> tuple[dict[str, NDArray[np.uint8]], NDArray[np.float32], NDArray[np.float32], NDArray[np.float32]] | None:
+    """Record the expert until it has held success for a while; None when it does not get there.
+
+    The executed action carries noise, the recorded one is what the expert wanted: a label that corrects.
+    """
+    images: dict[str, list[NDArray[np.uint8]]] = {camera: [] for camera in simulator.cameras}
+    states, actions, privileged = [], [], []
+    after_success = 0
+    for _ in range(simulator.max_steps):
+        action = act(simulator.full_observation())
+        opening = simulator.full_observation()[3]
+        observed, hidden = simulator.observe(), simulator.environment_state()
+        executed = np.clip(action + noise * rng.standard_normal(4), -1, 1).astype(np.float32)
+        after_success += bool(simulator.step(executed)) or after_success > 0
+        if _moves(action, opening, simulator.full_observation()[3]):
+            for camera, frames in images.items():
+                frames.append(observed["images"][camera])
+            states.append(observed["state"])
+            actions.append(action)
+            privileged.append(hidden)
+        if after_success > HOLD_STEPS:
+            break
+        if len(actions) >= MAX_RECORDED:
+            return None
+    if after_success == 0 or len(actions) < HOLD_STEPS:
+        return None
+    return (
+        {camera: np.stack(frames) for camera, frames in images.items()},
+        np.stack(states),
+        np.stack(actions),
+        np.stack(privileged),
+    )
+
+
+def _moves(action: NDArray[np.float32], opening_before: float, opening_after: float) -> bool:
+    """Whether a step does anything: the hand is told to move, or the gripper is still moving."""
+    return bool(np.abs(action[:3]).max() > 0.02 or abs(opening_after - opening_before) > 0.002)
+
+
+# -- files -------------------------------------------------------------------------------------
+
+
+def _staged(staging: Path, job: Job) -> Path:
+    return staging / f"episode-{job.number:06d}.npz"
+
+
+def _load(path: Path) -> Episode:
+    with np.load(path) as stored:
+        images = {name.removeprefix("images/"): stored[name] for name in stored if name.startswith("images/")}
+        vectors = {name.removeprefix("vectors/"): stored[name] for name in stored if name.startswith("vectors/")}
+        return Episode(images, vectors, str(stored["task"]), json.loads(str(stored["extra"])))
+
+
+def _claim(out: Path, settings: Settings) -> None:
+    """Make `out` the folder of this recording, or raise when it is another's."""
+    path = out / "meta" / "recording.json"
+    if path.exists():
+        if json.loads(path.read_text()) != asdict(settings):
+            raise BitvlaError(f"{out} holds a recording with other settings ({path.read_text()}); choose another folder")
+        return
+    if out.exists() and any(out.iterdir()):
+        raise BitvlaError(f"{out} is not empty and holds no recording of bitvla; choose another folder")
+    path.parent.mkdir(parents=True)
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(asdict(settings)))
+    os.replace(temporary, path)
+
+
+@contextlib.contextmanager
+def _named_disk_errors(out: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise BitvlaError(
+            f"recording to {out} stopped: {error.strerror or error}. Everything recorded so far is kept; free some "
+            "space and run the same command again"
+        ) from None

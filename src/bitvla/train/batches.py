@@ -1,0 +1,145 @@
+"""Training windows: one observation and the chunk of actions that follows it.
+
+The batch of a step is a pure function of (data, config, step), so that a resumed run sees what an uninterrupted one
+would have seen, on any number of processes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from bitvla.config import PolicyConfig
+from bitvla.data.lerobot import LeRobotDataset
+from bitvla.model.network import Batch
+from bitvla.processing.images import crop_resized, to_pixels
+from bitvla.processing.prompt import Prompt
+from bitvla.processing.vectors import normalize
+from bitvla.train.config import Augmentation
+
+VALIDATION_EVERY = 25  # one episode in so many is never trained on
+
+
+class Window(NamedTuple):
+    """Inputs of the network and its targets."""
+
+    inputs: Batch
+    actions: Tensor  # float (B, horizon, dim), normalised
+    valid: Tensor  # bool (B, horizon): False past the end of the episode
+    auxiliary: Tensor  # float (B, E): standardised privileged state, E may be 0
+
+
+class Windows(Dataset[Window]):
+    """Item i is the batch of step i (`split="train"`) or the i-th validation batch."""
+
+    def __init__(
+        self,
+        dataset: LeRobotDataset,
+        config: PolicyConfig,
+        prompt: Prompt,
+        *,
+        batch_size: int,
+        seed: int,
+        augmentation: Augmentation | None,
+        split: str = "train",
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        self._config, self._augmentation, self._seed = config, augmentation, seed
+        self._batch_size, self._rank, self._world_size = batch_size, rank, world_size
+        self._images = [dataset.images(camera.name) for camera in config.processing.cameras]
+        self._state = normalize(dataset.state, config.processing.state)
+        self._actions = normalize(dataset.action, config.processing.action)
+        self._auxiliary = _standardize(dataset.environment_state, len(dataset.state))
+        episodes = np.asarray(dataset.episode_index)
+        self._episode = episodes
+        self._episode_end = np.asarray([end for _, end in dataset.episode_ranges])
+        held_out = episodes % VALIDATION_EVERY == VALIDATION_EVERY - 1
+        self._frames = np.flatnonzero(held_out if split == "validation" else ~held_out)
+        self._token_ids = _left_padded([prompt.ids(text) for text in dataset.task_strings], prompt.pad_id)
+        self._pad_id = prompt.pad_id
+
+    @property
+    def num_frames(self) -> int:
+        return len(self._frames)
+
+    def indices(self, step: int) -> NDArray[np.int64]:
+        """Frames of this process's share of the batch of `step`: every frame once an epoch, in random order."""
+        positions = np.arange(step * self._batch_size, (step + 1) * self._batch_size)
+        chosen = np.empty(self._batch_size, dtype=np.int64)
+        for epoch in np.unique(positions // len(self._frames)):
+            order = np.random.default_rng([self._seed, int(epoch)]).permutation(len(self._frames))
+            now = positions // len(self._frames) == epoch
+            chosen[now] = self._frames[order[positions[now] % len(self._frames)]]
+        return chosen[self._rank :: self._world_size]
+
+    def __getitem__(self, step: int) -> Window:
+        frames = self.indices(step)
+        rng = np.random.default_rng([self._seed, step, self._rank])
+        horizon = self._config.action.horizon
+        episode = self._episode[frames]
+        ends = self._episode_end[episode][:, None]
+        steps = frames[:, None] + np.arange(horizon)
+        token_ids = torch.from_numpy(self._token_ids[episode])
+        inputs = Batch(
+            pixels=torch.from_numpy(self._pixels(frames, rng)),
+            token_ids=token_ids,
+            padding=token_ids == self._pad_id,
+            state=torch.from_numpy(self._state[frames]),
+        )
+        return Window(
+            inputs,
+            actions=torch.from_numpy(self._actions[np.minimum(steps, ends - 1)]),
+            valid=torch.from_numpy(steps < ends),
+            auxiliary=torch.from_numpy(self._auxiliary[frames]),
+        )
+
+    def _pixels(self, frames: NDArray[np.int64], rng: np.random.Generator) -> NDArray[np.float32]:
+        """float32 (B, V, 3, size, size)."""
+        processing, size = self._config.processing.image, self._config.vision.image_size
+        random_crop = self._augmentation is not None and self._augmentation.random_crop
+        images = np.empty((len(frames), len(self._images), size, size, 3), dtype=np.uint8)
+        for i, frame in enumerate(frames):
+            for view, camera in enumerate(self._images):
+                offset = tuple(rng.random(2)) if random_crop else (0.5, 0.5)
+                images[i, view] = crop_resized(camera[frame], processing, size, offset)  # type: ignore[arg-type]
+        if self._augmentation is not None:
+            images = _jitter(images, self._augmentation, rng)
+        return np.ascontiguousarray(to_pixels(images, processing).transpose(0, 1, 4, 2, 3))
+
+
+def batches(windows: Windows, steps: range) -> Iterator[Window]:
+    """The batches of `steps`, prepared ahead of time by another process."""
+    return iter(DataLoader(windows, batch_size=None, sampler=steps, num_workers=1, prefetch_factor=3))  # type: ignore[arg-type]
+
+
+def _jitter(images: NDArray[np.uint8], augmentation: Augmentation, rng: np.random.Generator) -> NDArray[np.uint8]:
+    """Brightness, contrast and saturation, drawn once an image."""
+    shape = (*images.shape[:2], 1, 1, 1)
+    x = images.astype(np.float32)
+    x *= rng.uniform(1 - augmentation.brightness, 1 + augmentation.brightness, shape).astype(np.float32)
+    mean = x.mean(axis=(2, 3, 4), keepdims=True)
+    x = mean + (x - mean) * rng.uniform(1 - augmentation.contrast, 1 + augmentation.contrast, shape).astype(np.float32)
+    grey = x.mean(axis=4, keepdims=True)
+    x = grey + (x - grey) * rng.uniform(1 - augmentation.saturation, 1 + augmentation.saturation, shape).astype(
+        np.float32
+    )
+    return np.clip(x, 0, 255).astype(np.uint8)
+
+
+def _standardize(values: NDArray[np.float32] | None, frames: int) -> NDArray[np.float32]:
+    if values is None:
+        return np.zeros((frames, 0), dtype=np.float32)
+    deviation = values.std(axis=0)
+    return ((values - values.mean(axis=0)) / np.maximum(deviation, 1e-3)).astype(np.float32)
+
+
+def _left_padded(sequences: list[NDArray[np.int64]], pad_id: int) -> NDArray[np.int64]:
+    length = max(len(ids) for ids in sequences)
+    return np.stack([np.pad(ids, (length - len(ids), 0), constant_values=pad_id) for ids in sequences])

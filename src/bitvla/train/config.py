@@ -1,0 +1,119 @@
+"""What a training run is: one TOML file, typed. Unknown keys are errors."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+import msgspec
+
+from bitvla.config import (
+    ActionConfig,
+    Camera,
+    ImageProcessing,
+    LanguageConfig,
+    PolicyConfig,
+    ProcessingConfig,
+    PromptConfig,
+    Statistics,
+    VisionConfig,
+    _Frozen,
+    check,
+    load_toml,
+)
+from bitvla.data.lerobot import LeRobotDataset
+from bitvla.errors import BitvlaError
+
+
+class Augmentation(_Frozen):
+    """Random changes of training images. The crop's area is the policy's `crop_area`; its place is random."""
+
+    random_crop: bool = True
+    brightness: float = 0.2
+    contrast: float = 0.2
+    saturation: float = 0.2
+
+
+class NewPolicy(_Frozen):
+    """Sizes and conventions of a policy trained from scratch; statistics and cameras come from the data."""
+
+    name: str
+    vision: VisionConfig
+    language: LanguageConfig
+    action: ActionConfig
+    image: ImageProcessing
+    prompt: PromptConfig
+    state_units: tuple[str, ...]
+    action_units: tuple[str, ...]
+    execute_horizon: int
+
+
+class TrainConfig(_Frozen):
+    """One stage of training. A policy is either new (`policy`) or comes from a checkpoint (`--init`)."""
+
+    steps: int
+    batch_size: int
+    learning_rate: float
+    precision: Literal["full", "ternary"]
+    policy: NewPolicy | None = None
+    seed: int = 7
+    warmup_steps: int = 375
+    weight_decay: float = 0.01
+    clip_gradient: float = 1.0
+    gradient_accumulation: int = 1
+    ema_decay: float = 0.999
+    mixed_precision: Literal["no", "bf16"] = "bf16"
+    compile: bool = False
+    alignment_weight: float = 0.1  # gamma of the paper: hidden states of student and teacher (distill)
+    auxiliary_weight: float = 0.0  # regression of privileged simulator state, a head that is thrown away
+    augmentation: Augmentation = msgspec.field(default_factory=Augmentation)
+    log_every: int = 20
+    save_every: int = 500
+    validation_batches: int = 4
+
+
+def load(path: Path) -> TrainConfig:
+    """Read and check a training configuration; BitvlaError names the file and the key at fault."""
+    config = load_toml(TrainConfig, path)
+    for name in ("steps", "batch_size", "learning_rate", "log_every", "save_every", "gradient_accumulation"):
+        if getattr(config, name) <= 0:
+            raise BitvlaError(f"{path}: {name} must be positive, it is {getattr(config, name)}")
+    return config
+
+
+def policy_config(new: NewPolicy, dataset: LeRobotDataset, precision: Literal["full", "ternary"]) -> PolicyConfig:
+    """The configuration of a new policy, with cameras, statistics and control rate taken from its data."""
+    config = PolicyConfig(
+        name=new.name,
+        vision=new.vision,
+        language=new.language,
+        action=new.action,
+        precision=precision,
+        processing=ProcessingConfig(
+            cameras=tuple(_camera(dataset, name) for name in dataset.cameras),
+            image=new.image,
+            prompt=new.prompt,
+            state=_statistics(dataset, "observation.state", new.state_units),
+            action=_statistics(dataset, "action", new.action_units),
+            control_hz=float(dataset.fps),
+            execute_horizon=new.execute_horizon,
+        ),
+    )
+    return check(config)
+
+
+def _camera(dataset: LeRobotDataset, name: str) -> Camera:
+    height, width, _ = dataset.features[f"observation.images.{name}"]["shape"]
+    return Camera(name=name, height=height, width=width)
+
+
+def _statistics(dataset: LeRobotDataset, key: str, units: tuple[str, ...]) -> Statistics:
+    stats = dataset.stats[key]
+    names = tuple(dataset.features[key]["names"])
+    return Statistics(
+        names=names,
+        units=units,
+        low=tuple(float(value) for value in stats["q01"]),
+        high=tuple(float(value) for value in stats["q99"]),
+        mask=(True,) * len(names),
+    )

@@ -1,0 +1,363 @@
+"""The policy file: what is written comes back in place; what is damaged, foreign or altered is refused in one line.
+
+pytest tests/test_bundle.py
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import pickle
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+from safetensors import safe_open
+from safetensors.numpy import save_file
+
+import bitvla
+from bitvla import BitvlaError, bundle
+from bitvla.bundle import Bundle, read, stored_tensors, tensor_specs, to_bfloat16, to_float32, write
+from bitvla.runtime.policy import Policy
+from checkpoints import observation, pack_random, tiny_config
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The smallest policy: corruption tests read it thousands of times."""
+    config = tiny_config()
+    one_layer = {
+        name: msgspec.structs.replace(getattr(config, name), num_layers=1, hidden_size=8, num_heads=2)
+        for name in ("vision", "language")
+    }
+    one_layer["language"] = msgspec.structs.replace(one_layer["language"], num_kv_heads=1)
+    config = msgspec.structs.replace(config, **one_layer)
+    return pack_random(tmp_path_factory.mktemp("policy"), config, golden=1, matrix_dtype="BF16")
+
+
+@pytest.fixture(scope="module")
+def content(path: Path) -> bytes:
+    return path.read_bytes()
+
+
+@pytest.fixture(scope="module")
+def scratch(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("scratch") / "policy.safetensors"
+
+
+def refused(path: Path, **options: Any) -> str:
+    with pytest.raises(BitvlaError) as caught:
+        read(path, **options)
+    message = str(caught.value)
+    assert str(path) in message
+    assert "\n" not in message
+    return message
+
+
+def header_of(content: bytes) -> tuple[dict[str, Any], bytes]:
+    """The header with its document parsed, and the data."""
+    end = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:end])
+    header["__metadata__"]["bitvla"] = json.loads(header["__metadata__"]["bitvla"])
+    return header, content[end:]
+
+
+def assemble(header: dict[str, Any], data: bytes) -> bytes:
+    metadata = header.get("__metadata__")
+    if isinstance(metadata, dict) and "bitvla" in metadata:
+        header = header | {"__metadata__": metadata | {"bitvla": json.dumps(metadata["bitvla"])}}
+    text = json.dumps(header).encode()
+    return len(text).to_bytes(8, "little") + text + data
+
+
+# What is written.
+
+
+def test_safetensors_reads_the_same_tensors(path: Path) -> None:
+    policy = read(path)
+    with safe_open(path, framework="numpy") as file:
+        assert set(file.keys()) == policy.tensors.keys() == stored_tensors(policy.document).keys()
+        for name in file.keys():  # noqa: SIM118  not a dictionary
+            if file.get_slice(name).get_dtype() != "BF16":
+                np.testing.assert_array_equal(file.get_tensor(name), policy.tensors[name])
+
+
+def test_weights_are_used_in_place_and_aligned(path: Path) -> None:
+    policy = read(path)
+    for name, spec in tensor_specs(policy.config).items():
+        tensor = policy.tensors[name]
+        assert not tensor.flags.owndata
+        assert not tensor.flags.writeable
+        assert tensor.ctypes.data % (64 if spec.kind == "ternary" else tensor.itemsize) == 0
+
+
+def test_the_same_policy_gives_the_same_bytes(path: Path, content: bytes, scratch: Path) -> None:
+    policy = read(path)
+    assert write(scratch, policy.document, policy.tensors) == policy.sha256
+    assert scratch.read_bytes() == content
+
+
+def test_every_weight_has_one_place(path: Path) -> None:
+    """Packed tensors hold exactly the parameters of the network, and the file nothing else."""
+    policy = read(path)
+    stored = stored_tensors(policy.document)
+    assert {name.removesuffix("_scale") for name in stored if not name.startswith("golden.")} == set(
+        tensor_specs(policy.config)
+    )
+    assert sum(tensor.nbytes for tensor in stored.values()) < os.path.getsize(path)
+
+
+def test_wrong_tensors_are_not_written(path: Path, scratch: Path) -> None:
+    policy = read(path)
+    norm = "language_model.model.norm.weight"
+    with pytest.raises(ValueError, match=r"norm\.weight"):
+        write(scratch, policy.document, {name: t for name, t in policy.tensors.items() if name != norm})
+    with pytest.raises(ValueError, match="float64"):
+        write(scratch, policy.document, {**policy.tensors, norm: policy.tensors[norm].astype(np.float64)})
+
+
+@pytest.mark.parametrize("call", ["fsync", "replace"])
+def test_a_full_disk_leaves_the_old_file(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    policy, target = read(path), tmp_path / "policy.safetensors"
+    target.write_bytes(b"old")
+
+    def fail(*args: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, call, fail)
+    with pytest.raises(BitvlaError, match=r"cannot write .*No space left on device"):
+        write(target, policy.document, policy.tensors)
+    assert [file.name for file in tmp_path.iterdir()] == ["policy.safetensors"]
+    assert target.read_bytes() == b"old"
+
+
+def test_an_interrupted_write_leaves_nothing(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    policy = read(path)
+    monkeypatch.setattr(os, "fsync", lambda descriptor: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        write(tmp_path / "policy.safetensors", policy.document, policy.tensors)
+    assert not list(tmp_path.iterdir())
+
+
+# What is refused.
+
+
+def test_truncated_files_are_refused(content: bytes, scratch: Path) -> None:
+    start = 8 + int.from_bytes(content[:8], "little")
+    ends = [bound for entry in header_of(content)[0].values() for bound in entry.get("data_offsets", ())]
+    bounds = {0, 1, 7, 8, 9, start, len(content)} | {start + end for end in ends}
+    lengths = {bound + step for bound in bounds for step in (-1, 0, 1) if 0 <= bound + step < len(content)}
+    for length in sorted(lengths):
+        scratch.write_bytes(content[:length])
+        refused(scratch)
+        refused(scratch, digest=False)
+    scratch.write_bytes(content + b"\0")
+    refused(scratch)
+    refused(scratch, digest=False)
+
+
+@settings(max_examples=300, deadline=None)
+@given(data=st.data())
+def test_altered_bytes_are_found(path: Path, content: bytes, scratch: Path, data: st.DataObject) -> None:
+    """Any change is an error, or (as in the header's padding) leaves policy and weights exactly as they were."""
+    header_end = 8 + int.from_bytes(content[:8], "little")
+    limit = header_end if data.draw(st.booleans()) else len(content)
+    altered = bytearray(content)
+    for _ in range(data.draw(st.integers(1, 3))):
+        altered[data.draw(st.integers(0, limit - 1))] = data.draw(st.integers(0, 255))
+    scratch.unlink(missing_ok=True)  # a new file: the map of the last one must not change under a reader
+    scratch.write_bytes(altered)
+    try:
+        policy = read(scratch)
+    except BitvlaError as error:
+        assert "\n" not in str(error)  # noqa: PT017  either outcome is right
+    else:
+        same_policy(policy, read(path))
+
+
+def same_policy(one: Bundle, other: Bundle) -> None:
+    assert one.document == other.document
+    assert one.tensors.keys() == other.tensors.keys()
+    for name, tensor in one.tensors.items():
+        np.testing.assert_array_equal(tensor, other.tensors[name])
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.binary(max_size=300), st.booleans())
+def test_any_bytes_are_refused(scratch: Path, content: bytes, plausible: bool) -> None:
+    scratch.unlink(missing_ok=True)
+    scratch.write_bytes(len(content).to_bytes(8, "little") + content if plausible else content)
+    refused(scratch)
+
+
+NASTY = (None, True, -1, 0, 1, 3, 2**31, 2**63, 2**64, 1e308, "", "x", "U8", [], [0], [2**62, 2**62], {}, {"x": 1})
+
+
+def mutations(value: Any) -> Iterator[Any]:
+    """`value` with each field, at any depth, left out or replaced by each nasty value."""
+    yield from NASTY
+    if isinstance(value, dict):
+        for key, item in value.items():
+            yield {name: other for name, other in value.items() if name != key}
+            for changed in mutations(item):
+                yield value | {key: changed}
+        yield value | {"unknown": 1}
+    if isinstance(value, list):
+        for index, item in enumerate(value):
+            for changed in mutations(item):
+                yield [*value[:index], changed, *value[index + 1 :]]
+
+
+def test_every_tensor_entry_may_be_wrong(content: bytes, scratch: Path) -> None:
+    header, data = header_of(content)
+    names = [next(name for name in header if header[name].get("dtype") == dtype) for dtype in ("U8", "F32", "BF16")]
+    cases = [header | {name: changed} for name in names for changed in mutations(header[name])]
+    cases += [header | {"__metadata__": changed} for changed in NASTY]
+    assert len(cases) > 200
+    for case in cases:
+        if json.dumps(case) == json.dumps(header):
+            continue
+        scratch.unlink(missing_ok=True)
+        scratch.write_bytes(assemble(case, data))
+        refused(scratch, digest=False)
+
+
+@pytest.mark.filterwarnings("ignore:overflow encountered", "ignore:invalid value encountered")
+def test_every_field_of_the_document_may_be_wrong(path: Path, content: bytes, scratch: Path) -> None:
+    """Without the digest, as for a large file: one line, or a policy that answers with finite actions."""
+    header, data = header_of(content)
+    seen = observation(read(path).config)
+    outcomes = {"refused": 0, "acted": 0}
+    for changed in mutations(header["__metadata__"]["bitvla"]):
+        scratch.unlink(missing_ok=True)
+        scratch.write_bytes(assemble(header | {"__metadata__": {"sha256": "0", "bitvla": changed}}, data))
+        try:
+            assert np.isfinite(Policy(read(scratch, digest=False)).act(seen)).all()
+            outcomes["acted"] += 1
+        except BitvlaError as error:
+            assert "\n" not in str(error)  # noqa: PT017  most cases must raise, not all
+            outcomes["refused"] += 1
+    assert outcomes["refused"] > 1500
+    assert outcomes["acted"] > 100  # the unchanged meaning of a field: other names, units, rates
+
+
+@pytest.mark.parametrize(
+    "header",
+    [b"[" * 100_000, b'{"a":' * 100_000, b"{" * 8, b'{"__metadata__":{"bitvla":"' + b"[" * 99_999 + b'","sha256":""}}'],
+    ids=["lists", "objects", "braces", "document"],
+)
+def test_deep_json_is_refused(scratch: Path, header: bytes) -> None:
+    scratch.write_bytes(len(header).to_bytes(8, "little") + header + bytes(64))
+    refused(scratch)
+
+
+@pytest.mark.parametrize("length", [2**64 - 1, 2**63, 2**40, (100 << 20) + 1])
+def test_a_huge_header_is_refused_without_reading_it(scratch: Path, length: int) -> None:
+    with scratch.open("wb") as file:
+        file.write(length.to_bytes(8, "little"))
+        file.truncate(200 << 20)  # sparse: takes no room
+    assert "header" in refused(scratch)
+    scratch.unlink()
+
+
+def test_foreign_files_are_named(scratch: Path) -> None:
+    save_file({"weight": np.zeros(3, np.float32)}, scratch)
+    assert "bitvla pack" in refused(scratch)
+    scratch.write_bytes(pickle.dumps({"weights": list(range(1000))}))
+    refused(scratch)
+    scratch.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
+    refused(scratch)
+
+
+def with_document(content: bytes, **changes: Any) -> bytes:
+    header, data = header_of(content)
+    header["__metadata__"]["bitvla"] |= changes
+    return assemble(header, data)
+
+
+def test_formats_of_other_versions_are_named(content: bytes, scratch: Path) -> None:
+    scratch.write_bytes(with_document(content, format=2, new_field=1))
+    assert "format 2, this bitvla reads format 1; update bitvla" in refused(scratch, digest=False)
+    scratch.write_bytes(with_document(content, format=0))
+    assert "pack it again" in refused(scratch, digest=False)
+
+
+def test_altered_statistics_are_found(content: bytes, scratch: Path) -> None:
+    """A plausible edit of the header: another bound of the action, everything else as it was."""
+    config = header_of(content)[0]["__metadata__"]["bitvla"]["config"]
+    config["processing"]["action"]["high"][0] += 0.125
+    scratch.write_bytes(with_document(content, config=config))
+    assert "altered" in refused(scratch)
+
+
+def test_tensors_that_do_not_fit_are_named(content: bytes, scratch: Path) -> None:
+    header, data = header_of(content)
+    norm = "language_model.model.norm.weight"
+    cases = {
+        f"lacks the tensor {norm}": {name: entry for name, entry in header.items() if name != norm},
+        "unexpected tensor lm_head": header | {"lm_head": header[norm]},
+        rf"{norm} is F32 \[4\], the policy needs F32 \[8\]": header | {norm: header[norm] | {"shape": [4]}},
+    }
+    for message, case in cases.items():
+        scratch.write_bytes(assemble(case, data))
+        with pytest.raises(BitvlaError, match=message):
+            read(scratch, digest=False)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, 0.0, -1.0])
+def test_impossible_scales_are_named(path: Path, scratch: Path, value: float) -> None:
+    policy = read(path)
+    name = next(name for name in policy.tensors if name.endswith("_scale"))
+    write(scratch, policy.document, {**policy.tensors, name: np.array([value], np.float32)})
+    assert name in refused(scratch)
+
+
+def test_large_files_are_hashed_on_request_only(
+    path: Path, content: bytes, scratch: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bundle, "DIGEST_AT_LOAD", len(content) - 1)
+    altered = bytearray(content)
+    altered[-1] ^= 1  # a pixel of a golden image
+    scratch.write_bytes(altered)
+    read(scratch)
+    assert "SHA-256" in refused(scratch, digest=True)
+
+
+def test_a_damaged_tokenizer_is_refused(path: Path, scratch: Path) -> None:
+    policy = read(path)
+    write(scratch, msgspec.structs.replace(policy.document, tokenizer='{"model": 1}'), policy.tensors)
+    with pytest.raises(BitvlaError, match="tokenizer is damaged"):
+        bitvla.load(scratch)
+
+
+def test_the_smallest_policy_acts(path: Path) -> None:
+    policy = bitvla.load(path)
+    assert policy.act(observation(policy.config)).shape == (5, 4)
+
+
+# bfloat16.
+
+
+@given(arrays(np.float32, st.integers(1, 20), elements=st.floats(-(2.0**120), 2.0**120, width=32)))
+def test_bfloat16_rounds_to_the_nearest(values: np.ndarray) -> None:
+    rounded = to_bfloat16(values)
+    error = np.abs(to_float32(rounded).astype(np.float64) - values)
+    for step in (-1, 1):
+        neighbour = to_float32((rounded.astype(np.int32) + step).astype(np.uint16)).astype(np.float64)
+        other = np.abs(neighbour - values)
+        better = np.isfinite(neighbour) & ((other < error) | ((other == error) & (rounded % 2 == 1) & (error > 0)))
+        assert not better.any()
+
+
+def test_bfloat16_ties_go_to_even() -> None:
+    ties = np.array([0x3F808000, 0x3F818000], np.uint32).view(np.float32)
+    assert to_bfloat16(ties).tolist() == [0x3F80, 0x3F82]

@@ -1,0 +1,280 @@
+"""The command line: what a person meets when things go well, and when they do not."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+import tomllib
+import types
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from bitvla import cli
+from bitvla.errors import BitvlaError
+
+COMMANDS = ["record", "train", "pack", "demo", "eval", "compare", "report", "verify", "inspect", "bench", "doctor"]
+RESUMABLE = ["record", "train", "eval"]
+
+
+def example(command: str, capsys: pytest.CaptureFixture[str]) -> list[str]:
+    """The example in a command's help, as arguments."""
+    with pytest.raises(SystemExit) as stop:
+        cli.main([command, "--help"])
+    assert stop.value.code == 0
+    found = re.search(r"example:\s+bitvla\s+(.*)", capsys.readouterr().out, re.DOTALL)
+    assert found, f"{command} --help has no example"
+    return shlex.split(found[1])
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_has_an_example_that_parses(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = example(command, capsys)
+    assert arguments[0] == command
+    cli.build_parser().parse_args(arguments)
+
+
+def test_the_list_of_commands_is_complete(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["--help"])
+    assert re.findall(r"^    ([a-z]+)  ", capsys.readouterr().out, re.MULTILINE) == COMMANDS
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        ([], "COMMAND"),
+        (["inspct", "p"], "did you mean 'inspect'?"),
+        (["verify"], "POLICY"),
+        (["inspect", "p", "--jsn"], "did you mean '--json'?"),
+        (["record", "out", "--suite", "mt10", "--episodes", "0"], "'0'"),
+        (["record", "out", "--suite", "mt10", "--episodes", "many"], "'many'"),
+        (["train", "distil", "--config", "c", "--data", "d", "--out", "o"], "did you mean 'distill'?"),
+    ],
+)
+def test_bad_usage_is_one_line_and_exit_2(arguments: list[str], named: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        cli.main(arguments)
+    assert stop.value.code == 2
+    output = capsys.readouterr()
+    assert output.out == ""
+    assert output.err.startswith("error: ")
+    assert output.err.count("\n") == 1
+    assert named in output.err
+    assert "--help" in output.err
+
+
+Replace = Callable[[Callable[[Any], Any]], None]
+
+
+@pytest.fixture
+def inspection(monkeypatch: pytest.MonkeyPatch) -> Replace:
+    """Sets what `bitvla inspect` calls: these tests are about everything around it."""
+
+    def replace(function: Callable[[Any], Any]) -> None:
+        module = types.ModuleType("bitvla.runtime.inspect")
+        module.inspect = function  # type: ignore[attr-defined]
+        monkeypatch.setitem(sys.modules, "bitvla.runtime.inspect", module)
+
+    return replace
+
+
+def failing(error: BaseException) -> Callable[[Any], Any]:
+    def fail(_: Any) -> Any:
+        raise error
+
+    return fail
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (BitvlaError("policy.safetensors is cut off\nat byte 7"), "error: policy.safetensors is cut off at byte 7"),
+        (FileNotFoundError(errno.ENOENT, "No such file or directory", "p"), "error: no such file or directory (p)"),
+        (OSError(errno.ENOSPC, "No space left on device", "out.bin"), "error: the disk is full (out.bin): free some"),
+        (MemoryError(), "error: out of memory"),
+        (ModuleNotFoundError("No module named 'torch'", name="torch.nn"), "pip install 'bitvla[train]'"),
+        (ModuleNotFoundError("No module named 'metaworld'", name="metaworld"), "pip install 'bitvla[sim]'"),
+        (ModuleNotFoundError("No module named 'bitvla._native'", name="bitvla._native"), "make setup"),
+        (ZeroDivisionError("division by zero"), "error: unexpected ZeroDivisionError: division by zero"),
+    ],
+)
+def test_a_failure_is_one_line_and_exit_1(
+    error: Exception, line: str, inspection: Replace, capsys: pytest.CaptureFixture[str]
+) -> None:
+    inspection(failing(error))
+    assert cli.main(["inspect", "p"]) == 1
+    output = capsys.readouterr()
+    assert output.out == ""
+    assert output.err.startswith("error: ")
+    assert output.err.count("\n") == 1
+    assert line in output.err
+
+
+def test_debug_shows_the_traceback(inspection: Replace) -> None:
+    inspection(failing(ZeroDivisionError("division by zero")))
+    with pytest.raises(ZeroDivisionError):
+        cli.main(["inspect", "p", "--debug"])
+
+
+def test_a_missing_file_is_an_error_of_the_real_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    missing = str(tmp_path / "none.safetensors")
+    for command in (["verify", missing], ["inspect", missing], ["bench", missing], ["pack", missing, missing + ".out"]):
+        assert cli.main(command) == 1
+        output = capsys.readouterr()
+        assert output.err.startswith("error: ")
+        assert output.err.count("\n") == 1
+        assert "none.safetensors" in output.err
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_interruption_says_how_to_go_on(
+    command: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = example(command, capsys)
+    monkeypatch.setattr(cli, f"_{command}", named(f"_{command}", failing(KeyboardInterrupt())))
+    assert cli.main(arguments) == 130
+    output = capsys.readouterr()
+    assert output.err.startswith("interrupted: ")
+    assert output.err.count("\n") == 1
+    assert ("go on where it stopped" in output.err) == (command in RESUMABLE)
+
+
+def named(name: str, function: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    function.__name__ = name
+    return function
+
+
+RESULT = {"passed": True, "ratio": float("nan"), "count": np.int64(3), "where": Path("a/b"), "rows": [{"x": 1.5}]}
+
+
+def test_results_are_printed_for_people(inspection: Replace, capsys: pytest.CaptureFixture[str]) -> None:
+    inspection(lambda path: RESULT | {"name": f"[{path}]"})
+    assert cli.main(["inspect", "p"]) == 0
+    printed = capsys.readouterr().out
+    assert "count: 3" in printed
+    assert "passed: yes" in printed
+    assert "1.5" in printed
+    assert "name: [p]" in printed, "markup of a value is shown, not interpreted"
+
+
+@pytest.mark.parametrize(("passed", "status"), [(True, 0), (False, 1)])
+def test_a_check_that_failed_is_exit_1(
+    passed: bool, status: int, inspection: Replace, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checks = [{"check": "digest", "passed": passed, "detail": "not\nthe same"}]
+    inspection(lambda path: {"passed": passed, "checks": checks})
+    assert cli.main(["inspect", "p"]) == status
+    assert capsys.readouterr().err == ("" if passed else "error: digest: not the same\n")
+
+
+# What happens to a whole process.
+
+PROGRAM = """
+import os, sys, time, types
+
+def inspect(path):
+    {body}
+
+module = types.ModuleType("bitvla.runtime.inspect")
+module.inspect = inspect
+sys.modules["bitvla.runtime.inspect"] = module
+from bitvla.cli import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def program(body: str, *arguments: str) -> list[str]:
+    return [sys.executable, "-c", PROGRAM.format(body=body), "inspect", "p", *arguments]
+
+
+def test_json_is_the_only_thing_on_standard_output() -> None:
+    body = "print('noise'); os.system('echo noise of a child'); return {'value': 1, 'path': path}"
+    done = subprocess.run(program(body, "--json"), capture_output=True, text=True, timeout=30)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == {"value": 1, "path": "p"}
+    assert "noise of a child" in done.stderr
+
+
+def test_json_of_a_failure_is_empty_standard_output() -> None:
+    done = subprocess.run(program("print('noise'); 1 / 0", "--json"), capture_output=True, text=True, timeout=30)
+    assert done.returncode == 1
+    assert done.stdout == ""
+    assert done.stderr.splitlines()[-1].startswith("error: ")
+
+
+def test_json_takes_numpy_paths_and_missing_numbers(inspection: Replace, capfd: pytest.CaptureFixture[str]) -> None:
+    inspection(lambda path: RESULT)
+    assert cli.main(["inspect", "p", "--json"]) == 0
+    document = json.loads(capfd.readouterr().out)
+    assert document == {"passed": True, "ratio": None, "count": 3, "where": "a/b", "rows": [{"x": 1.5}]}
+
+
+def test_ctrl_c_ends_a_process_with_one_line() -> None:
+    command = program("print('working', flush=True); time.sleep(60)")
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout
+        assert process.stdout.readline() == "working\n"
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert errors.startswith("interrupted: ")
+    assert errors.count("\n") == 1
+
+
+@pytest.mark.parametrize("rows", [1, 100_000])
+def test_a_reader_that_left_is_no_error(rows: int) -> None:
+    body = f"sys.stdin.read(); return {{'rows': [{{'x': i}} for i in range({rows})]}}"
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    # Only buffered output is written a second time, when Python ends.
+    buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    with subprocess.Popen(program(body, "--json"), text=True, env=buffered, **pipes) as process:
+        assert process.stdin
+        assert process.stdout
+        assert process.stderr
+        process.stdout.close()
+        process.stdin.close()
+        assert process.stderr.read() == ""
+    assert process.returncode == 1
+
+
+def test_help_is_immediate_and_loads_nothing_heavy() -> None:
+    heavy = "{'numpy', 'torch', 'metaworld', 'rich', 'tokenizers', 'transformers', 'scipy'}"
+    code = f"import sys\nfrom bitvla.cli import build_parser\nbuild_parser()\nprint({heavy} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=30)
+    assert done.stdout == "set()\n", done.stderr
+    start = time.perf_counter()
+    subprocess.run([sys.executable, "-m", "bitvla", "--help"], check=True, capture_output=True, timeout=30)
+    # 0.3 s on an idle machine; tests share theirs, so this bound only catches a heavy import.
+    assert time.perf_counter() - start < 1.5
+
+
+def test_stages_are_those_of_the_training_code() -> None:
+    from bitvla.train import loop
+
+    assert cli.STAGES == loop.STAGES
+
+
+def test_the_training_code_may_say_where_it_stopped(inspection: Replace, capsys: pytest.CaptureFixture[str]) -> None:
+    inspection(failing(KeyboardInterrupt("stopped at step 7")))
+    assert cli.main(["inspect", "p"]) == 130
+    assert capsys.readouterr().err == "interrupted: stopped at step 7\n"
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["--version"])
+    assert stop.value.code == 0
+    project = tomllib.loads((Path(__file__).parent.parent / "pyproject.toml").read_text())["project"]
+    assert capsys.readouterr().out == f"bitvla {project['version']}\n"

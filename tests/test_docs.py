@@ -1,0 +1,136 @@
+"""What the documents say is true: their paths exist, their commands parse, their Python runs."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from bitvla.cli import build_parser
+from bitvla.convert.pack import pack
+from checkpoints import observation, tiny_config, write_random_checkpoint
+
+ROOT = Path(__file__).parent.parent
+DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+EVERY_DOCUMENT = pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+
+FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+INLINE = re.compile(r"`([^`\n]+)`")
+LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
+REPOSITORY_PATH = re.compile(r"^(\.ci|benchmarks|configs|csrc|docs|examples|scripts|src|tests)/[\w./-]*$")
+
+
+def blocks(document: Path, language: str) -> list[str]:
+    return [body for name, body in FENCE.findall(document.read_text()) if name == language]
+
+
+def inline(document: Path) -> list[str]:
+    return INLINE.findall(FENCE.sub("", document.read_text()))
+
+
+def command_lines(document: Path) -> Iterator[str]:
+    for block in blocks(document, ""):
+        yield from block.replace("\\\n", " ").splitlines()
+    yield from inline(document)
+
+
+@EVERY_DOCUMENT
+def test_links_lead_somewhere(document: Path) -> None:
+    for target in LINK.findall(FENCE.sub("", document.read_text())):
+        if not target.startswith(("https://", "#")):
+            assert (document.parent / target.split("#")[0]).exists(), f"{document.name} links to {target}"
+
+
+@EVERY_DOCUMENT
+def test_paths_exist(document: Path) -> None:
+    words = [word for line in command_lines(document) for word in line.split()]
+    for word in filter(REPOSITORY_PATH.match, words):
+        assert (ROOT / word).exists(), f"{document.name} names {word}, which does not exist"
+
+
+@EVERY_DOCUMENT
+def test_bitvla_commands_parse(document: Path) -> None:
+    for line in command_lines(document):
+        words = shlex.split(line, comments=True) if line.startswith("bitvla ") else []
+        # Prose may name a command without its arguments.
+        if len(words) == 2 and not words[1].startswith("-"):
+            words.append("--help")
+        if words:
+            assert parses(words[1:]), f"{document.name}: {line}"
+
+
+def parses(words: list[str]) -> bool:
+    try:
+        build_parser().parse_args(words)
+    except SystemExit as stop:
+        return stop.code == 0
+    return True
+
+
+def test_commands_with_a_mistake_do_not_parse() -> None:
+    assert not parses(["pack", "runs/student"])
+    assert not parses(["inspect", "policy.safetensors", "--jsn"])
+    assert not parses(["unpack", "--help"])
+
+
+@EVERY_DOCUMENT
+def test_make_targets_exist(document: Path) -> None:
+    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    for line in command_lines(document):
+        if re.match(r"make [a-z]+", line):
+            assert line.split()[1] in targets, f"{document.name}: {line}"
+
+
+@EVERY_DOCUMENT
+def test_extras_exist(document: Path) -> None:
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    for line in command_lines(document):
+        for names in re.findall(r"pip install .*\[([\w,]+)\]", line):
+            assert set(names.split(",")) <= set(extras), f"{document.name}: {line}"
+
+
+@pytest.fixture(scope="module")
+def policy_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with `policy.safetensors`, a tiny random policy."""
+    folder = tmp_path_factory.mktemp("docs")
+    pack(write_random_checkpoint(folder / "checkpoint", tiny_config()), folder / "policy.safetensors")
+    return folder
+
+
+class Robot:
+    """What a snippet may call `robot`: it takes finite action vectors of the policy's size."""
+
+    def __init__(self) -> None:
+        self.actions: list[Any] = []
+
+    def step(self, action: Any) -> None:
+        assert action.shape == (tiny_config().action.dim,)
+        assert np.isfinite(action).all()
+        self.actions.append(action)
+
+
+def test_there_is_python_to_run() -> None:
+    assert blocks(ROOT / "README.md", "python")
+
+
+@EVERY_DOCUMENT
+def test_python_snippets_run(document: Path, policy_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(policy_folder)
+    seen = observation(tiny_config())
+    for snippet in blocks(document, "python"):
+        robot = Robot()
+        names = {
+            "corner_image": seen["images"]["corner"],
+            "wrist_image": seen["images"]["wrist"],
+            "state": seen["state"],
+            "robot": robot,
+        }
+        exec(compile(snippet, f"{document.name} snippet", "exec"), names)
+        if "robot" in snippet:
+            assert robot.actions

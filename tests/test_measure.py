@@ -1,0 +1,245 @@
+"""What verify, inspect, bench and doctor say about a policy and a machine.
+
+pytest tests/test_measure.py
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import pytest
+
+import bitvla
+import bitvla._native as native
+from bitvla import BitvlaError
+from bitvla.bundle import read, write
+from bitvla.doctor import doctor
+from bitvla.runtime import network as network_module
+from bitvla.runtime import selftest
+from bitvla.runtime.bench import bench, multiply_adds
+from bitvla.runtime.inspect import inspect
+from bitvla.runtime.verify import verify
+from checkpoints import observation, pack_random, random_weights, tiny_config
+
+Q_PROJ = "language_model.model.layers.0.self_attn.q_proj.weight"
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return pack_random(tmp_path_factory.mktemp("policy"), tiny_config())
+
+
+# verify
+
+
+def failed(path: Path) -> dict[str, str]:
+    """The checks that fail, with their details."""
+    result = verify(path)
+    wrong = {check["check"]: check["detail"] for check in result["checks"] if not check["passed"]}
+    assert result["passed"] == (not wrong)
+    return wrong
+
+
+def rewritten(path: Path, target: Path, **changes: np.ndarray) -> Path:
+    """A policy file with other tensors, but whole and with a digest that fits."""
+    policy = read(path)
+    write(target, policy.document, {**policy.tensors, **changes})
+    return target
+
+
+def test_a_good_policy_passes_every_check(path: Path) -> None:
+    before = native.isa(), native.num_threads()
+    result = verify(path)
+    assert result["passed"], result
+    names = [check["check"] for check in result["checks"]]
+    assert names[:5] == ["structure", "digest", "weights", "statistics", "load"]
+    for isa in native.available():
+        assert {f"kernels {isa}", f"golden traces {isa}"} <= set(names)
+    assert (native.isa(), native.num_threads()) == before
+
+
+def test_altered_bytes_fail_the_digest(path: Path, tmp_path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    altered = tmp_path / "altered.safetensors"
+    altered.write_bytes(content)
+    assert "SHA-256" in failed(altered)["digest"]
+
+
+def test_an_unreadable_file_fails_the_structure(tmp_path: Path) -> None:
+    (tmp_path / "short").write_bytes(b"short")
+    assert failed(tmp_path / "short").keys() == {"structure"}
+    assert failed(tmp_path / "gone").keys() == {"structure"}
+
+
+def test_damaged_weights_are_named(path: Path, tmp_path: Path) -> None:
+    packed = read(path).tensors[Q_PROJ].copy()
+    packed[0, 0, 0] |= 3
+    wrong = failed(rewritten(path, tmp_path / "policy", **{Q_PROJ: packed}))
+    assert Q_PROJ in wrong["weights"]
+    assert "code 3" in wrong["weights"]
+
+
+@pytest.mark.parametrize("matrix_dtype", ["F32", "BF16"])
+def test_values_that_are_not_finite_are_named(tmp_path: Path, matrix_dtype: str) -> None:
+    path = pack_random(tmp_path, tiny_config(), matrix_dtype=matrix_dtype)
+    name = "action_head.model.fc2.weight"
+    weight = read(path).tensors[name].copy()
+    weight.flat[3] = np.nan if matrix_dtype == "F32" else 0x7F80
+    wrong = failed(rewritten(path, tmp_path / "policy", **{name: weight}))
+    assert name in wrong["weights"]
+
+
+def test_another_answer_fails_the_golden_traces(path: Path, tmp_path: Path) -> None:
+    chunk = read(path).tensors["golden.1.chunk"].copy()
+    chunk[0, 0] = np.nextafter(chunk[0, 0], np.float32(9))  # the smallest difference there is
+    wrong = failed(rewritten(path, tmp_path / "policy", **{"golden.1.chunk": chunk}))
+    assert wrong.keys() == {f"golden traces {isa}" for isa in native.available()}
+    assert all("trace 1 differs" in detail for detail in wrong.values())
+
+
+def test_a_policy_without_golden_traces_fails(path: Path, tmp_path: Path) -> None:
+    policy = read(path)
+    tensors = {name: tensor for name, tensor in policy.tensors.items() if not name.startswith("golden.")}
+    write(tmp_path / "policy", msgspec.structs.replace(policy.document, golden=()), tensors)
+    assert failed(tmp_path / "policy").keys() == {f"golden traces {isa}" for isa in native.available()}
+    with pytest.raises(BitvlaError, match="no golden trace"):
+        bench(tmp_path / "policy")
+
+
+def test_a_wrong_kernel_fails(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("bitvla.runtime.verify.mismatches", lambda network, isa: ["gelu"] if isa == "scalar" else [])
+    assert failed(path) == {"kernels scalar": "differ from the scalar kernels: gelu"}
+
+
+def test_the_self_test_is_quick(path: Path) -> None:
+    """Well under the 100 ms that loading may spend on it, even for the slowest kernels and a loaded machine."""
+    import time
+
+    policy = bitvla.load(path)
+    times = []
+    for _ in range(5):
+        start = time.perf_counter()
+        selftest.mismatches(policy.network, native.available()[0])
+        times.append(time.perf_counter() - start)
+    assert min(times) < 0.1
+
+
+# inspect
+
+
+def test_inspect_counts_every_parameter_and_byte(path: Path) -> None:
+    result = inspect(path)
+    json.dumps(result)
+    weights = random_weights(tiny_config())
+    assert result["parameters"] == sum(weight.size for weight in weights.values())
+    assert result["bf16_bytes"] == 2 * result["parameters"]
+    tensors = read(path).tensors
+    assert sum(part["bytes"] for part in result["parts"].values()) == sum(t.nbytes for t in tensors.values())
+    assert result["weight_bytes"] == sum(t.nbytes for name, t in tensors.items() if not name.startswith("golden."))
+    assert sum(part["parameters"] for part in result["parts"].values()) == result["parameters"]
+    ternary = result["precision"]["ternary"]
+    assert ternary["parameters"] == sum(part["ternary"] for part in result["parts"].values())
+    assert ternary["bits_per_parameter"] > 2  # scales and padded blocks are counted
+    assert result["file_bytes"] == path.stat().st_size
+    assert result["statistics"]["action"][3] == {
+        "name": "a3", "unit": "m", "low": -1.25, "high": 2.25, "normalized": False,
+    }  # fmt: skip
+
+
+# bench
+
+
+def test_bench_measures_every_part(path: Path) -> None:
+    result = bench(path, threads=1, repeats=3)
+    json.dumps(result)
+    assert [row["part"] for row in result["latency"]] == ["preprocess", "vision", "decoder", "head", "total"]
+    for row in result["latency"]:
+        assert 0 < row["p50_ms"] <= row["p95_ms"] <= row["p99_ms"]
+    assert 0 < result["throughput"][0]["share"] < 1
+    assert result["tokens"]["vision"] == 32
+    assert result["memory"]["peak"] > result["memory"]["anonymous"] > 0
+    assert all(seconds > 0 for seconds in result["startup"].values())
+
+
+def test_multiply_adds_are_those_that_kernels_do(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    done = {"count": 0}
+
+    class Counting:
+        def __getattr__(self, name: str) -> Any:
+            kernel = getattr(native, name)
+
+            def call(*args: Any, **options: Any) -> None:
+                kernel(*args, **options)
+                if name == "ternary_linear":
+                    done["count"] += len(args[0]) * args[4] * args[5]
+                elif name == "linear":
+                    done["count"] += len(args[0]) * args[1].size
+                elif name == "attention":
+                    done["count"] += 2 * args[0].size * len(args[1])
+
+            return call
+
+    policy = bitvla.load(path)
+    monkeypatch.setattr(network_module, "native", Counting())
+    seen = observation(policy.config)
+    policy.act(seen)
+    macs, tokens = multiply_adds(policy.config, policy.plan(seen["instruction"]).length)
+    assert sum(macs.values()) == done["count"]
+    assert tokens["decoder"] == policy.plan(seen["instruction"]).length
+
+
+# doctor
+
+
+def test_doctor_names_what_is_there() -> None:
+    result = doctor()
+    json.dumps(result)
+    assert result["passed"]
+    checks = {check["check"]: check for check in result["checks"]}
+    assert native.isa() in checks["native kernels"]["detail"]
+    for check in result["checks"]:
+        assert check["state"] in ("ok", "missing", "broken")
+        assert bool(check["fix"]) == (check["state"] != "ok")
+
+
+def doctor_elsewhere(prelude: str, **environment: str) -> dict[str, dict[str, Any]]:
+    code = f"{prelude}\nimport json; from bitvla.doctor import doctor; print(json.dumps(doctor()))"
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=os.environ | environment, capture_output=True, text=True, check=True
+    )
+    result = json.loads(done.stdout)
+    assert result["passed"] == (next(c for c in result["checks"] if c["check"] == "native kernels")["state"] == "ok")
+    return {check["check"]: check for check in result["checks"]}
+
+
+def test_doctor_says_how_to_get_what_is_missing() -> None:
+    checks = doctor_elsewhere("import sys; sys.modules.update(dict.fromkeys(['scipy', 'mujoco', 'bitvla._native']))")
+    assert checks["extra report"]["state"] == "missing"
+    assert checks["extra report"]["fix"] == "pip install 'bitvla[report]'"
+    assert checks["native kernels"]["state"] == "missing"
+    assert "make setup" in checks["native kernels"]["fix"]
+
+
+def test_doctor_explains_an_unknown_instruction_set() -> None:
+    checks = doctor_elsewhere("", BITVLA_ISA="mmx")
+    assert checks["native kernels"]["state"] == "broken"
+    assert checks["native kernels"]["fix"] == "unset BITVLA_ISA"
+
+
+def test_doctor_tries_to_render() -> None:
+    checks = doctor_elsewhere("", MUJOCO_GL="nothing")
+    rendering = next((check for name, check in checks.items() if name.startswith("rendering")), None)
+    if checks["extra sim"]["state"] == "ok":
+        assert rendering is not None
+        assert rendering["state"] == "broken"
+        assert rendering["fix"] == "export MUJOCO_GL=egl"
+    else:
+        assert rendering is None

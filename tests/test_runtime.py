@@ -1,0 +1,451 @@
+"""The packed policy against a slow NumPy network, kernel by kernel and layer by layer; and what it refuses.
+
+pytest tests/test_runtime.py
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import msgspec
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+import bitvla
+import bitvla._native as native
+from bitvla import BitvlaError
+from bitvla.bundle import to_float32
+from bitvla.config import PolicyConfig
+from bitvla.processing.vectors import normalize
+from bitvla.quantization import quantize_activations, unpack
+from bitvla.runtime import network as network_module
+from bitvla.runtime import selftest
+from bitvla.runtime.policy import PARTS, Policy
+from checkpoints import observation, pack_random, random_weights, tiny_config
+from reference_network import ReferenceNetwork, attention, gelu, gelu_tanh
+
+
+def changed(**sections: dict[str, Any]) -> PolicyConfig:
+    config = tiny_config()
+    return msgspec.structs.replace(
+        config, **{name: msgspec.structs.replace(getattr(config, name), **fields) for name, fields in sections.items()}
+    )
+
+
+CONFIGS = {
+    "bidirectional": tiny_config(),
+    "causal": changed(language={"bidirectional": False}),
+    "one kv head, deep head": changed(language={"num_kv_heads": 1}, action={"head_blocks": 2, "slots_per_step": 1}),
+    "no blocks, one layer": changed(language={"num_layers": 1, "num_kv_heads": 4}, action={"head_blocks": 0}),
+}
+
+
+@pytest.fixture(scope="module")
+def policy_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return pack_random(tmp_path_factory.mktemp("policy"), tiny_config())
+
+
+@pytest.fixture
+def policy(policy_file: Path) -> Policy:
+    return bitvla.load(policy_file)
+
+
+# The network.
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("seed", [1, 2])
+def test_layers_match_the_reference(tmp_path: Path, name: str, seed: int) -> None:
+    """Each layer is given the runtime's own input. Where float sums round differently, an int8 code may flip and move
+    some values a little; the median of the errors is what a wrong formula cannot keep small."""
+    config = CONFIGS[name]
+    policy = bitvla.load(pack_random(tmp_path, config, seed=seed, matrix_dtype="F32"))
+    seen = observation(config, seed)
+    states: dict[str, NDArray[np.float32]] = {}
+    policy.network.record = states.__setitem__
+    policy.act(seen)
+    reference = ReferenceNetwork(config, random_weights(config, seed))
+    patches, plan, state = policy._preprocess(seen)
+    ids = policy.prompt.ids(seen["instruction"])
+    vision, decoder = config.vision.num_layers, config.language.num_layers
+    expected = {"vision.0": reference.patch_embedding(patches), "connector": reference.connector(states["vision.2"])}
+    expected |= {f"vision.{i + 1}": reference.vision_layer(i, states[f"vision.{i}"]) for i in range(vision)}
+    special = policy.prompt.image_id, policy.prompt.proprio_id
+    expected["decoder.0"] = reference.embed(ids, *special, states["connector"], state)
+    expected |= {f"decoder.{i + 1}": reference.decoder_layer(i, states[f"decoder.{i}"]) for i in range(decoder)}
+    expected[f"decoder.{decoder}"] = expected[f"decoder.{decoder}"][plan.answers]  # the runtime computes only these
+    expected["answers"] = reference.final_norm(states[f"decoder.{decoder}"])
+    assert states.keys() == expected.keys()
+    for key, value in expected.items():
+        error = np.abs(states[key] - value) / np.abs(value).max()
+        assert np.median(error) < 1e-5, key
+        assert error.max() < 0.05, key
+    np.testing.assert_allclose(policy.network.act(states["answers"]), reference.head(states["answers"]), atol=1e-5)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_chunk_matches_the_reference(tmp_path: Path, name: str) -> None:
+    """The whole forward pass, nothing shared on the way: flipped codes add up, wrong wiring would add up to ~1."""
+    config = CONFIGS[name]
+    policy = bitvla.load(pack_random(tmp_path, config, matrix_dtype="F32"))
+    reference = ReferenceNetwork(config, random_weights(config))
+    for seed in range(4):
+        seen = observation(config, seed)
+        patches, plan, state = policy._preprocess(seen)
+        ids = policy.prompt.ids(seen["instruction"])
+        special = policy.prompt.image_id, policy.prompt.proprio_id
+        expected = reference.run(patches, ids, *special, plan.answers, state)["actions"]
+        actual = normalize(policy.act(seen), config.processing.action)
+        scale = np.abs(expected).max()
+        assert np.abs(actual - normalize_outputs(expected, config)).mean() < 0.03 * scale
+
+
+def normalize_outputs(actions: NDArray[np.float32], config: PolicyConfig) -> NDArray[np.float32]:
+    """What normalising a chunk in the robot's units gives back: clipped where statistics apply."""
+    return np.where(config.processing.action.mask, np.clip(actions, -1, 1), actions)
+
+
+class CheckedNative:
+    """The native module, with every call of the forward pass compared with NumPy on the very same inputs."""
+
+    def __init__(self) -> None:
+        self.calls: dict[str, int] = {}
+
+    def __getattr__(self, name: str) -> Any:
+        check, kernel = getattr(type(self), f"check_{name}"), getattr(native, name)
+
+        def call(*args: Any, **options: Any) -> None:
+            before = [value.copy() if isinstance(value, np.ndarray) else value for value in args]
+            kernel(*args, **options)
+            check(args, before, **options)
+            self.calls[name] = self.calls.get(name, 0) + 1
+
+        return call
+
+    @staticmethod
+    def check_quantize(args: Any, before: Any) -> None:
+        x, codes, scales, sums = args
+        expected, scale = quantize_activations(x)
+        np.testing.assert_array_equal(codes[:, : x.shape[1]], expected)
+        np.testing.assert_array_equal(codes[:, x.shape[1] :], 0)
+        np.testing.assert_array_equal(scales, scale)
+        np.testing.assert_array_equal(sums, expected.sum(-1, dtype=np.int32))
+
+    @staticmethod
+    def check_codes(expected: NDArray[np.float64], codes: Any, scales: Any, sums: Any) -> None:
+        """Codes of a fused kernel: off by one only where the value lies on the border between two codes."""
+        beta = np.maximum(np.abs(expected).max(-1, keepdims=True), 1e-5)
+        np.testing.assert_allclose(scales, beta[:, 0] / 127, rtol=1e-5)
+        assert np.abs(codes[:, : expected.shape[1]] - 127 * expected / beta).max() <= 0.5 + 2e-3
+        np.testing.assert_array_equal(codes[:, expected.shape[1] :], 0)
+        np.testing.assert_array_equal(sums, codes.sum(-1, dtype=np.int32))
+
+    @classmethod
+    def check_layer_norm_quantize(cls, args: Any, before: Any) -> None:
+        x, weight, bias, eps, *quantized = args
+        cls.check_codes(layer_norm(x, weight, bias, eps), *quantized)
+
+    @classmethod
+    def check_rms_norm_quantize(cls, args: Any, before: Any) -> None:
+        x, weight, eps, *quantized = args
+        cls.check_codes(rms_norm(x, weight, eps), *quantized)
+
+    @classmethod
+    def check_relu2_gate_norm_quantize(cls, args: Any, before: Any) -> None:
+        gate, up, weight, eps, *quantized = args
+        cls.check_codes(rms_norm(np.maximum(gate.astype(np.float64), 0) ** 2 * up, weight, eps), *quantized)
+
+    @classmethod
+    def check_gelu_quantize(cls, args: Any, before: Any) -> None:
+        x, approximate, *quantized = args
+        assert approximate  # SigLIP's
+        cls.check_codes(gelu_tanh(x).astype(np.float64), *quantized)
+
+    @staticmethod
+    def check_gelu(args: Any, before: Any) -> None:
+        assert args[1] is False  # connector and proprio projector use the exact one
+        np.testing.assert_allclose(args[2], gelu(before[0]), rtol=1e-5, atol=1e-6)
+
+    @staticmethod
+    def check_relu(args: Any, before: Any) -> None:
+        np.testing.assert_array_equal(args[1], np.maximum(before[0], 0))
+
+    @staticmethod
+    def check_layer_norm(args: Any, before: Any) -> None:
+        np.testing.assert_allclose(args[-1], layer_norm(*before[:4]), rtol=1e-5, atol=1e-5)
+
+    @staticmethod
+    def check_rms_norm(args: Any, before: Any) -> None:
+        np.testing.assert_allclose(args[-1], rms_norm(*before[:3]), rtol=1e-5, atol=1e-5)
+
+    @staticmethod
+    def check_ternary_linear(args: Any, before: Any, accumulate: bool) -> None:
+        codes, scales, _, packed, rows, columns, scale, bias, out = args
+        exact = codes[:, :columns].astype(np.int64) @ unpack(packed, rows, columns).astype(np.int64).T
+        accumulators = np.zeros(exact.shape, np.int32)
+        native.ternary_matmul(codes, args[2], packed, rows, columns, accumulators)
+        np.testing.assert_array_equal(accumulators, exact)
+        terms = [exact * (scale * scales[:, None].astype(np.float64)), bias, before[-1] if accumulate else None]
+        expected = sum(term for term in terms if term is not None)
+        largest = sum(np.abs(term) for term in terms if term is not None)  # three roundings, each of at most the sum
+        assert (np.abs(out - expected) <= 2.0**-22 * largest).all()
+
+    @staticmethod
+    def check_linear(args: Any, before: Any) -> None:
+        x, weight, bias, out = args
+        w = to_float32(weight).astype(np.float64)
+        bound = np.abs(x) @ np.abs(w).T + np.abs(bias)
+        steps = x.shape[1] / 16 + 8  # sixteen running sums, then their sum
+        assert (np.abs(out - (x @ w.T + bias)) <= 2.0**-23 * steps * bound).all()
+
+    @staticmethod
+    def check_attention(args: Any, before: Any) -> None:
+        q, k, v, heads, kv_heads, scale, causal, out = args
+        assert scale == (q.shape[1] // heads) ** -0.5
+        expected = attention(*(part.astype(np.float64) for part in (q, k, v)), heads, kv_heads, causal)
+        np.testing.assert_allclose(out, expected, rtol=1e-4, atol=1e-5 * np.abs(v).max())
+
+    @staticmethod
+    def check_rope(args: Any, before: Any) -> None:
+        x, cos, sin, start, heads = args
+        first, second = np.split(before[0].reshape(len(x), heads, -1), 2, axis=-1)
+        c, s = (table[start : start + len(x), None] for table in (cos, sin))
+        expected = np.concatenate([first * c - second * s, second * c + first * s], axis=-1)
+        np.testing.assert_allclose(x, expected.reshape(x.shape), atol=1e-6 * np.abs(before[0]).max())
+
+
+def layer_norm(x: Any, weight: Any, bias: Any, eps: float) -> NDArray[np.float64]:
+    centred = x - x.mean(-1, keepdims=True, dtype=np.float64)
+    return centred / np.sqrt((centred**2).mean(-1, keepdims=True) + eps) * weight + bias
+
+
+def rms_norm(x: Any, weight: Any, eps: float) -> NDArray[np.float64]:
+    x = np.asarray(x, dtype=np.float64)
+    return x / np.sqrt((x**2).mean(-1, keepdims=True) + eps) * weight
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("matrix_dtype", ["F32", "BF16"])
+def test_every_kernel_call_matches_numpy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, matrix_dtype: str
+) -> None:
+    policy = bitvla.load(pack_random(tmp_path, CONFIGS[name], matrix_dtype=matrix_dtype))
+    checked = CheckedNative()
+    monkeypatch.setattr(network_module, "native", checked)
+    policy.act(observation(CONFIGS[name], 3))
+    layers = policy.config.vision.num_layers * 6 + policy.config.language.num_layers * 7
+    assert checked.calls["ternary_linear"] == layers
+
+
+def test_instruction_sets_and_threads_give_the_same_bits(policy: Policy) -> None:
+    chunks = set()
+    for isa in native.available():
+        for threads in (1, 2, 3):
+            native.set_isa(isa)
+            native.set_num_threads(threads)
+            chunks.add(policy.act(observation(policy.config, 5)).tobytes())
+    native.set_isa(native.available()[0])
+    native.set_num_threads(1)
+    assert len(chunks) == 1
+
+
+def test_calls_do_not_disturb_each_other(policy: Policy, policy_file: Path) -> None:
+    """Sequence lengths alternate, so buffers grow, shrink and are used again."""
+    seen = [observation(policy.config, seed) for seed in range(4)]
+    for index, text in enumerate(["open", "open the drawer and then push the red button", "a", "reach " * 8]):
+        seen[index]["instruction"] = text
+    first = [policy.act(one) for one in seen]
+    copies = [chunk.copy() for chunk in first]
+    again = [policy.act(one) for one in reversed(seen)][::-1]
+    fresh = [bitvla.load(policy_file).act(one) for one in seen]
+    np.testing.assert_array_equal(first, copies)
+    np.testing.assert_array_equal(first, again)
+    np.testing.assert_array_equal(first, fresh)
+    assert len({chunk.tobytes() for chunk in first}) == 4
+
+
+def test_steady_state_allocates_nothing_large(policy: Policy) -> None:
+    seen = observation(policy.config)
+    patches, plan, state = policy._preprocess(seen)
+    for _ in range(2):
+        policy.network.think(plan, policy.network.see(patches), state)
+    before = {name: flat.ctypes.data for name, flat in policy.network.workspace._flat.items()}
+    policy.network.think(plan, policy.network.see(patches), state)
+    assert {name: flat.ctypes.data for name, flat in policy.network.workspace._flat.items()} == before
+
+
+def test_chunk_is_in_the_robots_units(policy: Policy) -> None:
+    chunk = policy.act(observation(policy.config))
+    action = policy.config.action
+    assert chunk.shape == (action.horizon, action.dim)
+    assert chunk.dtype == np.float32
+    assert policy.timings.keys() == set(PARTS)
+    assert all(time > 0 for time in policy.timings.values())
+
+
+def test_info_is_plain_data(policy: Policy) -> None:
+    info = json.loads(json.dumps(policy.info()))
+    assert [camera["name"] for camera in info["cameras"]] == ["corner", "wrist"]
+    assert info["control_hz"] == 20
+    assert info["instruction_set"] in native.available()
+    assert info["memory"]["vision"] > 0
+
+
+# What is refused.
+
+
+def without(values: dict[str, Any], name: str) -> dict[str, Any]:
+    return {key: value for key, value in values.items() if key != name}
+
+
+BAD_OBSERVATIONS = {
+    "not a dictionary": (lambda seen: [1, 2], r"observation is a list"),
+    "no images": (lambda seen: without(seen, "images"), r"lacks the entry 'images'"),
+    "no state": (lambda seen: without(seen, "state"), r"lacks the entry 'state'"),
+    "unknown entry": (lambda seen: seen | {"force": 1}, r"unknown entry 'force'"),
+    "missing camera": (lambda seen: seen | {"images": without(seen["images"], "wrist")}, r"lacks the camera 'wrist'"),
+    "extra camera": (
+        lambda seen: seen | {"images": seen["images"] | {"top": seen["images"]["wrist"]}},
+        r"unknown camera 'top'",
+    ),
+    "images as a list": (lambda seen: seen | {"images": list(seen["images"].values())}, r"is a list"),
+    "float image": (lambda seen: with_image(seen, np.zeros((30, 30, 3), np.float32)), r"'wrist' has dtype float32"),
+    "wrong size": (lambda seen: with_image(seen, np.zeros((31, 30, 3), np.uint8)), r"'wrist' has shape \(31, 30, 3\)"),
+    "channels first": (lambda seen: with_image(seen, np.zeros((3, 30, 30), np.uint8)), r"shape \(3, 30, 30\)"),
+    "one channel": (lambda seen: with_image(seen, np.zeros((30, 30, 1), np.uint8)), r"shape \(30, 30, 1\)"),
+    "no image": (lambda seen: with_image(seen, None), r"'wrist' is a NoneType"),
+    "nan state": (lambda seen: seen | {"state": [0.0, np.nan, 0.0]}, r"'s1' is nan"),
+    "infinite state": (lambda seen: seen | {"state": [0.0, 0.0, np.inf]}, r"'s2' is inf"),
+    "short state": (lambda seen: seen | {"state": [0.0]}, r"shape \(1,\)"),
+    "text state": (lambda seen: seen | {"state": "closed"}, r"not a vector of numbers"),
+    "empty instruction": (lambda seen: seen | {"instruction": " \n"}, r"instruction is empty"),
+    "no text": (lambda seen: seen | {"instruction": None}, r"instruction is empty"),
+    "unhashable text": (lambda seen: seen | {"instruction": ["open"]}, r"instruction is empty"),
+    "long instruction": (lambda seen: seen | {"instruction": "push the button " * 99}, r"shorten it"),
+    "special token": (lambda seen: seen | {"instruction": "open <|image_pad|>"}, r"reserved tokens"),
+}
+
+
+def with_image(seen: dict[str, Any], image: Any) -> dict[str, Any]:
+    return seen | {"images": seen["images"] | {"wrist": image}}
+
+
+@pytest.mark.parametrize("name", BAD_OBSERVATIONS)
+def test_bad_observations_are_refused(policy: Policy, name: str) -> None:
+    spoil, message = BAD_OBSERVATIONS[name]
+    good = observation(policy.config)
+    with pytest.raises(BitvlaError, match=message) as caught:
+        policy.act(spoil(good))
+    assert "\n" not in str(caught.value)
+    policy.act(good)  # and the policy goes on
+
+
+def test_a_sequence_beyond_the_rotary_table_is_refused(tmp_path: Path) -> None:
+    policy = bitvla.load(pack_random(tmp_path, changed(language={"max_positions": 60})))
+    with pytest.raises(BitvlaError, match="built for 60"):
+        policy.act(observation(policy.config) | {"instruction": "x y z " * 4})
+
+
+def test_an_answer_that_is_not_finite_is_refused(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(policy.network, "act", lambda answers: np.full((5, 4), np.nan, np.float32))
+    with pytest.raises(BitvlaError, match="not finite"):
+        policy.act(observation(policy.config))
+
+
+def test_threads_must_be_positive(policy_file: Path) -> None:
+    with pytest.raises(BitvlaError, match="threads is 0"):
+        bitvla.load(policy_file, threads=0)
+
+
+def test_unknown_sources_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(BitvlaError, match=r"cannot read the policy file .*gone\.safetensors: No such file"):
+        bitvla.load(tmp_path / "gone.safetensors")
+    with pytest.raises(BitvlaError, match="is a folder"):
+        bitvla.load(tmp_path)
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    with pytest.raises(BitvlaError, match="pip install huggingface_hub"):
+        bitvla.load("somebody/policy")
+
+
+def test_hub_ids_are_fetched(policy_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    hub = SimpleNamespace(hf_hub_download=lambda *args: asked.append(args) or str(policy_file))
+    monkeypatch.setitem(sys.modules, "huggingface_hub", hub)
+    assert bitvla.load("somebody/policy").config.name == "tiny"
+    assert asked == [("somebody/policy", "policy.safetensors")]
+
+
+# Instruction sets.
+
+
+class TwoSets:
+    """The native module as on a machine whose faster instruction set ("broken") spoils one kernel."""
+
+    def __init__(self, spoiled: str) -> None:
+        self.spoiled, self.active = spoiled, "broken"
+
+    def available(self) -> list[str]:
+        return ["broken", "scalar"]
+
+    def isa(self) -> str:
+        return self.active
+
+    def set_isa(self, name: str) -> None:
+        self.active = name
+        native.set_isa("scalar")
+
+    def __getattr__(self, name: str) -> Any:
+        kernel = getattr(native, name)
+
+        def call(*args: Any, **options: Any) -> None:
+            kernel(*args, **options)
+            if name == self.spoiled and self.active == "broken":
+                out = next(value for value in reversed(args) if isinstance(value, np.ndarray))
+                out.reshape(-1)[-1] += 1
+
+        return call
+
+
+KERNELS = [
+    "quantize", "ternary_matmul", "ternary_linear", "layer_norm_quantize", "rms_norm_quantize", "gelu_quantize",
+    "relu2_gate_norm_quantize", "gelu", "attention", "linear",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_a_wrong_kernel_is_found_at_load(
+    policy_file: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, kernel: str
+) -> None:
+    before = native.isa()
+    monkeypatch.setattr(selftest, "native", TwoSets(kernel))
+    with caplog.at_level(logging.WARNING, "bitvla"):
+        policy = bitvla.load(policy_file)
+    native.set_isa(before)
+    assert policy.isa == "scalar"
+    assert "broken kernels differ" in caplog.text
+    assert kernel in caplog.text
+
+
+def test_right_kernels_are_kept_silently(policy_file: Path, caplog: pytest.LogCaptureFixture) -> None:
+    assert bitvla.load(policy_file).isa == native.isa()
+    assert not caplog.records
+
+
+def test_an_instruction_set_can_be_forced(policy_file: Path) -> None:
+    code = "import bitvla, sys; print(bitvla.load(sys.argv[1]).info()['instruction_set'])"
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(policy_file)],
+        env=os.environ | {"BITVLA_ISA": "scalar"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.strip() == "scalar"

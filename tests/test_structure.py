@@ -1,0 +1,163 @@
+"""The shape of the project: who may import whom, what the README draws, what must not be in a committed file."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+import textwrap
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from bitvla.convert.pack import pack
+from checkpoints import tiny_config, write_random_checkpoint
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "src" / "bitvla"
+
+# Nothing in the first may import, at any depth of a file, anything in the second.
+FORBIDDEN = {
+    "runtime": ("torch", "transformers", "bitvla.model", "bitvla.train", "bitvla.sim", "bitvla.evaluate"),
+    "processing": ("torch", "transformers", "bitvla.model", "bitvla.train", "bitvla.runtime", "bitvla.sim"),
+    "bundle.py": ("torch", "transformers", "bitvla.model", "bitvla.train", "bitvla.sim"),
+    "quantization.py": ("torch", "bitvla"),
+    "model": ("bitvla.sim", "bitvla.serve", "bitvla.evaluate", "metaworld", "mujoco"),
+    "train": ("bitvla.sim", "bitvla.serve", "bitvla.evaluate", "metaworld", "mujoco"),
+    "data": ("bitvla.model", "bitvla.train", "bitvla.evaluate"),
+    "sim": ("torch", "bitvla.model", "bitvla.train", "bitvla.runtime", "bitvla.evaluate"),
+}
+
+
+def imported(source: str) -> Iterator[str]:
+    """Every module that a source imports, also inside functions; `from a import b` counts as a and as a.b."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports are absolute here"
+            yield node.module or ""
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def python_files(part: str) -> list[Path]:
+    path = PACKAGE / part
+    return [path] if path.suffix else sorted(path.rglob("*.py"))
+
+
+@pytest.mark.parametrize("part", FORBIDDEN)
+def test_imports_go_one_way(part: str) -> None:
+    files = python_files(part)
+    assert files, f"{part} does not exist"
+    for file in files:
+        for module in imported(file.read_text()):
+            for forbidden in FORBIDDEN[part]:
+                inside = module == forbidden or module.startswith(forbidden + ".")
+                assert not inside, f"{file.relative_to(ROOT)} imports {module}"
+
+
+def test_the_import_finder_sees_every_form() -> None:
+    source = "import torch.nn\ndef f():\n    from bitvla import sim\n    from bitvla.model import network as n\n"
+    assert set(imported(source)) >= {"torch.nn", "bitvla.sim", "bitvla.model", "bitvla.model.network"}
+
+
+RUN_WITHOUT_TORCH = """
+    import sys
+
+    class Blocked:
+        def find_spec(self, name, path=None, target=None):
+            if name.split(".")[0] in {"torch", "transformers", "accelerate", "metaworld", "mujoco", "scipy"}:
+                raise ImportError(f"{name} is blocked")
+
+    sys.meta_path.insert(0, Blocked())
+    sys.path.insert(0, TESTS)
+    from checkpoints import observation, tiny_config
+    import bitvla
+
+    chunk = bitvla.load(POLICY).act(observation(tiny_config()))
+    print(chunk.shape, chunk.dtype)
+"""
+
+
+def test_a_policy_runs_with_torch_blocked(tmp_path: Path) -> None:
+    policy = tmp_path / "policy.safetensors"
+    pack(write_random_checkpoint(tmp_path / "checkpoint", tiny_config()), policy)
+    script = f"TESTS, POLICY = {str(ROOT / 'tests')!r}, {str(policy)!r}\n" + textwrap.dedent(RUN_WITHOUT_TORCH)
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "(5, 4) float32"
+
+
+def test_the_readme_draws_the_tree_that_is_there() -> None:
+    drawn = set(re.findall(r"^  ([\w.]+?)/? {2,}\S", tree_of_readme(), re.MULTILINE))
+    there = {path.name for path in PACKAGE.iterdir() if is_a_room(path)}
+    assert drawn == there
+
+
+def test_the_readme_draws_top_folders_that_are_there() -> None:
+    for folder in re.findall(r"^([\w.]+(?:/\w+)*)/", tree_of_readme(), re.MULTILINE):
+        assert (ROOT / folder).is_dir(), f"README draws {folder}/, which does not exist"
+
+
+def tree_of_readme() -> str:
+    match = re.search(r"^```\n(src/bitvla/\n.*?)^```", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)
+    assert match, "README has no tree"
+    return match[1]
+
+
+def is_a_room(path: Path) -> bool:
+    if path.is_dir():
+        return any(path.glob("*")) and not path.name.startswith(("_", "."))
+    return path.suffix == ".py" and not path.name.startswith("_")
+
+
+# Written in pieces, so that this file does not hold what it looks for.
+MACHINE_FOLDERS = ("home", "Users", "root", "work", "var/tmp", "mnt")
+MACHINE_PATH = re.compile(r"(?<![\w.~-])/(?:" + "|".join(MACHINE_FOLDERS) + r")/\w")
+TEXT = {
+    "",
+    ".cff",
+    ".cmake",
+    ".cpp",
+    ".css",
+    ".h",
+    ".html",
+    ".j2",
+    ".js",
+    ".json",
+    ".md",
+    ".py",
+    ".sh",
+    ".toml",
+    ".txt",
+}
+
+
+def committed_files() -> Iterator[Path]:
+    """Every text file that .gitignore does not exclude; git itself need not be installed."""
+    ignored = {".git", *(line.strip("/") for line in (ROOT / ".gitignore").read_text().split())}
+    folders = [ROOT]
+    while folders:
+        for path in folders.pop().iterdir():
+            if path.name in ignored or path.name.endswith(".egg-info"):
+                continue
+            if path.is_dir():
+                folders.append(path)
+            elif path.suffix in TEXT:
+                yield path
+
+
+def test_no_path_of_a_machine_is_committed() -> None:
+    files = list(committed_files())
+    assert ROOT / "Makefile" in files
+    for file in files:
+        for number, line in enumerate(file.read_text().splitlines(), 1):
+            found = MACHINE_PATH.search(line)
+            assert not found, f"{file.relative_to(ROOT)}:{number} names a folder of one machine: {line.strip()}"
+
+
+def test_the_path_finder_finds() -> None:
+    assert MACHINE_PATH.search("see /" + "home/someone/data")
+    assert not MACHINE_PATH.search("https://example.org/" + "home/page")
