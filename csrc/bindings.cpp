@@ -41,8 +41,8 @@ std::string shape_of(const Given& array) {
 [[noreturn]] void refuse(const std::string& message) { throw nb::value_error(message.c_str()); }
 
 // A macro, so that messages are put together only when they are needed.
-#define REQUIRE(condition, message) \
-  do {                              \
+#define REQUIRE(condition, message)    \
+  do {                                 \
     if (!(condition)) refuse(message); \
   } while (false)
 
@@ -155,7 +155,7 @@ RowJob relu2_job(const In& gate, const In& up, const In& weight, float eps) {
 
 TernaryJob ternary_job(const In& codes, const In& sums, const In& packed, size_t n, size_t k) {
   const size_t tokens = rows_of("codes", codes);
-  REQUIRE(k <= kMaxColumns, "k: " + std::to_string(k) + ", expected at most " + std::to_string(kMaxColumns));
+  REQUIRE(k >= 1 && k <= kMaxColumns, "k: " + std::to_string(k) + ", expected 1 to " + std::to_string(kMaxColumns));
   const auto c = expect<const int8_t>("codes", codes, {tokens, padded(k)});
   TernaryJob job{};
   job.in.codes = const_cast<int8_t*>(c.data);
@@ -277,7 +277,9 @@ void rope(Out x, In cos, In sin, size_t start, size_t heads) {
 void set_isa(const std::string& name) {
   const Kernels* kernels = find_kernels(name.c_str());
   std::string known;
-  for (const Kernels* const* k = available_kernels(); *k; ++k) known += (known.empty() ? "" : ", ") + std::string((*k)->name);
+  for (const Kernels* const* k = available_kernels(); *k; ++k) {
+    known += (known.empty() ? "" : ", ") + std::string((*k)->name);
+  }
   REQUIRE(kernels, "name: '" + name + "' is unknown or not supported here, expected one of " + known);
   set_active(*kernels);
 }

@@ -109,9 +109,10 @@ void run_ternary(const TernaryJob& job, size_t tokens) {
   const Kernels& kernels = active();
   const int threads = threads_for(tokens * job.rows * job.cols, kMinProducts);
   // By stripes of 4 tiles; where those are too few, the tokens are cut as well, though each part unpacks the weights.
-  const Tasks stripes(tiles(job.rows), 4, threads, tokens <= 16 ? 4 : 64);
+  const Tasks stripes(tiles(job.rows), 4, threads, tokens <= 24 ? 4 : 64);
   const size_t wanted = threads == 1 ? 1 : 2 * threads;
-  const size_t cuts = std::clamp<size_t>((wanted + stripes.count - 1) / stripes.count, 1, std::max<size_t>(tokens / 24, 1));
+  const size_t most = std::max<size_t>(tokens / 24, 1);
+  const size_t cuts = std::clamp<size_t>((wanted + stripes.count - 1) / stripes.count, 1, most);
   const Tasks parts(tokens, 6, static_cast<int>(cuts), 1);
   parallel(threads, stripes.count * parts.count, [&](size_t task) {
     kernels.ternary(job, stripes[task / parts.count], parts[task % parts.count], task_scratch.get(kTernaryScratch));

@@ -13,8 +13,7 @@ import numpy as np
 import pytest
 
 from bitvla.cli import build_parser
-from bitvla.convert.pack import pack
-from checkpoints import observation, tiny_config, write_random_checkpoint
+from checkpoints import observation, pack_random, tiny_config
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -98,9 +97,7 @@ def test_extras_exist(document: Path) -> None:
 @pytest.fixture(scope="module")
 def policy_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with `policy.safetensors`, a tiny random policy."""
-    folder = tmp_path_factory.mktemp("docs")
-    pack(write_random_checkpoint(folder / "checkpoint", tiny_config()), folder / "policy.safetensors")
-    return folder
+    return pack_random(tmp_path_factory.mktemp("docs"), tiny_config()).parent
 
 
 class Robot:

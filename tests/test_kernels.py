@@ -385,6 +385,7 @@ def test_wrong_arguments_are_named() -> None:
     refused(
         "packed: shape (1, 2, 64), expected (2, 2, 64)", linear, codes, scales, sums, packed, 17, 20, 1.0, None, out
     )
+    refused("k: 0, expected 1 to 262144", linear, codes, scales, sums, packed, 8, 0, 1.0, None, out)
     refused("packed: int8", linear, codes, scales, sums, packed.view(np.int8), 8, 20, 1.0, None, out)
     refused("out: shape (4, 8), expected (4, 7)", linear, codes, scales, sums, packed, 7, 20, 1.0, None, out)
     refused("bias: shape (20,), expected (8,)", linear, codes, scales, sums, packed, 8, 20, 1.0, ones, out)

@@ -140,6 +140,7 @@ def test_inspect_counts_every_parameter_and_byte(path: Path) -> None:
     json.dumps(result)
     weights = random_weights(tiny_config())
     assert result["parameters"] == sum(weight.size for weight in weights.values())
+    assert result["bits_per_parameter"] == 8 * result["weight_bytes"] / result["parameters"]
     assert result["bf16_bytes"] == 2 * result["parameters"]
     tensors = read(path).tensors
     assert sum(part["bytes"] for part in result["parts"].values()) == sum(t.nbytes for t in tensors.values())

@@ -25,9 +25,7 @@ IMAGE, PROPRIO = 5, 6
 
 
 def tiny_config(**changes) -> PolicyConfig:
-    statistics = Statistics(
-        names=("a", "b", "c"), units=("m",) * 3, low=(-1.0,) * 3, high=(1.0,) * 3, mask=(True,) * 3
-    )
+    statistics = Statistics(names=("a", "b", "c"), units=("m",) * 3, low=(-1.0,) * 3, high=(1.0,) * 3, mask=(True,) * 3)
     values = {
         "name": "tiny",
         "vision": VisionConfig(
@@ -43,9 +41,7 @@ def tiny_config(**changes) -> PolicyConfig:
             max_positions=64,
             **changes.pop("language", {}),
         ),
-        "action": ActionConfig(
-            horizon=3, dim=3, state_dim=3, slots_per_step=2, head_hidden_size=16, head_blocks=1
-        ),
+        "action": ActionConfig(horizon=3, dim=3, state_dim=3, slots_per_step=2, head_hidden_size=16, head_blocks=1),
         "processing": ProcessingConfig(
             cameras=(Camera(name="front", height=16, width=16),),
             image=ImageProcessing(),
@@ -72,9 +68,7 @@ def random_batch(padding: int = 0, size: int = 2) -> Batch:
 
 
 @settings(max_examples=50, deadline=None)
-@given(
-    rows=st.integers(1, 40), columns=st.integers(1, 300), seed=st.integers(0, 2**31), scale=st.floats(1e-8, 1e4)
-)
+@given(rows=st.integers(1, 40), columns=st.integers(1, 300), seed=st.integers(0, 2**31), scale=st.floats(1e-8, 1e4))
 def test_fake_quantisation_equals_the_definition(rows, columns, seed, scale):
     rng = np.random.default_rng(seed)
     values = (rng.standard_normal((rows, columns)) * scale).astype(np.float32)
@@ -111,9 +105,7 @@ def test_gradients_pass_straight_through():
 @pytest.mark.parametrize("precision", ["full", "ternary"])
 def test_left_padding_does_not_change_the_chunk(precision, bidirectional):
     torch.manual_seed(0)
-    network = BitVLA(
-        tiny_config(precision=precision, language={"bidirectional": bidirectional}), IMAGE, PROPRIO
-    ).eval()
+    network = BitVLA(tiny_config(precision=precision, language={"bidirectional": bidirectional}), IMAGE, PROPRIO).eval()
     with torch.no_grad():
         plain, padded = network(random_batch()).actions, network(random_batch(padding=5)).actions
     # Rotary angles differ by a constant, so float rounding may flip an activation code: the bound is one code's worth.

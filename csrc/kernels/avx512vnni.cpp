@@ -71,7 +71,7 @@ BITVLA_INLINE float maximum(F16 x) {
 struct Dot {
   static constexpr size_t kTiles = 4;   // row tiles, times
   static constexpr size_t kTokens = 6;  // tokens: 24 sums in registers
-  static constexpr size_t kFewTokens = 16;  // up to which unpacking anew for every four beats unpacking once
+  static constexpr size_t kFewTokens = 24;  // up to which unpacking anew for every four beats unpacking once
   static constexpr size_t kDepth = 24;  // blocks of 16 columns unpacked at a time
 
   BITVLA_INLINE __m512i activations(const int8_t* codes) {
@@ -126,7 +126,7 @@ struct Dot {
     }
   }
 
-  // Codes stay where they are in their bytes: sums come out 1, 4, 16 and 64 times too large, and are shifted at the end.
+  // Codes stay where they are in their bytes: sums come out 1, 4, 16 and 64 times too large and are shifted at the end.
   template <int kM>
   BITVLA_APART void vector(const uint8_t* packed, const int8_t* codes, size_t stride, size_t blocks, int32_t* acc) {
     __m512i c[kM][4];

@@ -38,7 +38,7 @@ BITVLA_INLINE F keep(F x, size_t count, float value) {
   return if_greater(F::set(static_cast<float>(count)), F::load(kLaneIndex), x, F::set(value));
 }
 
-// ---- elementary functions --------------------------------------------------------------------------------------------
+// ---- elementary functions ------------------------------------------------------------------------------------------
 
 // e^x to 1e-7 relative, x clamped to [-87, 88]; exactly 1 at 0.
 template <class F>
@@ -86,7 +86,7 @@ BITVLA_INLINE F gelu_tanh(F x) {
   return x / (F::set(1.0f) + exponential(cubic * F::set(-1.59576912160573071f)));
 }
 
-// ---- token by token: norms, activations, quantisation ----------------------------------------------------------------
+// ---- token by token: norms, activations, quantisation --------------------------------------------------------------
 
 template <class F>
 static void gelu_row(RowOp op, const float* x, size_t width, float* y) {
@@ -185,7 +185,7 @@ static void rows(const RowJob& job, Range tokens, float* scratch) {
   }
 }
 
-// ---- rotary position embedding, halves (i, i + dim / 2) rotated together -----------------------------------------------
+// ---- rotary position embedding, halves (i, i + dim / 2) rotated together -------------------------------------------
 
 template <class F>
 static void rope(const RopeJob& job, Range tokens) {
@@ -206,7 +206,7 @@ static void rope(const RopeJob& job, Range tokens) {
   }
 }
 
-// ---- full-precision product: lanes run along K, so that rows of weights stream as they lie ------------------------------
+// ---- full-precision product: lanes run along K, so that rows of weights stream as they lie -------------------------
 
 template <class F>
 BITVLA_INLINE F get(const uint16_t* x, size_t count) {
@@ -216,7 +216,9 @@ BITVLA_INLINE F get(const uint16_t* x, size_t count) {
 template <class F, class W, int kTokens, int kRows>
 BITVLA_APART void linear_tile(const LinearJob& job, const W* weight, size_t m0, size_t n0) {
   F acc[kTokens][kRows];
+#pragma GCC unroll 8
   for (int m = 0; m < kTokens; ++m) {
+#pragma GCC unroll 8
     for (int n = 0; n < kRows; ++n) acc[m][n] = F::set(0.0f);
   }
   const float* x = job.x + m0 * job.x_stride;
@@ -235,7 +237,9 @@ BITVLA_APART void linear_tile(const LinearJob& job, const W* weight, size_t m0, 
   size_t k = 0;
   for (; k + kLanes <= job.cols; k += kLanes) step(k, kLanes);
   if (k < job.cols) step(k, job.cols - k);
+#pragma GCC unroll 8
   for (int m = 0; m < kTokens; ++m) {
+#pragma GCC unroll 8
     for (int n = 0; n < kRows; ++n) {
       float* out = job.out + (m0 + m) * job.out_stride + n0 + n;
       float y = sum(acc[m][n]);
@@ -275,7 +279,7 @@ static void linear(const LinearJob& job, Range rows, Range tokens) {
   }
 }
 
-// ---- attention: blocks of 24 queries against blocks of 128 keys, softmax renormalised from block to block ---------------
+// ---- attention: blocks of 24 queries against blocks of 128 keys, softmax renormalised from block to block ----------
 
 constexpr size_t kQueryStride = kMaxHeadDim + kLanes;  // not a power of two: rows must not share cache sets
 constexpr size_t kScoreStride = kKeyBlock + kLanes;

@@ -52,7 +52,9 @@ F16 max(const F16& a, const F16& b) { return lanewise(a, b, [](float x, float y)
 F16 min(const F16& a, const F16& b) { return lanewise(a, b, [](float x, float y) { return x < y ? x : y; }); }
 F16 abs(const F16& a) { return lanewise(a, a, [](float x, float) { return __builtin_fabsf(x); }); }
 F16 round(const F16& a) { return lanewise(a, a, [](float x, float) { return __builtin_rintf(x); }); }
-F16 power_of_two(const F16& a) { return lanewise(a, a, [](float x, float) { return __builtin_ldexpf(1.0f, static_cast<int>(x)); }); }
+F16 power_of_two(const F16& a) {
+  return lanewise(a, a, [](float x, float) { return __builtin_ldexpf(1.0f, static_cast<int>(x)); });
+}
 
 F16 fma(const F16& a, const F16& b, const F16& c) {
   F16 y;

@@ -13,10 +13,10 @@ Any safetensors reader opens it.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import math
 import os
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -229,22 +229,20 @@ def _digest(text: bytes, entries: Mapping[str, Mapping[str, Any]], data: list[An
 
 
 def _write_atomically(path: Path, parts: list[Any]) -> None:
-    temporary = None
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-        with os.fdopen(descriptor, "wb") as file:
+        with temporary.open("wb") as file:
             for part in parts:
                 file.write(part)
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)  # mkstemp made it private
         os.replace(temporary, path)
     except OSError as error:
         raise BitvlaError(f"cannot write {path}: {error.strerror}; free some space or choose another place") from None
     finally:
-        if temporary is not None and os.path.exists(temporary):
-            os.unlink(temporary)
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
 
 
 def read(path: Path, *, digest: bool | None = None) -> Bundle:
@@ -256,10 +254,10 @@ def read(path: Path, *, digest: bool | None = None) -> Bundle:
     path = Path(path)
     data = _map(path)
     text, claimed, entries, start = _parse_header(path, data)
-    if digest or (digest is None and len(data) <= DIGEST_AT_LOAD):
-        _check_digest(path, claimed, _digest(text, entries, [data[start:]]))
     document = _parse_document(path, text, len(entries))
     _check_layout(path, document, entries, len(data) - start)
+    if digest or (digest is None and len(data) <= DIGEST_AT_LOAD):
+        _check_digest(path, claimed, _digest(text, entries, [data[start:]]))
     tensors = {
         name: data[start + entry["data_offsets"][0] : start + entry["data_offsets"][1]]
         .view(_DTYPES[entry["dtype"]])

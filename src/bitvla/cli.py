@@ -25,7 +25,7 @@ from bitvla.errors import BitvlaError
 EXTRAS = {
     "sim": ("metaworld", "mujoco", "gymnasium", "OpenGL", "packaging"),
     "train": ("torch", "transformers", "accelerate"),
-    "data": ("pyarrow", "av"),
+    "data": ("pandas", "pyarrow", "av"),
     "report": ("scipy", "matplotlib", "jinja2"),
 }
 STAGES = ("finetune", "distill")
@@ -87,6 +87,7 @@ def _bench(args: argparse.Namespace) -> Any:
 
 
 def _eval(args: argparse.Namespace) -> Any:
+    from bitvla import display
     from bitvla.evaluate.rollout import evaluate
 
     # A result is a record: it is always kept, and an interrupted evaluation goes on from it.
@@ -105,33 +106,16 @@ def _eval(args: argparse.Namespace) -> Any:
         resume=not args.restart,
         out=out,
     )
-    return result if args.json is True else _summary(result) | {"record": out}
-
-
-def _summary(result: Any) -> dict[str, Any]:
-    """What a person wants to know of an evaluation's result."""
-    rates = result.tasks | {"all": result.total}
-    summary: dict[str, Any] = {
-        "tasks": [
-            {
-                "task": task,
-                "success": f"{rate.successes}/{rate.total}",
-                "%": f"{100 * rate.rate:.1f}",
-                "95 % interval": f"{100 * rate.low:.1f} .. {100 * rate.high:.1f}",
-            }
-            for task, rate in rates.items()
-        ],
-        "milliseconds a chunk (median)": result.latency and result.latency.p50,
-        "policy process MB (peak)": result.policy_peak_bytes / 1e6,
-    }
-    return summary | ({"episodes that could not run": result.errors} if result.errors else {})
+    return result if args.json is True else display.evaluation(result) | {"record": out}
 
 
 def _compare(args: argparse.Namespace) -> Any:
+    from bitvla import display
     from bitvla.evaluate.files import load
     from bitvla.evaluate.result import compare
 
-    return compare(load(args.first), load(args.second))
+    comparison = compare(load(args.first), load(args.second))
+    return comparison if args.json else display.comparison(comparison)
 
 
 def _report(args: argparse.Namespace) -> Any:
@@ -435,90 +419,9 @@ def _explain_missing(module: str) -> str | None:
 
 
 def _print(result: Any, args: argparse.Namespace) -> None:
+    from bitvla import display
+
     if args.json is True:
-        print(_as_json(result))
+        print(display.as_json(result))
     elif result is not None:
-        import msgspec
-        from rich.console import Console
-
-        # A file or a pipe has no width; tables need one that does not break their cells.
-        console = Console(highlight=False, width=None if sys.stdout.isatty() else 160)
-        _show(msgspec.to_builtins(result, enc_hook=_encode), console)
-
-
-def _as_json(result: Any) -> str:
-    import msgspec
-
-    return msgspec.json.format(msgspec.json.encode(result, enc_hook=_encode), indent=2).decode()
-
-
-def _encode(value: Any) -> Any:
-    """What msgspec does not know: NumPy values and paths."""
-    return value.tolist() if hasattr(value, "tolist") else str(value)
-
-
-def _show(value: Any, console: Any, indent: int = 0) -> None:
-    """Plain data for people: an entry a line, records of the same fields as a table."""
-    from rich.padding import Padding
-
-    def put(text: str) -> None:
-        console.print(" " * indent + text, soft_wrap=True)
-
-    if not isinstance(value, dict):
-        put(_cell(value))
-        return
-    for name, item in value.items():
-        if rows := _records(item):
-            put(f"[bold]{_label(name)}[/bold]")
-            console.print(Padding(_table(rows), (0, 0, 1, indent), expand=False))
-        elif isinstance(item, dict) and item:
-            put(f"[bold]{_label(name)}[/bold]")
-            _show(item, console, indent + 2)
-        else:
-            put(f"{_label(name)}: {_cell(item)}")
-
-
-def _records(item: Any) -> list[dict[str, Any]]:
-    """The rows of a list of flat records, or of a dictionary of them by name; empty for anything else."""
-    if isinstance(item, dict) and all(isinstance(row, dict) for row in item.values()):
-        item = [{"": name, **row} for name, row in item.items()]
-    if not isinstance(item, list) or not all(isinstance(row, dict) and row.keys() == item[0].keys() for row in item):
-        return []
-    return [] if any(isinstance(cell, dict) for row in item for cell in row.values()) else item
-
-
-def _table(rows: list[dict[str, Any]]) -> Any:
-    """A table with a row for each record; records of many fields stand side by side, a column each."""
-    from rich import box
-    from rich.table import Table
-
-    names, *cells = [list(rows[0]), *([*row.values()] for row in rows)]
-    if len(names) > 7:
-        names, *cells = [list(column) for column in zip(names, *cells, strict=True)]
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for index, name in enumerate(names):
-        numbers = all(isinstance(row[index], int | float) and not isinstance(row[index], bool) for row in cells)
-        table.add_column(_label(name), justify="right" if numbers else "left", overflow="fold")
-    for row in cells:
-        table.add_row(*map(_cell, row))
-    return table
-
-
-def _label(name: object) -> str:
-    return _cell(name.replace("_", " ") if isinstance(name, str) else name)
-
-
-def _cell(value: Any) -> str:
-    from rich.markup import escape
-
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if value is None:
-        return "-"
-    if isinstance(value, float):
-        return f"{value:.4g}"
-    if isinstance(value, int):
-        return f"{value:,}"
-    if isinstance(value, list | tuple):
-        return ", ".join(_cell(item) for item in value) or "-"
-    return escape(str(value))
+        display.show(result)

@@ -17,11 +17,11 @@ from bitvla.errors import BitvlaError
 T = TypeVar("T")
 
 
-class _Frozen(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class Record(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """A typed, immutable record; an unknown or ill-typed field is an error that names it."""
 
 
-class VisionConfig(_Frozen):
+class VisionConfig(Record, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """A SigLIP vision transformer whose linear layers are ternary."""
 
     image_size: int = 224
@@ -37,7 +37,7 @@ class VisionConfig(_Frozen):
         return (self.image_size // self.patch_size) ** 2
 
 
-class LanguageConfig(_Frozen):
+class LanguageConfig(Record, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """A BitNet decoder. `bidirectional`: every token sees every token (OFT); otherwise causal."""
 
     vocab_size: int = 128264
@@ -56,7 +56,7 @@ class LanguageConfig(_Frozen):
         return self.hidden_size // self.num_heads
 
 
-class ActionConfig(_Frozen):
+class ActionConfig(Record, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Action slots and the L1-regressed head over them.
 
     `slots_per_step` decoder positions make up the input of the head for one step of the chunk: BitVLA uses one a
@@ -75,7 +75,7 @@ class ActionConfig(_Frozen):
         return self.horizon * self.slots_per_step
 
 
-class ImageProcessing(_Frozen):
+class ImageProcessing(Record, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """From a camera's uint8 image to the network's pixels, in this order.
 
     rotate by 180 degrees -> JPEG round trip -> resize to `image_size` -> central crop of `crop_area`, resized back
@@ -90,7 +90,7 @@ class ImageProcessing(_Frozen):
     std: float = 0.5
 
 
-class Camera(_Frozen):
+class Camera(Record, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """A named camera and the size of the images it must deliver, in pixels."""
 
     name: str
@@ -98,7 +98,7 @@ class Camera(_Frozen):
     width: int
 
 
-class PromptConfig(_Frozen):
+class PromptConfig(Record, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """How an instruction becomes tokens. `{images}` expands to one image token a patch and camera."""
 
     template: str
@@ -110,7 +110,7 @@ class PromptConfig(_Frozen):
     max_instruction_tokens: int = 64
 
 
-class Statistics(_Frozen):
+class Statistics(Record, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Bounds that map a vector to [-1, 1], usually the 1 % and 99 % quantiles of the training data.
 
     Where `mask` is False the value passes through unchanged.
@@ -123,7 +123,7 @@ class Statistics(_Frozen):
     mask: tuple[bool, ...]
 
 
-class ProcessingConfig(_Frozen):
+class ProcessingConfig(Record, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The conventions of the robot the policy was trained for."""
 
     cameras: tuple[Camera, ...]
@@ -136,7 +136,7 @@ class ProcessingConfig(_Frozen):
     gripper: Literal["as_is", "libero"] = "as_is"
 
 
-class PolicyConfig(_Frozen):
+class PolicyConfig(Record, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """A whole policy. `precision` says what its linear layers compute with."""
 
     name: str

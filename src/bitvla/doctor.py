@@ -63,9 +63,9 @@ def _native() -> dict[str, Any]:
 
 def _kernels() -> list[dict[str, Any]]:
     import bitvla._native as native
-    from bitvla.runtime.bench import processor
+    from bitvla.runtime.machine import cores, processor
 
-    threads = f"{native.num_threads()} of {os.cpu_count()} cores"
+    threads = f"{native.num_threads()} on {cores()} cores"
     peak = native.peak_int8_gmacs(0.1, 1)
     return [
         _check("processor", "ok", processor()),

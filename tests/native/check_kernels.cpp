@@ -79,7 +79,7 @@ std::vector<const Kernels*> others() {
   return list;
 }
 
-// ---- ternary product -------------------------------------------------------------------------------------------------
+// ---- ternary product -----------------------------------------------------------------------------------------------
 
 enum class Fill { kRandom, kLowest, kHighest, kAlternating };
 
@@ -173,15 +173,17 @@ void check_ternary(size_t m, size_t n, size_t k, Fill fill) {
 void check_ternary_all() {
   for (size_t k = 1; k <= 640; ++k) {  // few tokens and many take different ways
     check_ternary(pick(1, 9), pick(1, 40), k, Fill::kRandom);
-    check_ternary(pick(17, 30), pick(1, 80), k, Fill::kRandom);
+    check_ternary(pick(25, 36), pick(1, 80), k, Fill::kRandom);
   }
   for (size_t k : {1, 15, 16, 17, 255, 256, 257, 511, 512, 513, 1152, 4304, 6912}) {
     for (Fill fill : {Fill::kLowest, Fill::kHighest, Fill::kAlternating}) {
       check_ternary(1, 17, k, fill);
       check_ternary(7, 65, k, fill);
-      check_ternary(23, 65, k, fill);
+      check_ternary(29, 65, k, fill);
     }
   }
+  check_ternary(1, 3, kMaxColumns, Fill::kLowest);
+  check_ternary(2, 3, kMaxColumns, Fill::kHighest);
   for (size_t size : {1, 3, 1152, 4304, 6912}) {
     check_ternary(1, 1, size, Fill::kRandom);
     check_ternary(1, size, 1, Fill::kRandom);
@@ -205,7 +207,8 @@ void check_ternary_all() {
 }
 
 void check_threads() {
-  for (const auto [m, n, k] : {std::array<size_t, 3>{1, 3000, 1152}, {3, 1000, 1600}, {70, 600, 300}, {600, 40, 200}}) {
+  const std::array<size_t, 3> shapes[] = {{1, 3000, 1152}, {3, 1000, 1600}, {70, 600, 300}, {600, 40, 200}};
+  for (const auto& [m, n, k] : shapes) {
     const TernaryCase c(m, n, k, Fill::kRandom);
     for (const Kernels* const* kernels = available_kernels(); *kernels; ++kernels) {
       set_num_threads(1);
@@ -218,7 +221,7 @@ void check_threads() {
   }
 }
 
-// ---- float kernels -----------------------------------------------------------------------------------------------------
+// ---- float kernels -------------------------------------------------------------------------------------------------
 
 struct RowResult {
   Guarded<float> out;
@@ -229,7 +232,8 @@ struct RowResult {
 };
 
 void check_rows(RowOp op, size_t m, size_t k, float size, bool special) {
-  const auto x = random_floats(m * k, size), up = random_floats(m * k), weight = random_floats(k), bias = random_floats(k);
+  const auto x = random_floats(m * k, size), up = random_floats(m * k);
+  const auto weight = random_floats(k), bias = random_floats(k);
   if (special) {
     constexpr float kValues[] = {0.0f, -0.0f, 1e-30f, -1e30f, 3e38f, 0.5f, -100.0f, INFINITY, -INFINITY, NAN};
     for (size_t i = 0; i < m * k; i += 1 + rng() % 5) x[i] = kValues[rng() % std::size(kValues)];
@@ -271,7 +275,9 @@ void check_rows(RowOp op, size_t m, size_t k, float size, bool special) {
 void check_linear(size_t m, size_t n, size_t k, bool bf16) {
   const auto x = random_floats(m * k), weight = random_floats(n * k), bias = random_floats(n);
   Guarded<uint16_t> half(n * k);
-  for (size_t i = 0; i < n * k; ++i) half[i] = static_cast<uint16_t>(rng() % 2 << 15 | (100 + rng() % 40) << 7 | rng() % 128);
+  for (size_t i = 0; i < n * k; ++i) {
+    half[i] = static_cast<uint16_t>(rng() % 2 << 15 | (100 + rng() % 40) << 7 | rng() % 128);
+  }
   const bool with_bias = rng() % 2, accumulate = rng() % 2;
   const auto run = [&](const Kernels& kernels) {
     Guarded<float> out(m * n);
@@ -299,7 +305,8 @@ void check_linear(size_t m, size_t n, size_t k, bool bf16) {
 }
 
 void check_rope(size_t m, size_t heads, size_t dim) {
-  const auto x = random_floats(m * heads * dim), cos = random_floats((m + 2) * dim / 2), sin = random_floats((m + 2) * dim / 2);
+  const auto x = random_floats(m * heads * dim);
+  const auto cos = random_floats((m + 2) * dim / 2), sin = random_floats((m + 2) * dim / 2);
   const auto run = [&](const Kernels& kernels) {
     Guarded<float> y(x);
     set_active(kernels);
@@ -307,7 +314,9 @@ void check_rope(size_t m, size_t heads, size_t dim) {
     return y;
   };
   const auto expected = run(kScalar);
-  for (const Kernels* kernels : others()) report(expected == run(*kernels), *kernels, "rope dim " + std::to_string(dim));
+  for (const Kernels* kernels : others()) {
+    report(expected == run(*kernels), *kernels, "rope dim " + std::to_string(dim));
+  }
 }
 
 void check_attention(size_t queries, size_t keys, size_t kv_heads, size_t group, size_t dim, bool causal) {
@@ -338,7 +347,8 @@ void check_attention(size_t queries, size_t keys, size_t kv_heads, size_t group,
   const auto expected = run(kScalar);
   for (const Kernels* kernels : others()) {
     report(expected == run(*kernels), *kernels,
-           "attention " + std::to_string(queries) + " queries " + std::to_string(keys) + " keys dim " + std::to_string(dim));
+           "attention of " + std::to_string(queries) + " queries, " + std::to_string(keys) + " keys, dim " +
+               std::to_string(dim));
   }
 }
 

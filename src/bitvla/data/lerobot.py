@@ -14,7 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import cached_property
@@ -76,9 +76,7 @@ class LeRobotWriter:
         vectors: Mapping[str, Sequence[str]],
     ) -> None:
         self.root, self.fps = Path(root), fps
-        images = {
-            IMAGE_PREFIX + name: _video_feature(height, width, fps) for name, (height, width) in cameras.items()
-        }
+        images = {IMAGE_PREFIX + name: _video_feature(height, width, fps) for name, (height, width) in cameras.items()}
         values = {
             key: {"dtype": "float32", "shape": [len(names)], "names": list(names)} for key, names in vectors.items()
         }
@@ -236,7 +234,9 @@ class LeRobotDataset:
                 raise BitvlaError(f"{path} lacks the quantiles q01 and q99 of '{key}'; compute the statistics again")
             for name, a, b in zip(names, low, high, strict=True):
                 if not (np.isfinite(a) and np.isfinite(b) and b - a > 1e-6):
-                    raise BitvlaError(f"'{name}' of '{key}' is constant or not finite (q01 {a}, q99 {b}) in {self.root}")
+                    raise BitvlaError(
+                        f"'{name}' of '{key}' is constant or not finite (q01 {a}, q99 {b}) in {self.root}"
+                    )
         return stats
 
     def images(self, camera: str) -> NDArray[np.uint8]:
@@ -338,7 +338,7 @@ def _read_video(path: Path) -> Iterator[NDArray[np.uint8]]:
     try:
         with av.open(str(path)) as container:
             for frame in container.decode(video=0):
-                yield frame.to_ndarray(format="rgb24")
+                yield frame.to_ndarray(format="rgb24").astype(np.uint8, copy=False)
     except (av.FFmpegError, OSError) as error:
         raise BitvlaError(f"{path} cannot be decoded: {error}") from None
 
@@ -369,11 +369,13 @@ def _read_info(root: Path) -> dict[str, Any]:
     try:
         info = json.loads(path.read_text())
         version = info["codebase_version"]
-        info["features"], info["fps"], info["total_episodes"], info["total_frames"]  # noqa: B018
+        info["features"], info["fps"], info["total_episodes"], info["total_frames"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise BitvlaError(f"{root} is not a LeRobotDataset: meta/info.json cannot be read ({error!r})") from None
     if version != VERSION:
-        raise BitvlaError(f"{root} is a LeRobotDataset {version}, needed is {VERSION}; convert it with the lerobot tools")
+        raise BitvlaError(
+            f"{root} is a LeRobotDataset {version}, needed is {VERSION}; convert it with the lerobot tools"
+        )
     return dict(info)
 
 
@@ -405,8 +407,8 @@ def _vector_stats(values: NDArray[np.float32]) -> dict[str, Any]:
 def _image_stats(images: NDArray[np.uint8]) -> dict[str, Any]:
     """Per channel, in [0, 1], over a few frames; shape (3, 1, 1) as the lerobot package has it."""
     sample = images[:: max(1, len(images) // 8)].astype(np.float64) / 255
-    kinds = {"min": sample.min, "max": sample.max, "mean": sample.mean, "std": sample.std}
-    stats = {name: [[[value]] for value in reduce(axis=(0, 1, 2))] for name, reduce in kinds.items()}
+    kinds: dict[str, Callable[..., Any]] = {"min": np.min, "max": np.max, "mean": np.mean, "std": np.std}
+    stats = {name: [[[value]] for value in reduce(sample, axis=(0, 1, 2))] for name, reduce in kinds.items()}
     return {**stats, "count": [len(sample)]}
 
 

@@ -137,7 +137,7 @@ def _answer(connection: Connection, function: Callable[..., Any], args: tuple[An
         value = function(*args)
     except BitvlaError as error:
         connection.send(("refused", str(error)))
-    except Exception as error:  # noqa: BLE001 -- it is passed on to the parent, who decides
+    except Exception as error:
         connection.send(("failed", f"{type(error).__name__}: {error}"))
     else:
         connection.send(("ok", None if stays else value))

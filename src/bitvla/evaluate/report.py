@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jinja2
 import numpy as np
@@ -57,16 +57,20 @@ def report(results: Path | Sequence[Path], out: Path) -> Path:
         raise BitvlaError("a report needs the record of at least one evaluation")
     subject, *others = [load(path) for path in paths]
     films, left_out = _films(subject, paths[0].parent)
-    page = _environment().get_template("report.html.j2").render(
-        r=subject,
-        films=films,
-        films_left_out=left_out,
-        moving=len(films) <= MOVING_FILMS,
-        histogram=_histogram(subject),
-        actions_per_second=actions_per_second(subject),
-        obedience=[*_obedience(subject), *(part for other in others for part in _obedience(other))],
-        comparisons=[compare(subject, other) for other in others if not other.protocol.groups],
-        open_rows=OPEN_ROWS,
+    page = (
+        _environment()
+        .get_template("report.html.j2")
+        .render(
+            r=subject,
+            films=films,
+            films_left_out=left_out,
+            moving=len(films) <= MOVING_FILMS,
+            histogram=_histogram(subject),
+            actions_per_second=actions_per_second(subject),
+            obedience=[*_obedience(subject), *(part for other in others for part in _obedience(other))],
+            comparisons=[compare(subject, other) for other in others if not other.protocol.groups],
+            open_rows=OPEN_ROWS,
+        )
     )
     write_whole(Path(out), page.encode())
     return Path(out)
@@ -108,9 +112,7 @@ def _histogram(result: Result) -> Histogram | None:
     counts, edges = np.histogram(durations, bins=BINS, range=(0, end))
     top = max(1, int(counts.max()))
     return Histogram(
-        bars=[
-            Bar(float(a), float(b), int(n), int(n) / top) for a, b, n in zip(edges, edges[1:], counts, strict=False)
-        ],
+        bars=[Bar(float(a), float(b), int(n), int(n) / top) for a, b, n in zip(edges, edges[1:], counts, strict=False)],
         end=end,
         beyond=sum(ms > end for ms in durations),
         marks=[("p50", latency.p50), ("p95", latency.p95), ("p99", latency.p99)],
@@ -145,5 +147,3 @@ def _ms(value: float) -> str:
 def plain_task(task: str) -> str:
     """A task's name without the benchmark's version."""
     return task.removesuffix("-v3")
-
-

@@ -191,7 +191,7 @@ def _rendering() -> Iterator[None]:
         yield
     except (BitvlaError, KeyError):
         raise
-    except Exception as error:  # noqa: BLE001 -- libraries differ in what they raise
+    except Exception as error:
         raise BitvlaError(
             f"the simulator could not start or render ({type(error).__name__}: {error}). If software OpenGL is "
             f"missing: {OPENGL_COMMAND}"

@@ -18,6 +18,7 @@ from bitvla.errors import BitvlaError
 from bitvla.model.network import BitVLA
 from bitvla.processing.prompt import Prompt
 
+
 def load_config(checkpoint: Path) -> PolicyConfig:
     """The policy configuration of a checkpoint folder."""
     return check(from_dict(PolicyConfig, _read_json(checkpoint / "config.json"), str(checkpoint / "config.json")))
@@ -41,7 +42,9 @@ def load_network(checkpoint: Path, config: PolicyConfig | None = None) -> tuple[
         raise BitvlaError(f"{checkpoint} has no model.safetensors: the training run has not saved a checkpoint yet")
     missing, unexpected = network.load_state_dict(load_file(weights), strict=False)
     if missing or unexpected:
-        raise BitvlaError(f"{weights} does not fit its configuration: missing {missing[:3]}, unexpected {unexpected[:3]}")
+        raise BitvlaError(
+            f"{weights} does not fit its configuration: missing {missing[:3]}, unexpected {unexpected[:3]}"
+        )
     return network, prompt
 
 

@@ -21,7 +21,6 @@ from transformers.models.siglip.modeling_siglip import SiglipEncoderLayer, Sigli
 from bitvla.config import ActionConfig, LanguageConfig, PolicyConfig, VisionConfig
 from bitvla.model.ternary import make_ternary
 
-
 # On a CPU the backward pass of PyTorch's fused attention is several times slower than plain products at these lengths.
 ATTENTION = "sdpa" if torch.cuda.is_available() else "eager"
 

@@ -11,9 +11,10 @@ from numpy.typing import NDArray
 
 from bitvla.model.checkpoint import load_network
 from bitvla.model.network import Batch, BitVLA
-from bitvla.processing.images import check_image, crop_resized, to_pixels
+from bitvla.processing.images import crop_resized, to_pixels
+from bitvla.processing.observation import check_observation
 from bitvla.processing.prompt import Prompt
-from bitvla.processing.vectors import check_state, normalize, unnormalize
+from bitvla.processing.vectors import normalize, robot_actions
 
 
 class TorchPolicy:
@@ -46,26 +47,19 @@ class TorchPolicy:
         }
 
     @torch.inference_mode()
-    def act(self, observation: dict[str, Any]) -> NDArray[np.float32]:
+    def act(self, observation: object) -> NDArray[np.float32]:
         """Observation -> chunk, float32 (horizon, dim) in the robot's units."""
+        seen = check_observation(observation, self.config)
         processing = self.config.processing
         views = [
-            to_pixels(
-                crop_resized(
-                    check_image(observation["images"][camera.name], camera),
-                    processing.image,
-                    self.config.vision.image_size,
-                ),
-                processing.image,
-            ).transpose(2, 0, 1)
-            for camera in processing.cameras
+            to_pixels(crop_resized(image, processing.image, self.config.vision.image_size), processing.image)
+            for image in seen.images
         ]
-        state = normalize(check_state(observation["state"], processing.state), processing.state)
-        token_ids = torch.from_numpy(self._prompt.ids(observation["instruction"]))[None]
+        token_ids = torch.from_numpy(self._prompt.ids(seen.instruction))[None]
         batch = Batch(
-            pixels=torch.from_numpy(np.stack(views))[None],
+            pixels=torch.from_numpy(np.stack(views).transpose(0, 3, 1, 2))[None],
             token_ids=token_ids,
             padding=torch.zeros_like(token_ids, dtype=torch.bool),
-            state=torch.from_numpy(state)[None],
+            state=torch.from_numpy(normalize(seen.state, processing.state))[None],
         )
-        return unnormalize(self._network(batch).actions[0].numpy(), processing.action)
+        return robot_actions(self._network(batch).actions[0].numpy(), processing)

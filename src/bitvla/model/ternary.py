@@ -36,7 +36,9 @@ def quantize_activations(x: Tensor) -> tuple[Tensor, Tensor]:
     """Int8 codes (float32, the shape of `x`) with straight-through gradient, and their scale (..., 1)."""
     x = x.float()
     beta = x.detach().abs().amax(dim=-1, keepdim=True).clamp(min=_EPSILON)
-    return _RoundStraightThrough.apply(x * (127 / beta), -128.0, 127.0), beta / 127
+    # A Python number divided by a tensor becomes a reciprocal and a product in PyTorch, which round twice.
+    scale = torch.full_like(beta, 127) / beta
+    return _RoundStraightThrough.apply(x * scale, -128.0, 127.0), beta / 127
 
 
 class TernaryLinear(nn.Linear):

@@ -17,6 +17,7 @@ import bitvla
 import bitvla._native as native
 from bitvla.config import PolicyConfig
 from bitvla.errors import BitvlaError
+from bitvla.runtime.machine import cores, processor
 from bitvla.runtime.policy import PARTS, Policy
 from bitvla.runtime.verify import golden_traces
 
@@ -38,7 +39,7 @@ policy.act(observation)
 acted = time.perf_counter()
 for _ in range(10):
     policy.act(observation)
-from bitvla.runtime.bench import memory
+from bitvla.runtime.machine import memory
 print(json.dumps({
     "times": {"import_s": imported - start, "load_s": loaded - imported, "first_call_s": acted - before},
     "memory": memory(),
@@ -58,17 +59,18 @@ def bench(source: str | os.PathLike[str], threads: int | None = None, repeats: i
         raise BitvlaError(f"{source} holds no golden trace to measure with; pack it again")
     counts = [threads] if threads else range(1, native.num_threads() + 1)
     macs, tokens = multiply_adds(policy.config, policy.plan(observation[0]["instruction"]).length)
-    with Console(stderr=True).status("measuring"):
-        runs = [_run(policy, observation[0], count, repeats, sum(macs.values())) for count in counts]
-        startup = _startup(Path(str(policy.bundle.path)), threads or 1)
+    before = native.num_threads()
+    try:
+        with Console(stderr=True).status("measuring"):
+            runs = [_run(policy, observation[0], count, repeats, sum(macs.values())) for count in counts]
+            startup = _startup(Path(str(policy.bundle.path)), threads or 1)
+    finally:
+        native.set_num_threads(before)
     return {
         "policy": policy.config.name,
         "sha256": policy.bundle.sha256,
-        "machine": {
-            "processor": processor(),
-            "cores": len(os.sched_getaffinity(0)),
-            "python": platform.python_version(),
-        },
+        "bitvla": bitvla.__version__,
+        "machine": {"processor": processor(), "cores": cores(), "python": platform.python_version()},
         "instruction_set": policy.isa,
         "tokens": tokens,
         "million_multiply_adds": {part: round(count / 1e6, 1) for part, count in macs.items()},
@@ -140,25 +142,3 @@ def _startup(path: Path, threads: int) -> dict[str, Any]:
         raise BitvlaError(f"a fresh process could not run the policy: {done.stderr.strip().splitlines()[-1]}")
     result: dict[str, Any] = json.loads(done.stdout)
     return result
-
-
-def memory() -> dict[str, int]:
-    """Memory of this process in bytes: peak, resident now, and of that anonymous and file-backed (Linux only)."""
-    names = {"VmHWM": "peak", "VmRSS": "resident", "RssAnon": "anonymous", "RssFile": "file_backed"}
-    try:
-        lines = Path("/proc/self/status").read_text().splitlines()
-    except OSError:
-        return {}
-    fields = dict(line.split(":", 1) for line in lines)
-    return {label: 1024 * int(fields[name].split()[0]) for name, label in names.items() if name in fields}
-
-
-def processor() -> str:
-    """The processor's name, as far as the system tells it."""
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith(("model name", "Model")):
-                return line.split(":", 1)[1].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,6 @@ def verify(path: Path) -> dict[str, Any]:
     with the scalar one on the policy's shapes, and must answer each golden trace with the same bits, on one thread
     and on all. Checks that need a readable file are left out where it is not.
     """
-    path = Path(path)
     checks: list[dict[str, Any]] = []
 
     def passes(name: str, check: Callable[[], str]) -> bool:
@@ -34,18 +34,29 @@ def verify(path: Path) -> dict[str, Any]:
         checks.append({"check": name, "passed": passed, "detail": detail})
         return passed
 
-    if passes("structure", lambda: _structure(path)):
-        bundle = read(path, digest=False)
-        passes("digest", lambda: f"SHA-256 {read(path, digest=True).sha256}")
-        passes("weights", lambda: _weights(bundle))
-        passes("statistics", lambda: _statistics(bundle))
-        if passes("load", lambda: _load(bundle)):
-            policy = Policy(bundle)
-            for isa in native.available():
-                passes(f"kernels {isa}", lambda isa=isa: _kernels(policy, isa))  # type: ignore[misc]
-            for isa in native.available():
-                passes(f"golden traces {isa}", lambda isa=isa: _golden(policy, isa))  # type: ignore[misc]
+    before, threads = native.isa(), native.num_threads()
+    try:
+        _verify(Path(path), passes, threads)
+    finally:
+        native.set_isa(before)
+        native.set_num_threads(threads)
     return {"path": str(path), "passed": all(check["passed"] for check in checks), "checks": checks}
+
+
+def _verify(path: Path, passes: Callable[[str, Callable[[], str]], bool], threads: int) -> None:
+    if not passes("structure", lambda: _structure(path)):
+        return
+    bundle = read(path, digest=False)
+    passes("digest", lambda: f"SHA-256 {read(path, digest=True).sha256}")
+    passes("weights", lambda: _weights(bundle))
+    passes("statistics", lambda: _statistics(bundle))
+    if not passes("load", lambda: _load(bundle)):
+        return
+    policy = Policy(bundle)
+    for isa in native.available():
+        passes(f"kernels {isa}", partial(_kernels, policy, isa))
+    for isa in native.available():
+        passes(f"golden traces {isa}", partial(_golden, policy, isa, threads))
 
 
 def golden_traces(bundle: Bundle) -> Iterator[tuple[dict[str, Any], np.ndarray]]:
@@ -108,18 +119,13 @@ def _kernels(policy: Policy, isa: str) -> str:
     return "the reference" if isa == "scalar" else "the same bits as the scalar kernels on the policy's shapes"
 
 
-def _golden(policy: Policy, isa: str) -> str:
+def _golden(policy: Policy, isa: str, threads: int) -> str:
     if not policy.bundle.document.golden:
         raise BitvlaError("the file holds no golden trace; pack it again")
-    before_isa, before_threads = native.isa(), native.num_threads()
-    try:
-        native.set_isa(isa)
-        for threads in sorted({1, before_threads}):
-            native.set_num_threads(threads)
-            _replay(policy, threads)
-    finally:
-        native.set_isa(before_isa)
-        native.set_num_threads(before_threads)
+    native.set_isa(isa)
+    for count in sorted({1, threads}):
+        native.set_num_threads(count)
+        _replay(policy, count)
     return f"{len(policy.bundle.document.golden)} replayed, every chunk identical bit for bit"
 
 

@@ -36,6 +36,10 @@ class Simulator(Protocol):
         """Names of the tasks of ``suite`` (a suite's name or one task's name)."""
         ...
 
+    def groups(self, suite: str = "swap") -> list[tuple[str, ...]]:
+        """Groups of tasks that share an ambiguous scene."""
+        ...
+
     def reset(self, task: str, seed: int, ambiguous: bool | tuple[str, ...] = False) -> None:
         """Put ``task`` into the initial state of ``seed``."""
         ...
@@ -46,6 +50,10 @@ class Simulator(Protocol):
 
     def step(self, action: npt.NDArray[np.float32]) -> bool:
         """Play one action ``float32 (A,)``; True when the task is solved at this step."""
+        ...
+
+    def full_observation(self) -> npt.NDArray[np.float64]:
+        """The privileged observation that the scripted experts read."""
         ...
 
     def environment_state(self) -> npt.NDArray[np.float32]:
@@ -72,8 +80,7 @@ def make_simulator(name: str, **options: Any) -> Simulator:
     for package in ("metaworld", "mujoco"):
         if importlib.util.find_spec(package) is None:
             raise BitvlaError(
-                f"simulator '{name}' needs the package '{package}', which is not installed: "
-                "pip install bitvla[sim]"
+                f"simulator '{name}' needs the package '{package}', which is not installed: pip install bitvla[sim]"
             )
     from bitvla.sim.metaworld import MetaWorld
 

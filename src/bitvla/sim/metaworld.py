@@ -17,12 +17,12 @@ import numpy.typing as npt
 if not os.environ.get("DISPLAY"):
     os.environ.setdefault("MUJOCO_GL", "egl")
 
-import mujoco  # noqa: E402
-from metaworld.env_dict import ALL_V3_ENVIRONMENTS  # noqa: E402
+import mujoco
+from metaworld.env_dict import ALL_V3_ENVIRONMENTS
 
-from bitvla.errors import BitvlaError  # noqa: E402
-from bitvla.sim.base import Observation  # noqa: E402
-from bitvla.sim.instructions import instruction  # noqa: E402
+from bitvla.errors import BitvlaError
+from bitvla.sim.base import Observation
+from bitvla.sim.instructions import instruction
 
 MT10 = (
     "reach-v3",
@@ -47,7 +47,7 @@ SWAP_GROUPS: tuple[tuple[str, ...], ...] = (
 
 _MODEL_FIELDS = ("body_pos", "body_quat", "site_pos", "site_rgba", "geom_pos", "geom_rgba")
 _CORNER_VIEW = {"azimuth": 145.0, "elevation": -32.0, "distance": 1.05, "lookat": (0.0, 0.66, 0.12)}
-"""The third-person view, in degrees and metres: Meta-World's corner2 direction, close enough that the workspace fills it."""
+"""The third-person view, in degrees and metres: from corner2's side, close enough that the workspace fills it."""
 _MARKER_COLOURS = ((0.8, 0.0, 0.0, 1.0), (0.0, 0.8, 0.0, 1.0), (0.0, 0.0, 0.8, 1.0))
 _CACHED_SCENES = 10
 
@@ -91,10 +91,10 @@ class MetaWorld:
     """
 
     name = "metaworld"
-    cameras = ("corner", "wrist")
-    state_names = ("hand_x", "hand_y", "hand_z", "gripper_opening")
-    action_names = ("hand_dx", "hand_dy", "hand_dz", "gripper_effort")
-    environment_state_names = tuple(
+    cameras: tuple[str, ...] = ("corner", "wrist")
+    state_names: tuple[str, ...] = ("hand_x", "hand_y", "hand_z", "gripper_opening")
+    action_names: tuple[str, ...] = ("hand_dx", "hand_dy", "hand_dz", "gripper_effort")
+    environment_state_names: tuple[str, ...] = tuple(
         f"{thing}_{axis}" for thing in ("object1", "object2", "goal") for axis in "xyz"
     )
     control_hz = 80.0
@@ -334,8 +334,7 @@ def _task_name(task: str) -> str:
     name = task if task.endswith("-v3") else f"{task}-v3"
     if name not in ALL_V3_ENVIRONMENTS:
         raise BitvlaError(
-            f"unknown suite or task '{task}': use mt10, mt50, swap or a Meta-World task such as "
-            "'drawer-open'"
+            f"unknown suite or task '{task}': use mt10, mt50, swap or a Meta-World task such as 'drawer-open'"
         )
     return name
 
@@ -347,9 +346,7 @@ def _choose_group(task: str, seed: int, ambiguous: bool | tuple[str, ...]) -> tu
     if not isinstance(ambiguous, bool):
         candidates = [group for group in candidates if group == tuple(ambiguous)]
     if not candidates:
-        raise BitvlaError(
-            f"task '{task}' has no ambiguous scene in {ambiguous}: see metaworld.SWAP_GROUPS"
-        )
+        raise BitvlaError(f"task '{task}' has no ambiguous scene in {ambiguous}: see metaworld.SWAP_GROUPS")
     return candidates[seed % len(candidates)]
 
 

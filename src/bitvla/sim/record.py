@@ -80,7 +80,7 @@ def record(
         out,
         robot_type=f"{env}-sawyer",
         fps=simulator.control_hz,
-        cameras={name: (image_size, image_size) for name in simulator.cameras},
+        cameras=dict.fromkeys(simulator.cameras, (image_size, image_size)),
         vectors={
             "observation.state": simulator.state_names,
             "action": simulator.action_names,
@@ -154,7 +154,7 @@ def _work(job: Job, settings: Settings, staging: Path) -> str:
     episode = record_episode(_simulators[key], job, settings.seed)
     path = _staged(staging, job)
     temporary = path.with_suffix(".tmp")
-    arrays = {f"images/{name}": images for name, images in episode.images.items()}
+    arrays: dict[str, NDArray[Any]] = {f"images/{name}": images for name, images in episode.images.items()}
     arrays |= {f"vectors/{name}": values for name, values in episode.vectors.items()}
     with temporary.open("wb") as file:
         np.savez(file, task=episode.task, extra=json.dumps(dict(episode.extra)), **arrays)  # type: ignore[arg-type]
@@ -173,8 +173,7 @@ def record_episode(simulator: Simulator, job: Job, seed: int) -> Episode:
 
 def _attempt(simulator: Simulator, job: Job, seed: int, attempt: int) -> Episode | None:
     rng = np.random.default_rng([seed, zlib.crc32(job.task.encode()), job.index, attempt])
-    groups = simulator.groups("swap") if hasattr(simulator, "groups") else []
-    ambiguous = bool(rng.random() < AMBIGUOUS) and any(job.task in group for group in groups)
+    ambiguous = bool(rng.random() < AMBIGUOUS) and any(job.task in group for group in simulator.groups())
     recovery = bool(rng.random() < RECOVERIES)
     noise = float(rng.choice(NOISE))
     start = TRAINING_SEEDS + int(rng.integers(1_000_000_000))
@@ -263,7 +262,9 @@ def _claim(out: Path, settings: Settings) -> None:
     path = out / "meta" / "recording.json"
     if path.exists():
         if json.loads(path.read_text()) != asdict(settings):
-            raise BitvlaError(f"{out} holds a recording with other settings ({path.read_text()}); choose another folder")
+            raise BitvlaError(
+                f"{out} holds a recording with other settings ({path.read_text()}); choose another folder"
+            )
         return
     if out.exists() and any(out.iterdir()):
         raise BitvlaError(f"{out} is not empty and holds no recording of bitvla; choose another folder")

@@ -1,1 +1,1 @@
-"""Training: `run(stage, config, data, out)`. One loop, one objective a stage, batches that are a function of the step."""
+"""Training: one loop, one objective a stage, batches that are a pure function of the step. Start at `loop.run`."""

@@ -108,7 +108,7 @@ class Windows(Dataset[Window]):
         for i, frame in enumerate(frames):
             for view, camera in enumerate(self._images):
                 offset = tuple(rng.random(2)) if random_crop else (0.5, 0.5)
-                images[i, view] = crop_resized(camera[frame], processing, size, offset)  # type: ignore[arg-type]
+                images[i, view] = crop_resized(camera[frame], processing, size, offset)
         if self._augmentation is not None:
             images = _jitter(images, self._augmentation, rng)
         return np.ascontiguousarray(to_pixels(images, processing).transpose(0, 1, 4, 2, 3))
@@ -116,7 +116,7 @@ class Windows(Dataset[Window]):
 
 def batches(windows: Windows, steps: range) -> Iterator[Window]:
     """The batches of `steps`, prepared ahead of time by another process."""
-    return iter(DataLoader(windows, batch_size=None, sampler=steps, num_workers=1, prefetch_factor=3))  # type: ignore[arg-type]
+    return iter(DataLoader(windows, batch_size=None, sampler=steps, num_workers=1, prefetch_factor=3))
 
 
 def _jitter(images: NDArray[np.uint8], augmentation: Augmentation, rng: np.random.Generator) -> NDArray[np.uint8]:

@@ -15,9 +15,9 @@ from bitvla.config import (
     PolicyConfig,
     ProcessingConfig,
     PromptConfig,
+    Record,
     Statistics,
     VisionConfig,
-    _Frozen,
     check,
     load_toml,
 )
@@ -25,7 +25,7 @@ from bitvla.data.lerobot import LeRobotDataset
 from bitvla.errors import BitvlaError
 
 
-class Augmentation(_Frozen):
+class Augmentation(Record, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Random changes of training images. The crop's area is the policy's `crop_area`; its place is random."""
 
     random_crop: bool = True
@@ -34,7 +34,7 @@ class Augmentation(_Frozen):
     saturation: float = 0.2
 
 
-class NewPolicy(_Frozen):
+class NewPolicy(Record, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Sizes and conventions of a policy trained from scratch; statistics and cameras come from the data."""
 
     name: str
@@ -48,7 +48,7 @@ class NewPolicy(_Frozen):
     execute_horizon: int
 
 
-class TrainConfig(_Frozen):
+class TrainConfig(Record, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """One stage of training. A policy is either new (`policy`) or comes from a checkpoint (`--init`)."""
 
     steps: int

@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import msgspec
 import torch
@@ -108,6 +108,7 @@ class _Trainer:
         self.trained, self.optimizer = self.accelerator.prepare(self.trained, self.optimizer)
         self.average.to(self.accelerator.device)
         self.objective = self._objective(teacher)
+        self._last_log: tuple[int, float] | None = None
 
     def train(self, interrupted: list[int]) -> dict[str, Any]:
         config = self.config
@@ -248,6 +249,9 @@ class _Trainer:
             "schedule": self.schedule,
         }
 
+    def _averaged(self) -> BitVLA:
+        return cast(BitVLA, self.average.module)
+
     def _save(self, console: Console) -> None:
         """Write the averaged weights as a policy, then the state of the run."""
         self.accelerator.wait_for_everyone()
@@ -256,7 +260,7 @@ class _Trainer:
         validation = self._validate()
         console.print(f"step {self.step}: validation " + _show(validation))
         self._append_metrics({"step": self.step, **{f"validation_{k}": v for k, v in validation.items()}})
-        averaged: BitVLA = self.average.module
+        averaged = self._averaged()
         provenance = {**self.provenance, "steps": self.step, "validation": validation}
         save_policy(self.out, averaged, self.tokenizer, self._golden(averaged), provenance)
         state = {name: part.state_dict() for name, part in self._stateful().items()}
@@ -271,7 +275,7 @@ class _Trainer:
         windows = self._windows("validation")
         if windows.num_frames == 0 or self.config.validation_batches == 0:
             return {}
-        averaged = self.average.module.eval()
+        averaged = self._averaged().eval()
         plain = stages.finetune(self.config, self.auxiliary)
         with self.accelerator.autocast():
             rows = [
@@ -304,8 +308,8 @@ class _Trainer:
         parameters = sum(parameter.numel() for parameter in self.network.parameters())
         self.console.print(
             f"{self.stage} of '{self.network.config.name}' ({config.precision} precision, {parameters / 1e6:.2f} M "
-            f"parameters): {windows.num_frames} frames of {self.dataset.num_episodes} episodes, {config.steps} steps of "
-            f"{effective} windows ({config.steps * effective / windows.num_frames:.1f} epochs), "
+            f"parameters): {windows.num_frames} frames of {self.dataset.num_episodes} episodes, {config.steps} steps "
+            f"of {effective} windows ({config.steps * effective / windows.num_frames:.1f} epochs), "
             f"{self.accelerator.num_processes} process(es) on {self.accelerator.device}"
         )
         if self.step:
@@ -318,11 +322,11 @@ class _Trainer:
     def _log(self, latest: dict[str, torch.Tensor], progress: Progress, bar: Any) -> dict[str, float]:
         losses = {name: value.item() for name, value in latest.items()}
         now = time.monotonic()
-        previous_step, previous_time = getattr(self, "_last_log", (self.step, now))
+        previous_step, previous_time = self._last_log or (self.step, now)
         speed = (self.step - previous_step) / max(now - previous_time, 1e-9)
         self._last_log = (self.step, now)
         progress.update(bar, losses=f"{_show(losses)}  {speed:.2f} steps/s")
-        rate = self.schedule.get_last_lr()[0]
+        rate = float(self.schedule.get_last_lr()[0])
         self._append_metrics({"step": self.step, "learning_rate": rate, "steps_per_second": speed, **losses})
         if not sys.stderr.isatty():
             left = (self.config.steps - self.step) / speed / 60 if speed else math.nan

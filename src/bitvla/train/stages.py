@@ -7,12 +7,13 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from bitvla.model.network import BitVLA, Output
+from bitvla.model.network import Batch, Output
 from bitvla.train.batches import Window
 from bitvla.train.config import TrainConfig
 
 Losses = dict[str, Tensor]  # by name; "loss" is the one that is minimised
-Objective = Callable[[BitVLA, Window], Losses]
+Network = Callable[[Batch], Output]  # a BitVLA, compiled or not
+Objective = Callable[[Network, Window], Losses]
 
 
 class AuxiliaryHead(nn.Module):
@@ -32,19 +33,19 @@ class AuxiliaryHead(nn.Module):
 def finetune(config: TrainConfig, auxiliary: AuxiliaryHead) -> Objective:
     """OFT: mean absolute error of the chunk (paper eq. 8), plus the auxiliary regression where the data allows it."""
 
-    def objective(network: BitVLA, window: Window) -> Losses:
+    def objective(network: Network, window: Window) -> Losses:
         return _regression(network(window.inputs), window, config, auxiliary)
 
     return objective
 
 
-def distill(config: TrainConfig, auxiliary: AuxiliaryHead, teacher: BitVLA) -> Objective:
+def distill(config: TrainConfig, auxiliary: AuxiliaryHead, teacher: Network) -> Objective:
     """Quantise-then-distill: the task's loss plus gamma times the distance between hidden states (paper eqs. 5-7).
 
     The student starts as the teacher's weights; the teacher is frozen, in full precision.
     """
 
-    def objective(network: BitVLA, window: Window) -> Losses:
+    def objective(network: Network, window: Window) -> Losses:
         student = network(window.inputs)
         losses = _regression(student, window, config, auxiliary)
         if config.alignment_weight:

@@ -1,0 +1,23 @@
+"""What every test shares: no time limit an example, and native settings as they were."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+from hypothesis import settings
+
+# A slow example on a loaded machine is no failure; how long tests take is pytest's business.
+settings.register_profile("bitvla", deadline=None)
+settings.load_profile("bitvla")
+
+
+@pytest.fixture(autouse=True)
+def _native_settings() -> Iterator[None]:
+    """Instruction set and threads belong to the process, so a test gives back what it found."""
+    import bitvla._native as native
+
+    isa, threads = native.isa(), native.num_threads()
+    yield
+    native.set_isa(isa)
+    native.set_num_threads(threads)

@@ -1,0 +1,58 @@
+"""The two networks, PyTorch for training and packed for the robot, are one: the same observation, the same chunk.
+
+    pytest tests/test_parity.py
+
+Float sums are taken in another order, so now and then a value on the border between two int8 codes falls to the other
+side, which moves a chunk a little. Where none does, the chunks agree to float precision, and no wrong formula could do
+that: among the chunks of several networks some must. All must agree as closely as `pack` demands.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import pytest
+import torch
+
+import bitvla
+from bitvla.config import Camera, ImageProcessing, PolicyConfig
+from bitvla.convert.pack import PARITY_BOUND, pack
+from bitvla.model.policy import TorchPolicy
+from bitvla.processing.vectors import normalize
+from checkpoints import observation, processing_config, tiny_config, write_random_checkpoint
+
+
+def changed(section: str, **fields: object) -> PolicyConfig:
+    config = tiny_config()
+    return msgspec.structs.replace(config, **{section: msgspec.structs.replace(getattr(config, section), **fields)})
+
+
+CONFIGS = {
+    "bidirectional": tiny_config(),
+    "causal": changed("language", bidirectional=False),
+    "one kv head": changed("language", num_kv_heads=1),
+    "deep head": changed("action", head_blocks=2, slots_per_step=1),
+    "rotated, lanczos": changed("processing", image=ImageProcessing(rotate180=True, resize="lanczos")),
+    "one camera": tiny_config(processing=processing_config((Camera(name="top", height=28, width=28),), 3, 4, 5)),
+}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_packed_equals_pytorch(tmp_path: Path, name: str) -> None:
+    config, errors = CONFIGS[name], []
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    for seed in range(4):
+        checkpoint = write_random_checkpoint(tmp_path / str(seed), config, seed=seed)
+        pack(checkpoint, tmp_path / "policy.safetensors", matrix_dtype="F32")
+        trained, packed = TorchPolicy.load(checkpoint), bitvla.load(tmp_path / "policy.safetensors")
+        for view in range(3):
+            chunks = [policy.act(observation(config, 10 * seed + view)) for policy in (trained, packed)]
+            one, other = (normalize(chunk, config.processing.action) for chunk in chunks)
+            errors.append(np.abs(one - other).mean())
+    torch.set_num_threads(threads)
+    print(name, np.sort(errors))
+    assert np.max(errors) < PARITY_BOUND
+    assert np.sum(np.array(errors) < 1e-5) >= 5

@@ -1,0 +1,216 @@
+"""Training: stages, exact resume, interruption, and what is refused."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from bitvla.errors import BitvlaError
+from bitvla.model.policy import TorchPolicy
+from bitvla.train.loop import run
+from datasets import write_dataset
+
+POLICY = """
+[policy]
+name = "test"
+vision = { image_size = 16, patch_size = 8, hidden_size = 16, intermediate_size = 32, num_layers = 2, num_heads = 2 }
+
+action = { horizon = 3, dim = 3, state_dim = 3, slots_per_step = 1, head_hidden_size = 16, head_blocks = 1 }
+image = { crop_area = 0.9 }
+state_units = ["m", "m", "m"]
+action_units = ["m", "m", "m"]
+execute_horizon = 2
+
+[policy.language]
+vocab_size = 300
+hidden_size = 32
+intermediate_size = 32
+num_layers = 2
+num_heads = 2
+num_kv_heads = 1
+max_positions = 64
+
+[policy.prompt]
+template = "<|begin_of_text|>{images}<proprio_pad>{instruction}<|eot_id|>"
+"""
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    return write_dataset(tmp_path_factory.mktemp("data") / "random")
+
+
+def write_config(folder: Path, policy: str = POLICY, **changes: object) -> Path:
+    values = {
+        "precision": "full",
+        "steps": 8,
+        "batch_size": 8,
+        "learning_rate": 1e-3,
+        "warmup_steps": 2,
+        "mixed_precision": "no",
+        "log_every": 1,
+        "save_every": 4,
+        "validation_batches": 1,
+        "auxiliary_weight": 0.1,
+        **changes,
+    }
+    path = folder / f"config-{len(list(folder.glob('config-*')))}.toml"
+    path.write_text("".join(f"{key} = {json.dumps(value)}\n" for key, value in values.items()) + policy)
+    return path
+
+
+def losses_of(out: Path) -> dict[int, float]:
+    """Training loss by step, as logged."""
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return {row["step"]: row["loss"] for row in rows if "loss" in row}
+
+
+def test_three_stages_learn_and_make_a_policy(data, tmp_path):
+    teacher_config = write_config(tmp_path, steps=60, learning_rate=3e-3)
+    run("finetune", teacher_config, data, tmp_path / "teacher")
+    losses = losses_of(tmp_path / "teacher")
+    assert losses[60] < 0.8 * losses[1]
+
+    student_config = write_config(tmp_path, policy="", precision="ternary", steps=4)
+    run("distill", student_config, data, tmp_path / "distilled", teacher=tmp_path / "teacher")
+    distilled = json.loads((tmp_path / "distilled" / "metrics.jsonl").read_text().splitlines()[0])
+    assert min(distilled["vision"], distilled["decoder"]) > 0
+
+    run("finetune", student_config, data, tmp_path / "student", init=tmp_path / "distilled")
+    policy = TorchPolicy.load(tmp_path / "student")
+    observation = {
+        "images": {"front": np.zeros((16, 16, 3), np.uint8)},
+        "state": np.zeros(3, np.float32),
+        "instruction": "open the drawer",
+    }
+    assert policy.config.precision == "ternary"
+    assert policy.act(observation).shape == (3, 3)
+    provenance = json.loads((tmp_path / "student" / "provenance.json").read_text())
+    assert provenance["parents"]["init"]["provenance"]["stage"] == "distill"
+
+
+def test_golden_answers_are_those_of_the_saved_network(data, tmp_path):
+    run("finetune", write_config(tmp_path, steps=4), data, tmp_path / "out")
+    golden = load_file(tmp_path / "out" / "golden.safetensors")
+    instruction = "open the drawer"  # of episode 0
+    observation = {
+        "images": {"front": golden["0.image.front"].numpy()},
+        "state": golden["0.state"].numpy(),
+        "instruction": instruction,
+    }
+    np.testing.assert_allclose(TorchPolicy.load(tmp_path / "out").act(observation), golden["0.chunk"], atol=1e-6)
+
+
+def test_a_killed_run_goes_on_to_the_same_weights(data, tmp_path):
+    whole = write_config(tmp_path, steps=12, save_every=4)
+    run("finetune", whole, data, tmp_path / "whole")
+
+    command = ["train", "finetune", "--config", whole, "--data", data, "--out", tmp_path / "cut"]
+    process = subprocess.Popen([sys.executable, "-m", "bitvla", *map(str, command)], stderr=subprocess.DEVNULL)
+    state = tmp_path / "cut" / "training_state.pt"
+    deadline = time.monotonic() + 60
+    while not state.exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    assert state.exists()
+    run("finetune", whole, data, tmp_path / "cut")
+    expected, actual = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "cut"))
+    for name, tensor in expected.items():
+        assert torch.equal(tensor, actual[name]), name
+
+
+def test_ctrl_c_keeps_the_work(data, tmp_path, monkeypatch):
+    from bitvla.train import loop
+
+    config = write_config(tmp_path, steps=50, save_every=100)
+    step = loop._Trainer._step
+
+    def interrupt_at_five(self, window):
+        if self.step == 5:
+            os.kill(os.getpid(), signal.SIGINT)
+        return step(self, window)
+
+    monkeypatch.setattr(loop._Trainer, "_step", interrupt_at_five)
+    with pytest.raises(KeyboardInterrupt, match="go on"):
+        run("finetune", config, data, tmp_path / "out")
+    assert torch.load(tmp_path / "out" / "training_state.pt", weights_only=True)["step"] == 6
+
+
+def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_checkpoint(data, tmp_path, monkeypatch):
+    from bitvla.train import loop
+
+    step = loop._Trainer._step
+
+    def poison(self, window):
+        if self.step == 6:
+            window = window._replace(actions=window.actions * float("nan"))
+        return step(self, window)
+
+    monkeypatch.setattr(loop._Trainer, "_step", poison)
+    with pytest.raises(BitvlaError, match="nan at step 6"):
+        run("finetune", write_config(tmp_path), data, tmp_path / "out")
+    assert torch.load(tmp_path / "out" / "training_state.pt", weights_only=True)["step"] == 4
+    TorchPolicy.load(tmp_path / "out")
+
+
+def test_another_configuration_does_not_continue_a_run(data, tmp_path):
+    run("finetune", write_config(tmp_path, steps=4), data, tmp_path / "out")
+    with pytest.raises(BitvlaError, match="another configuration"):
+        run("finetune", write_config(tmp_path, steps=5), data, tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("stage", "changes", "message"),
+    [
+        ("finetune", {"learning_rat": 1}, "learning_rat"),
+        ("finetune", {"batch_size": 0}, "batch_size must be positive"),
+        ("finetune", {"precision": "int3"}, "int3"),
+        ("distill", {}, "needs a full-precision teacher"),
+        ("align", {}, "unknown stage 'align'"),
+    ],
+)
+def test_what_is_wrong_is_named(data, tmp_path, stage, changes, message):
+    with pytest.raises(BitvlaError, match=message):
+        run(stage, write_config(tmp_path, **changes), data, tmp_path / "out")
+
+
+def test_a_policy_is_needed(data, tmp_path):
+    with pytest.raises(BitvlaError, match=r"\[policy\]"):
+        run("finetune", write_config(tmp_path, policy=""), data, tmp_path / "out")
+    with pytest.raises(BitvlaError, match="not a training checkpoint"):
+        run("finetune", write_config(tmp_path, policy=""), data, tmp_path / "out", init=tmp_path)
+
+
+def test_a_ternary_teacher_is_refused(data, tmp_path):
+    run("finetune", write_config(tmp_path, precision="ternary", steps=1), data, tmp_path / "ternary")
+    with pytest.raises(BitvlaError, match="needs full precision"):
+        run("distill", write_config(tmp_path, policy=""), data, tmp_path / "out", teacher=tmp_path / "ternary")
+
+
+def test_batches_are_a_function_of_the_step_and_cover_an_epoch(data):
+    from bitvla.data.lerobot import LeRobotDataset
+    from bitvla.train.batches import VALIDATION_EVERY, Windows
+
+    windows = Windows.__new__(Windows)
+    dataset = LeRobotDataset(data)
+    held_out = dataset.episode_index % VALIDATION_EVERY == VALIDATION_EVERY - 1
+    windows._frames, windows._batch_size, windows._seed = np.flatnonzero(~held_out), 8, 3
+    windows._rank, windows._world_size = 0, 1
+    steps = len(windows._frames) // 8
+    seen = np.concatenate([windows.indices(step) for step in range(steps)])
+    assert len(set(seen.tolist())) == len(seen)
+    whole = windows.indices(1)
+    windows._world_size = 2
+    halves = [windows.indices(1)]
+    windows._rank = 1
+    halves.append(windows.indices(1))
+    assert sorted(np.concatenate(halves).tolist()) == sorted(whole.tolist())
