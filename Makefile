@@ -18,7 +18,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
 SOURCES := pyproject.toml CMakeLists.txt $(shell find csrc -type f 2>/dev/null)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check bench clean
+.PHONY: help setup demo test check lint bench clean
 
 help: ## show this list
 	@grep -E '^[a-z]+:.*## ' Makefile | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 16
@@ -37,15 +37,17 @@ test: $(VENV)/.ready-dev ## run every test: native kernels (each instruction set
 	@echo "test: Python"
 	@$(BIN)/python -m pytest -n $(TEST_JOBS) --dist loadfile -q
 
-check: $(VENV)/.ready-dev ## format, lint, types and fast tests: run it before every commit
+check: lint ## format, lint, types and fast tests: run it before every commit
+	@echo "check: fast tests"
+	@$(BIN)/python -m pytest -n $(TEST_JOBS) --dist loadfile -q -m "not slow"
+
+lint: $(VENV)/.ready-dev ## format, lint and types alone
 	@echo "check: format"
 	@$(BIN)/ruff format --check .
 	@echo "check: lint"
 	@$(BIN)/ruff check .
 	@echo "check: types"
 	@$(BIN)/mypy
-	@echo "check: fast tests"
-	@$(BIN)/python -m pytest -n $(TEST_JOBS) --dist loadfile -q -m "not slow"
 
 bench: $(VENV)/.ready-dev ## measure the kernels and the shipped policy on this machine
 	@echo "bench: the shipped policy, part by part"

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 import pytest
 from hypothesis import settings
+
+# Tests run side by side, one a core: a library that starts a thread a core would only wait for its other threads.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # A slow example on a loaded machine is no failure; how long tests take is pytest's business.
 settings.register_profile("bitvla", deadline=None)

@@ -284,9 +284,11 @@ class LeRobotDataset:
         return table
 
     def _vectors(self, key: str) -> NDArray[np.float32]:
-        if key not in self._frames:
-            raise BitvlaError(f"the dataset {self.root} has no '{key}'")
-        values = np.stack(self._frames[key].to_numpy()).astype(np.float32)
+        size = self.features.get(key, {}).get("shape", [0])[0]
+        rows = self._frames[key] if key in self._frames else []
+        if len(rows) == 0 or not all(np.shape(row) == (size,) for row in rows):
+            raise BitvlaError(f"the dataset {self.root} has no '{key}' of {size} values in every frame")
+        values = np.stack(list(rows)).astype(np.float32)
         if not np.isfinite(values).all():
             frame = int(np.flatnonzero(~np.isfinite(values).all(axis=1))[0])
             episode = int(self._frames["episode_index"].iloc[frame])

@@ -1,0 +1,135 @@
+"""Meta-World behind the simulator interface: reproducible states, upright pictures, sentences, shared scenes."""
+
+import numpy as np
+import pytest
+
+from bitvla.errors import BitvlaError
+from bitvla.sim.base import make_simulator
+from bitvla.sim.experts import expert
+from bitvla.sim.instructions import instruction
+from bitvla.sim.metaworld import MT10, SWAP_GROUPS
+
+
+@pytest.fixture(scope="module")
+def simulator():
+    simulator = make_simulator("metaworld", image_size=64)
+    yield simulator
+    simulator.close()
+
+
+def snapshot(simulator, task, seed, ambiguous=False):
+    simulator.reset(task, seed, ambiguous=ambiguous)
+    seen = simulator.observe()
+    return simulator.full_observation(), seen["images"]["corner"], seen["images"]["wrist"]
+
+
+def same(a, b):
+    return all(np.array_equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+@pytest.mark.parametrize("task", ["push-v3", "drawer-open-v3", "peg-insert-side-v3"])
+def test_the_initial_state_depends_on_task_and_seed_alone(simulator, task):
+    first = snapshot(simulator, task, 4)
+    assert not same(first, snapshot(simulator, task, 5))
+    for _ in range(20):
+        simulator.step(np.array([1, 1, -1, 1], np.float32))
+    snapshot(simulator, "reach-v3", 1)
+    assert same(first, snapshot(simulator, task, 4))
+    fresh = make_simulator("metaworld", image_size=64)
+    assert same(first, snapshot(fresh, task, 4))
+    fresh.close()
+
+
+def test_the_observation_is_what_the_interface_says(simulator):
+    simulator.reset("reach-v3", 0)
+    seen = simulator.observe()
+    assert set(seen) == {"images", "state", "instruction"}
+    for camera in simulator.cameras:
+        assert seen["images"][camera].shape == (64, 64, 3)
+        assert seen["images"][camera].dtype == np.uint8
+    assert seen["state"].dtype == np.float32
+    assert np.array_equal(seen["state"], simulator.full_observation()[:4].astype(np.float32))
+
+
+def test_the_corner_picture_is_upright(simulator):
+    """Raising the hand moves the changed pixels towards the top of the picture."""
+    simulator.reset("reach-v3", 0)
+    for _ in range(40):
+        simulator.step(np.array([0, 0, -1, 0], np.float32))
+    low = simulator.observe()["images"]["corner"].astype(int)
+    for _ in range(60):
+        simulator.step(np.array([0, 0, 1, 0], np.float32))
+    high = simulator.observe()["images"]["corner"].astype(int)
+    # The cyan finger is the only strongly blue-green thing that moves.
+    rows = [np.mean(np.nonzero((p[..., 1] - p[..., 0] > 60) & (p[..., 2] - p[..., 0] > 60))[0]) for p in (low, high)]
+    assert rows[1] < rows[0] - 3
+
+
+def solves(simulator, task, steps=500):
+    act = expert(task)
+    return any(simulator.step(act(simulator.full_observation())) for _ in range(steps))
+
+
+@pytest.mark.parametrize("task", MT10)
+def test_the_expert_solves_every_task(simulator, task):
+    solved = 0
+    for seed in (20, 21, 22):
+        simulator.reset(task, seed)
+        solved += solves(simulator, task)
+    assert solved >= 2
+
+
+@pytest.mark.parametrize("group", SWAP_GROUPS)
+def test_tasks_of_a_group_share_one_scene_and_the_expert_decides_what_is_done(simulator, group):
+    for seed in (0, 1):
+        pictures = [snapshot(simulator, task, seed, ambiguous=group)[1:] for task in group]
+        difference = [np.abs(a.astype(int) - b.astype(int)).mean() for a, b in zip(*pictures, strict=True)]
+        assert max(difference) < 0.1
+        for task in group:
+            simulator.reset(task, seed, ambiguous=group)
+            assert solves(simulator, task, steps=300)
+            assert task in simulator.outcome()["done"]
+
+
+@pytest.mark.parametrize("task", [task.removesuffix("-v3") for task in MT10])
+def test_held_out_sentences_are_new_and_made_of_known_words(task):
+    training = {instruction(task, i, split="train") for i in range(200)}
+    held_out = {instruction(task, i, split="heldout") for i in range(200)}
+    assert len(training) >= 12
+    assert len(held_out) >= 4
+    assert not training & held_out
+    known = {word.strip(",.") for name in MT10 for i in range(200) for word in instruction(name, i).split()}
+    assert {word.strip(",.") for sentence in held_out for word in sentence.split()} <= known
+
+
+def test_no_two_tasks_share_a_sentence(simulator):
+    sentences = [
+        (instruction(task, i, split=split), task)
+        for task in simulator.tasks("mt10")
+        for split in ("train", "heldout")
+        for i in range(30)
+    ]
+    owners: dict[str, str] = {}
+    for sentence, task in sentences:
+        assert owners.setdefault(sentence, task) == task
+
+
+@pytest.mark.parametrize(
+    ("act", "message"),
+    [
+        (lambda s: s.reset("juggle", 0), "juggle"),
+        (lambda s: s.reset("push", -1), "seed -1"),
+        (lambda s: s.reset("door-open", 0, ambiguous=True), "door-open"),
+        (lambda s: s.tasks("mt11"), "mt11"),
+        (lambda s: (s.reset("push", 0), s.step(np.full(4, np.nan))), "refused"),
+        (lambda s: (s.reset("push", 0), s.step(np.zeros(3))), "refused"),
+    ],
+)
+def test_misuse_is_named(simulator, act, message):
+    with pytest.raises(BitvlaError, match=message):
+        act(simulator)
+
+
+def test_an_unknown_simulator_is_named():
+    with pytest.raises(BitvlaError, match="unknown simulator 'gazebo'"):
+        make_simulator("gazebo")
