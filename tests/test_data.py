@@ -6,12 +6,12 @@ import shutil
 import numpy as np
 import pandas as pd
 import pytest
-from datasets import make_writer, random_episode, write_dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bitvla.data.lerobot import LeRobotDataset
 from bitvla.errors import BitvlaError
+from datasets import make_writer, random_episode, write_dataset
 
 
 @pytest.fixture(scope="module")

@@ -131,7 +131,7 @@ def test_a_full_disk_is_named_and_loses_nothing(whole, tmp_path, monkeypatch):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(recorder.LeRobotWriter, "append", full)
-    with pytest.raises(BitvlaError, match="No space left on device.*run the same command again"):
+    with pytest.raises(BitvlaError, match=r"No space left on device.*run the same command again"):
         record("metaworld", TASK, 3, out, image_size=32, processes=1)
     assert len(list(out.glob(".staging/*.npz"))) == 3
     monkeypatch.setattr(recorder.LeRobotWriter, "append", append)

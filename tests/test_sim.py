@@ -1,5 +1,8 @@
 """Meta-World behind the simulator interface: reproducible states, upright pictures, sentences, shared scenes."""
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 
@@ -133,3 +136,14 @@ def test_misuse_is_named(simulator, act, message):
 def test_an_unknown_simulator_is_named():
     with pytest.raises(BitvlaError, match="unknown simulator 'gazebo'"):
         make_simulator("gazebo")
+
+
+def test_a_process_ends_quietly_though_nobody_closed_the_simulator():
+    code = (
+        "from bitvla.sim.base import make_simulator\n"
+        "simulator = make_simulator('metaworld', image_size=32)\n"
+        "simulator.reset('reach', 0)\n"
+        "simulator.observe()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stderr == ""

@@ -285,7 +285,7 @@ class LeRobotDataset:
 
     def _vectors(self, key: str) -> NDArray[np.float32]:
         size = self.features.get(key, {}).get("shape", [0])[0]
-        rows = self._frames[key] if key in self._frames else []
+        rows = self._frames.get(key, [])
         if len(rows) == 0 or not all(np.shape(row) == (size,) for row in rows):
             raise BitvlaError(f"the dataset {self.root} has no '{key}' of {size} values in every frame")
         values = np.stack(list(rows)).astype(np.float32)

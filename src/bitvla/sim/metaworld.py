@@ -106,8 +106,7 @@ class MetaWorld:
         self.image_size = int(image_size)
         self._scenes: OrderedDict[str, _Scene] = OrderedDict()
         self._episode: _Episode | None = None
-        # EGL complains when a context outlives the interpreter: close it before.
-        atexit.register(_close_if_alive, weakref.ref(self))
+        self._closes_at_exit = False
 
     # -- tasks ---------------------------------------------------------------------------
 
@@ -304,6 +303,11 @@ class MetaWorld:
         scene = self._scene(task)
         if scene.renderer is None:
             scene.renderer = _make_renderer(scene.env.model, self.image_size)
+            if not self._closes_at_exit:
+                # EGL complains when a context outlives it. MuJoCo ends EGL at exit, from a handler that the first
+                # context registers; a later handler runs earlier.
+                atexit.register(_close_if_alive, weakref.ref(self))
+                self._closes_at_exit = True
         view = _corner_view() if camera == "corner" else "gripperPOV"
         scene.renderer.update_scene(scene.env.data, camera=view)
         return scene.renderer.render().copy()
