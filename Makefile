@@ -8,7 +8,7 @@ TORCH_INDEX ?=
 TEST_JOBS ?= 2
 # Options of `bitvla demo` and of `bitvla bench`.
 DEMO_OPTIONS ?=
-POLICY ?= src/bitvla/policies/metaworld-nano.safetensors
+POLICY ?= src/bitvla/policies/metaworld-mt10-nano.safetensors
 
 export PYTHON
 VENV := .venv

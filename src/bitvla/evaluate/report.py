@@ -31,7 +31,7 @@ class Bar(NamedTuple):
 
     start: float
     end: float
-    count: int
+    calls: int
     height: float
 
 
