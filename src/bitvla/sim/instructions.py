@@ -282,6 +282,487 @@ _SENTENCES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
             "get the window fully closed",
         ),
     ),
+    # The rest of MT50.
+    "assembly": (
+        (
+            "put the ring on the peg",
+            "pick up the wrench by its ring and place it over the peg",
+            "fit the ring onto the pole",
+            "assemble the ring and the pole",
+        ),
+        (
+            "place the ring over the pole",
+            "pick up the ring and fit it onto the peg",
+        ),
+    ),
+    "basketball": (
+        (
+            "put the ball into the basket",
+            "dunk the basketball into the hoop",
+            "pick up the basketball and drop it through the hoop",
+            "score with the orange ball",
+        ),
+        (
+            "drop the orange ball into the basket",
+            "pick up the ball and put it through the hoop",
+        ),
+    ),
+    "bin-picking": (
+        (
+            "move the block from one bin to the other",
+            "pick the cube out of the bin and put it in the other bin",
+            "take the block to the second bin",
+            "carry the cube over into the other bin",
+        ),
+        (
+            "pick the block out of the bin and carry it to the second bin",
+            "move the cube over to the other bin",
+        ),
+    ),
+    "box-close": (
+        (
+            "close the box with the lid",
+            "put the lid on the box",
+            "pick up the lid and place it on top of the box",
+            "cover the box",
+        ),
+        (
+            "cover the box with the lid",
+            "pick up the lid and close the box",
+        ),
+    ),
+    "button-press-topdown-wall": (
+        (
+            "reach over the wall and press the button from above",
+            "press the button behind the wall from the top",
+            "go over the wall and push the red button down",
+            "press down the button on the other side of the wall",
+        ),
+        (
+            "push down the red button behind the wall",
+            "go over the wall and press the button from above",
+        ),
+    ),
+    "button-press": (
+        (
+            "press the button from the front",
+            "push the button on the side of the box in",
+            "press the front button",
+            "push the red button forward",
+        ),
+        (
+            "push the front button in",
+            "press the red button on the side of the box",
+        ),
+    ),
+    "button-press-wall": (
+        (
+            "go around the wall and press the button from the front",
+            "press the front button behind the wall",
+            "pass over the wall and push the button forward",
+            "push in the button on the far side of the wall",
+        ),
+        (
+            "go around the wall and push the front button in",
+            "press the button forward on the far side of the wall",
+        ),
+    ),
+    "coffee-button": (
+        (
+            "press the button of the coffee machine",
+            "start the coffee machine",
+            "make a coffee with the machine",
+            "push the button to brew a coffee",
+        ),
+        (
+            "push the button of the coffee machine",
+            "press the button to start a coffee",
+        ),
+    ),
+    "coffee-pull": (
+        (
+            "pull the mug away from the coffee machine",
+            "take the cup out of the coffee machine",
+            "drag the mug from under the coffee machine",
+            "bring the cup of coffee to the marker",
+        ),
+        (
+            "pull the cup out from under the coffee machine",
+            "drag the mug of coffee to the marker",
+        ),
+    ),
+    "coffee-push": (
+        (
+            "push the mug under the coffee machine",
+            "slide the cup up to the coffee machine",
+            "put the mug below the coffee machine",
+            "move the cup to the coffee machine",
+        ),
+        (
+            "slide the mug under the coffee machine",
+            "push the cup up to the coffee machine",
+        ),
+    ),
+    "dial-turn": (
+        (
+            "turn the dial",
+            "rotate the dial half a turn",
+            "twist the knob around",
+            "turn the knob with the gripper",
+        ),
+        (
+            "rotate the knob",
+            "twist the dial around with the gripper",
+        ),
+    ),
+    "disassemble": (
+        (
+            "take the ring off the peg",
+            "pull the wrench off the pole",
+            "lift the ring up and off the pole",
+            "remove the ring from the peg",
+        ),
+        (
+            "remove the ring from the pole",
+            "lift the wrench off the peg",
+        ),
+    ),
+    "door-close": (
+        (
+            "close the door",
+            "push the door shut",
+            "swing the door closed",
+            "shut the safe door",
+        ),
+        (
+            "swing the door shut",
+            "close the safe door",
+        ),
+    ),
+    "door-lock": (
+        (
+            "lock the door",
+            "turn the lock of the door clockwise",
+            "rotate the lock to lock the door",
+            "press the lock down",
+        ),
+        (
+            "turn the lock down to lock the door",
+            "rotate the lock of the door clockwise",
+        ),
+    ),
+    "door-unlock": (
+        (
+            "unlock the door",
+            "turn the lock of the door counterclockwise",
+            "rotate the lock to unlock the door",
+            "release the lock of the door",
+        ),
+        (
+            "turn the lock to unlock the door",
+            "rotate the lock of the door counterclockwise",
+        ),
+    ),
+    "hand-insert": (
+        (
+            "put the gripper into the hole in the table",
+            "insert the hand into the hole of the table",
+            "lower the gripper into the hole",
+            "reach down into the opening of the table",
+        ),
+        (
+            "lower the hand into the hole in the table",
+            "reach down into the hole with the gripper",
+        ),
+    ),
+    "faucet-open": (
+        (
+            "open the faucet",
+            "turn on the tap",
+            "rotate the faucet handle counterclockwise",
+            "let the water run",
+        ),
+        (
+            "turn on the faucet",
+            "rotate the tap handle counterclockwise",
+        ),
+    ),
+    "faucet-close": (
+        (
+            "close the faucet",
+            "turn off the tap",
+            "rotate the faucet handle clockwise",
+            "stop the water",
+        ),
+        (
+            "turn off the faucet",
+            "rotate the tap handle clockwise",
+        ),
+    ),
+    "hammer": (
+        (
+            "hammer the nail into the board",
+            "pick up the hammer and drive the nail in",
+            "hit the nail with the hammer",
+            "use the hammer on the nail",
+        ),
+        (
+            "use the hammer and drive the nail into the board",
+            "pick up the hammer and hit the nail",
+        ),
+    ),
+    "handle-press-side": (
+        (
+            "press the handle down from the side",
+            "push the lever at the side down",
+            "press the side handle",
+            "lower the handle on the side",
+        ),
+        (
+            "push the side handle down",
+            "press down the lever on the side",
+        ),
+    ),
+    "handle-press": (
+        (
+            "press the handle down",
+            "push the handle in front down",
+            "lower the handle",
+            "press down on the front handle",
+        ),
+        (
+            "push down on the handle",
+            "lower the front handle",
+        ),
+    ),
+    "handle-pull-side": (
+        (
+            "pull the handle up from the side",
+            "lift the side handle up",
+            "raise the handle at the side",
+            "pull up the lever on the side",
+        ),
+        (
+            "raise the side handle",
+            "pull the lever at the side up",
+        ),
+    ),
+    "handle-pull": (
+        (
+            "pull the handle up",
+            "lift the handle in front",
+            "raise the front handle up",
+            "pull up on the handle",
+        ),
+        (
+            "lift the front handle up",
+            "raise the handle in front",
+        ),
+    ),
+    "lever-pull": (
+        (
+            "pull the lever up",
+            "raise the lever until it points up",
+            "lift the lever by its end",
+            "turn the lever upwards",
+        ),
+        (
+            "lift the lever until it points up",
+            "pull the lever upwards",
+        ),
+    ),
+    "pick-place-wall": (
+        (
+            "pick up the puck and carry it over the wall to the target",
+            "lift the puck over the wall and place it at the goal",
+            "bring the puck to the goal behind the wall",
+            "grasp the puck, pass the wall and put it at the target",
+        ),
+        (
+            "lift the puck over the wall and put it at the target",
+            "grasp the puck and carry it to the goal behind the wall",
+        ),
+    ),
+    "pick-out-of-hole": (
+        (
+            "pick the puck out of the hole",
+            "lift the puck out of the hole and bring it to the goal",
+            "take the puck from the hole",
+            "get the puck up out of the hole",
+        ),
+        (
+            "take the puck out of the hole and bring it to the goal",
+            "lift the puck up from the hole",
+        ),
+    ),
+    "plate-slide": (
+        (
+            "slide the plate into the cabinet",
+            "push the plate into the goal frame",
+            "shove the plate forward into the frame",
+            "slide the disc into the goal",
+        ),
+        (
+            "push the plate forward into the cabinet",
+            "slide the plate into the goal frame",
+        ),
+    ),
+    "plate-slide-side": (
+        (
+            "slide the plate sideways into the cabinet",
+            "push the plate to the side into the goal frame",
+            "move the plate sideways into the frame",
+            "shove the plate to the left into the cabinet",
+        ),
+        (
+            "push the plate sideways into the cabinet",
+            "move the plate to the side into the frame",
+        ),
+    ),
+    "plate-slide-back": (
+        (
+            "slide the plate back out of the cabinet",
+            "pull the plate back to the marker",
+            "drag the plate out of the frame",
+            "bring the plate back from the cabinet",
+        ),
+        (
+            "drag the plate back out of the cabinet",
+            "pull the plate out of the frame to the marker",
+        ),
+    ),
+    "plate-slide-back-side": (
+        (
+            "slide the plate sideways out of the cabinet",
+            "pull the plate to the side out of the frame",
+            "drag the plate sideways to the marker",
+            "bring the plate out sideways",
+        ),
+        (
+            "drag the plate to the side out of the cabinet",
+            "pull the plate out sideways to the marker",
+        ),
+    ),
+    "peg-unplug-side": (
+        (
+            "unplug the peg",
+            "pull the peg out of the box",
+            "take the plug out of the socket sideways",
+            "remove the peg from the hole at the side",
+        ),
+        (
+            "pull the plug out of the box",
+            "remove the peg from the socket",
+        ),
+    ),
+    "soccer": (
+        (
+            "kick the ball into the goal",
+            "push the soccer ball into the net",
+            "score a goal with the ball",
+            "roll the ball into the net",
+        ),
+        (
+            "push the ball into the goal",
+            "kick the soccer ball into the net",
+        ),
+    ),
+    "stick-push": (
+        (
+            "push the box with the stick",
+            "pick up the blue stick and push the bottle with it",
+            "use the stick to push the bottle to the goal",
+            "grab the stick and shove the container",
+        ),
+        (
+            "use the blue stick to push the container",
+            "grab the stick and push the bottle to the goal",
+        ),
+    ),
+    "stick-pull": (
+        (
+            "pull the box with the stick",
+            "hook the handle with the stick and pull the container",
+            "use the stick to pull the bottle to the goal",
+            "grab the blue stick and drag the container with it",
+        ),
+        (
+            "use the blue stick to drag the container",
+            "hook the bottle with the stick and pull it to the goal",
+        ),
+    ),
+    "push-wall": (
+        (
+            "push the puck around the wall to the goal",
+            "slide the puck past the wall to the target",
+            "go around the wall with the puck and stop at the goal",
+            "bypass the wall and push the puck to the marker",
+        ),
+        (
+            "slide the puck around the wall to the marker",
+            "push the puck past the wall to the goal",
+        ),
+    ),
+    "push-back": (
+        (
+            "push the puck back towards the robot",
+            "pull the puck backwards to the goal",
+            "slide the block back to the target",
+            "bring the puck back to the marker",
+        ),
+        (
+            "slide the puck backwards to the goal",
+            "pull the block back towards the robot",
+        ),
+    ),
+    "reach-wall": (
+        (
+            "reach over the wall to the target",
+            "go around the wall and touch the goal marker",
+            "move the gripper past the wall to the target",
+            "bring the hand to the goal behind the wall",
+        ),
+        (
+            "reach past the wall to the goal marker",
+            "move the hand over the wall to the target",
+        ),
+    ),
+    "shelf-place": (
+        (
+            "put the block on the shelf",
+            "pick up the cube and place it on the shelf",
+            "lift the block onto the shelf",
+            "store the cube on the shelf",
+        ),
+        (
+            "pick up the block and store it on the shelf",
+            "lift the cube onto the shelf",
+        ),
+    ),
+    "sweep-into": (
+        (
+            "sweep the block into the hole",
+            "push the cube over the table into the hole",
+            "sweep the cube off into the opening",
+            "brush the block into the hole of the table",
+        ),
+        (
+            "sweep the cube into the hole of the table",
+            "brush the block off into the opening",
+        ),
+    ),
+    "sweep": (
+        (
+            "sweep the block off the table",
+            "brush the cube off the table edge",
+            "sweep the cube over the side of the table",
+            "push the block off the table",
+        ),
+        (
+            "brush the block over the side of the table",
+            "push the cube off the table edge",
+        ),
+    ),
 }
 
 
