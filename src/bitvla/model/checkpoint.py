@@ -99,7 +99,7 @@ def golden_tensors(
     tensors: dict[str, torch.Tensor] = {}
     for i, (observation, chunk) in enumerate(zip(observations, chunks, strict=True)):
         for camera, image in observation["images"].items():
-            tensors[f"{i}.image.{camera}"] = torch.from_numpy(np.ascontiguousarray(image))
+            tensors[f"{i}.image.{camera}"] = torch.from_numpy(np.array(image))
         tensors[f"{i}.state"] = torch.from_numpy(np.asarray(observation["state"], dtype=np.float32))
         tensors[f"{i}.chunk"] = torch.from_numpy(chunk)
     return tensors, [str(observation["instruction"]) for observation in observations]

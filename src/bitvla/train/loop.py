@@ -104,16 +104,17 @@ class _Trainer:
         self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda step: _learning_rate(step, config))
         self.provenance = self._provenance(start, teacher)
         self.step = self._resume()
-        self.trained = torch.nn.ModuleList([self.network, self.auxiliary])
+        self.auxiliary.requires_grad_(bool(outputs and config.auxiliary_weight))
+        self.trained = _Trained(self.network, self.auxiliary, self._objective(teacher), config.compile)
         self.trained, self.optimizer = self.accelerator.prepare(self.trained, self.optimizer)
         self.average.to(self.accelerator.device)
-        self.objective = self._objective(teacher)
         self._last_log: tuple[int, float] | None = None
 
     def train(self, interrupted: list[int]) -> dict[str, Any]:
         config = self.config
         split = {"rank": self.accelerator.process_index, "world_size": self.accelerator.num_processes}
-        windows = self._windows("train", **split)
+        with self.accelerator.main_process_first():  # which decodes the videos once
+            windows = self._windows("train", **split)
         self._announce(windows)
         micro_steps = range(self.step * config.gradient_accumulation, config.steps * config.gradient_accumulation)
         losses: dict[str, float] = {}
@@ -136,8 +137,7 @@ class _Trainer:
 
     def _step(self, window: Window) -> dict[str, torch.Tensor]:
         with self.accelerator.accumulate(self.trained):
-            with self.accelerator.autocast():
-                losses = self.objective(self.compiled, _to(window, self.accelerator.device))
+            losses = self.trained(_to(window, self.accelerator.device))
             if not torch.isfinite(losses["loss"]):
                 raise BitvlaError(
                     f"the loss became {losses['loss'].item()} at step {self.step}; the last good checkpoint is in "
@@ -174,7 +174,6 @@ class _Trainer:
         return BitVLA(config, prompt.image_id, prompt.proprio_id), prompt, tokenizer
 
     def _objective(self, teacher: Path | None) -> stages.Objective:
-        self.compiled = torch.compile(self.network) if self.config.compile else self.network
         if self.stage == "finetune":
             return stages.finetune(self.config, self.auxiliary)
         assert teacher is not None
@@ -340,6 +339,21 @@ class _Trainer:
             self.out.mkdir(parents=True, exist_ok=True)
             with (self.out / "metrics.jsonl").open("a") as file:
                 file.write(json.dumps(row) + "\n")
+
+
+class _Trained(torch.nn.Module):
+    """Everything that has gradients, called with a window: what is wrapped when there are several processes."""
+
+    def __init__(
+        self, network: BitVLA, auxiliary: stages.AuxiliaryHead, objective: stages.Objective, compiles: bool
+    ) -> None:
+        super().__init__()
+        self.network, self.auxiliary = network, auxiliary
+        run: stages.Network = torch.compile(network) if compiles else network
+        self._losses = lambda window: objective(run, window)
+
+    def forward(self, window: Window) -> stages.Losses:
+        return self._losses(window)
 
 
 def _parameter_groups(network: BitVLA, auxiliary: torch.nn.Module, config: TrainConfig) -> list[dict[str, Any]]:
