@@ -5,15 +5,14 @@ import sys
 
 import numpy as np
 import pytest
-from metaworld.env_dict import ALL_V3_ENVIRONMENTS
 
 from bitvla.errors import BitvlaError
 from bitvla.sim.base import make_simulator
 from bitvla.sim.experts import expert
 from bitvla.sim.instructions import instruction
-from bitvla.sim.metaworld import MT10, SWAP_GROUPS
+from bitvla.sim.metaworld import MT10, SWAP_GROUPS, MetaWorld
 
-TASKS = sorted(ALL_V3_ENVIRONMENTS)
+TASKS = MetaWorld().tasks("mt50")
 
 
 @pytest.fixture(scope="module")

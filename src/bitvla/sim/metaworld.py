@@ -369,7 +369,13 @@ def _make_renderer(model: mujoco.MjModel, size: int) -> mujoco.Renderer:
     # Shadows and multisampling cost twenty times the rest of the picture.
     model.vis.quality.offsamples = 0
     model.vis.quality.shadowsize = 0
-    renderer = mujoco.Renderer(model, height=size, width=size)
+    try:
+        renderer = mujoco.Renderer(model, height=size, width=size)
+    except mujoco.FatalError as error:
+        raise BitvlaError(
+            f"MuJoCo cannot render: {error}. If it was imported before bitvla, set MUJOCO_GL=egl in the environment; "
+            "`bitvla doctor` tells what is missing"
+        ) from None
     for flag in (mujoco.mjtRndFlag.mjRND_SHADOW, mujoco.mjtRndFlag.mjRND_REFLECTION):
         renderer.scene.flags[flag] = 0
     return renderer
