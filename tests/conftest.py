@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Iterator
 
 import pytest
@@ -10,6 +11,9 @@ from hypothesis import settings
 
 # Tests run side by side, one a core: a library that starts a thread a core would only wait for its other threads.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# A shell starts background jobs with Ctrl-C ignored, and their children inherit that; tests of Ctrl-C need it heard.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # A slow example on a loaded machine is no failure; how long tests take is pytest's business.
 settings.register_profile("bitvla", deadline=None)
