@@ -21,13 +21,6 @@ from typing import Any, NoReturn
 from bitvla import __version__
 from bitvla.errors import BitvlaError
 
-# Packages that come with an extra, by the name under which they are imported.
-EXTRAS = {
-    "sim": ("metaworld", "mujoco", "gymnasium", "OpenGL", "packaging"),
-    "train": ("torch", "transformers", "accelerate"),
-    "data": ("pandas", "pyarrow", "av"),
-    "report": ("scipy", "matplotlib", "jinja2"),
-}
 STAGES = ("finetune", "distill")
 GO_ON = "run the same command to go on where it stopped"
 NOTHING_LEFT = "nothing half-written was left behind"
@@ -412,6 +405,8 @@ def _explain_missing(module: str) -> str | None:
     if module == "bitvla._native":
         return "the native kernels are not built: run 'pip install .' in the repository, or 'make setup'"
     package = module.split(".")[0]
+    from bitvla.doctor import EXTRAS
+
     for extra, packages in EXTRAS.items():
         if package in packages:
             return f"this command needs '{package}': pip install 'bitvla[{extra}]'"

@@ -11,7 +11,14 @@ import sys
 from typing import Any
 
 import bitvla
-from bitvla.cli import EXTRAS
+
+EXTRAS = {
+    "sim": ("metaworld", "mujoco", "gymnasium", "OpenGL", "packaging"),
+    "train": ("torch", "transformers", "accelerate"),
+    "data": ("pandas", "pyarrow", "av"),
+    "report": ("scipy", "matplotlib", "jinja2"),
+}
+"""Which packages each extra of `pip install bitvla[...]` brings, by the name that is imported."""
 
 # Renders one pixel; EGL and OSMesa are loaded by MuJoCo as MUJOCO_GL says, and fail in ways only a process survives.
 _RENDER = """
