@@ -39,6 +39,14 @@ def command(out, episodes=3):
     return [sys.executable, "-m", "bitvla", *arguments, "--image-size", "32", "--processes", "1"]
 
 
+def group_is_alive(group):
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
 def same(a, b):
     first, second = LeRobotDataset(a), LeRobotDataset(b)
     return np.array_equal(first.action, second.action) and first.task_strings == second.task_strings
@@ -92,8 +100,11 @@ def test_a_killed_recording_goes_on_and_ends_the_same(whole, tmp_path):
     deadline = time.monotonic() + 60
     while not list(out.glob(".staging/*.npz")) and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.02)
-    os.killpg(process.pid, signal.SIGKILL)
+    process.kill()  # the main process alone: its workers must notice
     process.wait()
+    while group_is_alive(process.pid):
+        assert time.monotonic() < deadline, "a worker outlived the recording"
+        time.sleep(0.05)
     assert list(out.glob(".staging/*.npz"))
     record("metaworld", TASK, 3, out, image_size=32, processes=1)
     assert same(out, whole)

@@ -12,11 +12,12 @@ import json
 import os
 import shutil
 import signal
+import threading
 import zlib
 from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path
 from typing import Any
 
@@ -145,6 +146,15 @@ _simulators: dict[tuple[str, int], Simulator] = {}
 def _start_worker() -> None:
     # Ctrl-C belongs to the main process, which ends the workers.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """A worker whose main process was killed would wait for its next job for ever."""
+    parent = parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
 
 
 def _work(job: Job, settings: Settings, staging: Path) -> str:
