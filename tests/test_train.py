@@ -7,14 +7,19 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from bitvla.data.lerobot import LeRobotDataset
 from bitvla.errors import BitvlaError
 from bitvla.model.policy import TorchPolicy
+from bitvla.processing.prompt import Prompt, train_tokenizer
+from bitvla.train import batches
+from bitvla.train.config import Augmentation, load, policy_config
 from bitvla.train.loop import run
 from datasets import write_dataset
 
@@ -109,8 +114,9 @@ def test_golden_answers_are_those_of_the_saved_network(data, tmp_path):
     np.testing.assert_allclose(TorchPolicy.load(tmp_path / "out").act(observation), golden["0.chunk"], atol=1e-6)
 
 
-def test_a_killed_run_goes_on_to_the_same_weights(data, tmp_path):
-    whole = write_config(tmp_path, steps=12, save_every=4)
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_killed_run_goes_on_to_the_same_weights(data, tmp_path, optimizer):
+    whole = write_config(tmp_path, steps=12, save_every=4, optimizer=optimizer)
     run("finetune", whole, data, tmp_path / "whole")
 
     command = ["train", "finetune", "--config", whole, "--data", data, "--out", tmp_path / "cut"]
@@ -196,21 +202,39 @@ def test_a_ternary_teacher_is_refused(data, tmp_path):
         run("distill", write_config(tmp_path, policy=""), data, tmp_path / "out", teacher=tmp_path / "ternary")
 
 
-def test_batches_are_a_function_of_the_step_and_cover_an_epoch(data):
-    from bitvla.data.lerobot import LeRobotDataset
-    from bitvla.train.batches import VALIDATION_EVERY, Windows
-
-    windows = Windows.__new__(Windows)
-    dataset = LeRobotDataset(data)
-    held_out = dataset.episode_index % VALIDATION_EVERY == VALIDATION_EVERY - 1
-    windows._frames, windows._batch_size, windows._seed = np.flatnonzero(~held_out), 8, 3
-    windows._rank, windows._world_size = 0, 1
-    steps = len(windows._frames) // 8
-    seen = np.concatenate([windows.indices(step) for step in range(steps)])
+def test_batches_are_a_function_of_the_step_and_cover_an_epoch(data, tmp_path):
+    whole = windows(data, tmp_path)
+    steps = whole.num_frames // 8
+    seen = np.concatenate([whole.indices(step) for step in range(steps)])
     assert len(set(seen.tolist())) == len(seen)
-    whole = windows.indices(1)
-    windows._world_size = 2
-    halves = [windows.indices(1)]
-    windows._rank = 1
-    halves.append(windows.indices(1))
-    assert sorted(np.concatenate(halves).tolist()) == sorted(whole.tolist())
+    again = windows(data, tmp_path)[steps - 1]
+    assert torch.equal(again.inputs.pixels, whole[steps - 1].inputs.pixels)
+
+
+def test_processes_share_one_batch_augmented_alike(data, tmp_path):
+    whole = windows(data, tmp_path)[3]
+    for rank in range(2):
+        share = windows(data, tmp_path, rank=rank, world_size=2)[3]
+        assert torch.equal(share.inputs.pixels, whole.inputs.pixels[rank::2])
+        assert torch.equal(share.actions, whole.actions[rank::2])
+
+
+def test_validation_holds_out_whole_episodes_at_no_regular_distance(data, tmp_path):
+    dataset = LeRobotDataset(data)
+    held_out, trained = (windows(data, tmp_path, split=split)._frames for split in ("validation", "train"))
+    assert sorted([*held_out, *trained]) == list(range(dataset.num_frames))
+    assert not set(dataset.episode_index[held_out]) & set(dataset.episode_index[trained])
+    assert len({batches._held_out(episode) and episode % 10 for episode in range(2000)} - {False}) >= 9
+
+
+def windows(data: Path, folder: Path, **options: Any) -> batches.Windows:
+    """Windows of 8 over `data` as a new policy would see them."""
+    settings = load(write_config(folder))
+    dataset = LeRobotDataset(data)
+    config = policy_config(settings.policy, dataset, "full")
+    template = config.processing.prompt
+    specials = [template.pad_token, "<|slot|>", template.image_token, template.proprio_token, template.stop_token]
+    specials += ["<|begin_of_text|>", "<|eot_id|>"]
+    prompt = Prompt(config, train_tokenizer(sorted(set(dataset.task_strings)), config.language.vocab_size, specials))
+    augmentation = Augmentation()
+    return batches.Windows(dataset, config, prompt, batch_size=8, seed=3, augmentation=augmentation, **options)

@@ -46,8 +46,14 @@ SWAP_GROUPS: tuple[tuple[str, ...], ...] = (
 """Tasks that share one ambiguous scene: only the instruction tells which of them is meant."""
 
 _MODEL_FIELDS = ("body_pos", "body_quat", "site_pos", "site_rgba", "geom_pos", "geom_rgba")
+_CORNER_FOVY, _WRIST_FOVY = 45.0, 80.0  # vertical, in degrees
 _CORNER_VIEW = {"azimuth": 145.0, "elevation": -32.0, "distance": 1.05, "lookat": (0.0, 0.66, 0.12)}
 """The third-person view, in degrees and metres: from corner2's side, close enough that the workspace fills it."""
+_WRIST_VIEW = {"azimuth": 55.0, "elevation": -25.0, "distance": 0.3}
+_WRIST_OFFSET = (-0.12, -0.16, 0.06)
+"""A camera carried by the hand, on a bracket at this offset in metres (the hand never turns). It sees both fingers and
+what is below and ahead of them, from the other side than the third-person view, so that the two fix a place in depth;
+gripperPOV looks past the fingers and loses everything that is not right below."""
 _MARKER_COLOURS = ((0.8, 0.0, 0.0, 1.0), (0.0, 0.8, 0.0, 1.0), (0.0, 0.0, 0.8, 1.0))
 _CACHED_SCENES = 10
 
@@ -308,7 +314,10 @@ class MetaWorld:
                 # context registers; a later handler runs earlier.
                 atexit.register(_close_if_alive, weakref.ref(self))
                 self._closes_at_exit = True
-        view = _corner_view() if camera == "corner" else "gripperPOV"
+        wrist = camera == "wrist"
+        # MuJoCo keeps the field of view of free cameras in the model.
+        scene.env.model.vis.global_.fovy = _WRIST_FOVY if wrist else _CORNER_FOVY
+        view = _wrist_view(scene.env.data.body("hand").xpos) if wrist else _corner_view()
         scene.renderer.update_scene(scene.env.data, camera=view)
         return scene.renderer.render().copy()
 
@@ -385,6 +394,16 @@ def _corner_view() -> mujoco.MjvCamera:
     camera = mujoco.MjvCamera()
     for name, value in _CORNER_VIEW.items():
         setattr(camera, name, value)
+    return camera
+
+
+def _wrist_view(hand: npt.NDArray[np.float64]) -> mujoco.MjvCamera:
+    camera = mujoco.MjvCamera()
+    for name, value in _WRIST_VIEW.items():
+        setattr(camera, name, value)
+    azimuth, elevation = np.radians(camera.azimuth), np.radians(camera.elevation)
+    forward = [np.cos(elevation) * np.cos(azimuth), np.cos(elevation) * np.sin(azimuth), np.sin(elevation)]
+    camera.lookat[:] = hand + _WRIST_OFFSET + camera.distance * np.array(forward)
     return camera
 
 

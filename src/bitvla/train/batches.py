@@ -6,6 +6,7 @@ would have seen, on any number of processes.
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -23,7 +24,7 @@ from bitvla.processing.prompt import Prompt
 from bitvla.processing.vectors import normalize
 from bitvla.train.config import Augmentation
 
-VALIDATION_EVERY = 25  # one episode in so many is never trained on
+VALIDATION_EVERY = 25  # about one episode in so many is never trained on
 
 
 class Window(NamedTuple):
@@ -60,7 +61,7 @@ class Windows(Dataset[Window]):
         episodes = np.asarray(dataset.episode_index)
         self._episode = episodes
         self._episode_end = np.asarray([end for _, end in dataset.episode_ranges])
-        held_out = episodes % VALIDATION_EVERY == VALIDATION_EVERY - 1
+        held_out = np.array([_held_out(episode) for episode in range(len(dataset.episode_ranges))])[episodes]
         self._frames = np.flatnonzero(held_out if split == "validation" else ~held_out)
         self._token_ids = _left_padded([prompt.ids(text) for text in dataset.task_strings], prompt.pad_id)
         self._pad_id = prompt.pad_id
@@ -70,25 +71,27 @@ class Windows(Dataset[Window]):
         return len(self._frames)
 
     def indices(self, step: int) -> NDArray[np.int64]:
-        """Frames of this process's share of the batch of `step`: every frame once an epoch, in random order."""
+        """Frames of the batch of `step`, of all processes: every frame once an epoch, in random order."""
         positions = np.arange(step * self._batch_size, (step + 1) * self._batch_size)
         chosen = np.empty(self._batch_size, dtype=np.int64)
         for epoch in np.unique(positions // len(self._frames)):
             order = np.random.default_rng([self._seed, int(epoch)]).permutation(len(self._frames))
             now = positions // len(self._frames) == epoch
             chosen[now] = self._frames[order[positions[now] % len(self._frames)]]
-        return chosen[self._rank :: self._world_size]
+        return chosen
 
     def __getitem__(self, step: int) -> Window:
-        frames = self.indices(step)
-        rng = np.random.default_rng([self._seed, step, self._rank])
+        share = slice(self._rank, None, self._world_size)
+        frames = self.indices(step)[share]
+        # Drawn by place in the whole batch: a window is augmented alike on any number of processes.
+        changes = np.random.default_rng([self._seed, step]).random((self._batch_size, len(self._images), 5))[share]
         horizon = self._config.action.horizon
         episode = self._episode[frames]
         ends = self._episode_end[episode][:, None]
         steps = frames[:, None] + np.arange(horizon)
         token_ids = torch.from_numpy(self._token_ids[episode])
         inputs = Batch(
-            pixels=torch.from_numpy(self._pixels(frames, rng)),
+            pixels=torch.from_numpy(self._pixels(frames, changes)),
             token_ids=token_ids,
             padding=token_ids == self._pad_id,
             state=torch.from_numpy(self._state[frames]),
@@ -100,17 +103,17 @@ class Windows(Dataset[Window]):
             auxiliary=torch.from_numpy(self._auxiliary[frames]),
         )
 
-    def _pixels(self, frames: NDArray[np.int64], rng: np.random.Generator) -> NDArray[np.float32]:
-        """float32 (B, V, 3, size, size)."""
+    def _pixels(self, frames: NDArray[np.int64], changes: NDArray[np.float64]) -> NDArray[np.float32]:
+        """float32 (B, V, 3, size, size); `changes` (B, V, 5) in [0, 1): crop's place, then the jitter."""
         processing, size = self._config.processing.image, self._config.vision.image_size
         random_crop = self._augmentation is not None and self._augmentation.random_crop
         images = np.empty((len(frames), len(self._images), size, size, 3), dtype=np.uint8)
         for i, frame in enumerate(frames):
             for view, camera in enumerate(self._images):
-                offset = tuple(rng.random(2)) if random_crop else (0.5, 0.5)
-                images[i, view] = crop_resized(camera[frame], processing, size, offset)
+                across, down = changes[i, view, :2] if random_crop else (0.5, 0.5)
+                images[i, view] = crop_resized(camera[frame], processing, size, (float(across), float(down)))
         if self._augmentation is not None:
-            images = _jitter(images, self._augmentation, rng)
+            images = _jitter(images, self._augmentation, changes[..., 2:])
         return np.ascontiguousarray(to_pixels(images, processing).transpose(0, 1, 4, 2, 3))
 
 
@@ -119,17 +122,21 @@ def batches(windows: Windows, steps: range) -> Iterator[Window]:
     return iter(DataLoader(windows, batch_size=None, sampler=steps, num_workers=1, prefetch_factor=3))
 
 
-def _jitter(images: NDArray[np.uint8], augmentation: Augmentation, rng: np.random.Generator) -> NDArray[np.uint8]:
-    """Brightness, contrast and saturation, drawn once an image."""
-    shape = (*images.shape[:2], 1, 1, 1)
-    x = images.astype(np.float32)
-    x *= rng.uniform(1 - augmentation.brightness, 1 + augmentation.brightness, shape).astype(np.float32)
+def _held_out(episode: int) -> bool:
+    """By a hash of its index, so that no regular order of the tasks lines up with it."""
+    return zlib.crc32(episode.to_bytes(4, "little")) % VALIDATION_EVERY == 0
+
+
+def _jitter(images: NDArray[np.uint8], augmentation: Augmentation, changes: NDArray[np.float64]) -> NDArray[np.uint8]:
+    """Brightness, contrast and saturation of images (B, V, ...), from `changes` (B, V, 3) in [0, 1)."""
+    strengths = (augmentation.brightness, augmentation.contrast, augmentation.saturation)
+    factors = (1 + (2 * changes - 1) * strengths).astype(np.float32)
+    brightness, contrast, saturation = (factors[..., i, None, None, None] for i in range(3))
+    x = images.astype(np.float32) * brightness
     mean = x.mean(axis=(2, 3, 4), keepdims=True)
-    x = mean + (x - mean) * rng.uniform(1 - augmentation.contrast, 1 + augmentation.contrast, shape).astype(np.float32)
+    x = mean + (x - mean) * contrast
     grey = x.mean(axis=4, keepdims=True)
-    x = grey + (x - grey) * rng.uniform(1 - augmentation.saturation, 1 + augmentation.saturation, shape).astype(
-        np.float32
-    )
+    x = grey + (x - grey) * saturation
     return np.clip(x, 0, 255).astype(np.uint8)
 
 

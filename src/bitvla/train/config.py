@@ -55,6 +55,8 @@ class TrainConfig(Record, frozen=True, kw_only=True, forbid_unknown_fields=True)
     batch_size: int
     learning_rate: float
     precision: Literal["full", "ternary"]
+    # Muon orthogonalises the update of every matrix inside a block (Jordan et al., 2024); the rest has AdamW.
+    optimizer: Literal["adamw", "muon"] = "adamw"
     policy: NewPolicy | None = None
     seed: int = 7
     warmup_steps: int = 375

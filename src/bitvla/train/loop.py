@@ -100,13 +100,16 @@ class _Trainer:
         outputs = 0 if dataset.environment_state is None else dataset.environment_state.shape[1]
         self.auxiliary = stages.AuxiliaryHead(policy.language.hidden_size, outputs)
         self.average = AveragedModel(self.network, multi_avg_fn=_moving_average(config.ema_decay))
-        self.optimizer = torch.optim.AdamW(_parameter_groups(self.network, self.auxiliary, config))
-        self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda step: _learning_rate(step, config))
+        self.optimizers = _optimizers(self.network, self.auxiliary, config)
+        self.schedules = [
+            torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _learning_rate(step, config))
+            for optimizer in self.optimizers
+        ]
         self.provenance = self._provenance(start, teacher)
         self.step = self._resume()
         self.auxiliary.requires_grad_(bool(outputs and config.auxiliary_weight))
         self.trained = _Trained(self.network, self.auxiliary, self._objective(teacher), config.compile)
-        self.trained, self.optimizer = self.accelerator.prepare(self.trained, self.optimizer)
+        self.trained, *self.optimizers = self.accelerator.prepare(self.trained, *self.optimizers)
         self.average.to(self.accelerator.device)
         self._last_log: tuple[int, float] | None = None
 
@@ -146,10 +149,12 @@ class _Trainer:
             self.accelerator.backward(losses["loss"])
             if self.accelerator.sync_gradients:
                 self.accelerator.clip_grad_norm_(self.trained.parameters(), self.config.clip_gradient)
-            self.optimizer.step()
-            self.optimizer.zero_grad()
+            for optimizer in self.optimizers:
+                optimizer.step()
+                optimizer.zero_grad()
         if self.accelerator.sync_gradients:
-            self.schedule.step()
+            for schedule in self.schedules:
+                schedule.step()
             self.average.update_parameters(self.network)
             self.step += 1
         return losses
@@ -245,8 +250,8 @@ class _Trainer:
             "network": self.network,
             "auxiliary": self.auxiliary,
             "average": self.average,
-            "optimizer": self.optimizer,
-            "schedule": self.schedule,
+            **{f"optimizer.{i}": optimizer for i, optimizer in enumerate(self.optimizers)},
+            **{f"schedule.{i}": schedule for i, schedule in enumerate(self.schedules)},
         }
 
     def _averaged(self) -> BitVLA:
@@ -326,7 +331,7 @@ class _Trainer:
         speed = (self.step - previous_step) / max(now - previous_time, 1e-9)
         self._last_log = (self.step, now)
         progress.update(bar, losses=f"{_show(losses)}  {speed:.2f} steps/s")
-        rate = float(self.schedule.get_last_lr()[0])
+        rate = float(self.schedules[0].get_last_lr()[0])
         self._append_metrics({"step": self.step, "learning_rate": rate, "steps_per_second": speed, **losses})
         if not sys.stderr.isatty():
             left = (self.config.steps - self.step) / speed / 60 if speed else math.nan
@@ -357,17 +362,26 @@ class _Trained(torch.nn.Module):
         return self._losses(window)
 
 
-def _parameter_groups(network: BitVLA, auxiliary: torch.nn.Module, config: TrainConfig) -> list[dict[str, Any]]:
+def _optimizers(network: BitVLA, auxiliary: torch.nn.Module, config: TrainConfig) -> list[torch.optim.Optimizer]:
     """Matrices decay; norms, biases and embeddings of position do not."""
-    parameters = [*network.parameters(), *auxiliary.parameters()]
-    return [
-        {
-            "params": [p for p in parameters if p.ndim >= 2],
-            "weight_decay": config.weight_decay,
-            "lr": config.learning_rate,
-        },
-        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0, "lr": config.learning_rate},
-    ]
+    inside = [p for name, p in network.named_parameters() if ".layers." in name and p.ndim == 2]
+    matrices = inside if config.optimizer == "muon" else []
+    taken = {id(p) for p in matrices}
+    others = [p for p in [*network.parameters(), *auxiliary.parameters()] if id(p) not in taken]
+    adamw = torch.optim.AdamW(
+        [
+            {"params": [p for p in others if p.ndim >= 2], "weight_decay": config.weight_decay},
+            {"params": [p for p in others if p.ndim < 2], "weight_decay": 0.0},
+        ],
+        lr=config.learning_rate,
+    )
+    if not matrices:
+        return [adamw]
+    # Updates as large as AdamW's, so that one learning rate serves both.
+    muon = torch.optim.Muon(
+        matrices, lr=config.learning_rate, weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw"
+    )
+    return [adamw, muon]
 
 
 def _moving_average(decay: float) -> Any:

@@ -64,7 +64,8 @@ def distill(config: TrainConfig, auxiliary: AuxiliaryHead, teacher: Network) -> 
 
 def _regression(output: Output, window: Window, config: TrainConfig, auxiliary: AuxiliaryHead) -> Losses:
     error = (output.actions.float() - window.actions).abs().mean(dim=-1)
-    losses = {"action_l1": (error * window.valid).sum() / window.valid.sum()}
+    # Over all steps, valid or not: shares of a batch then weigh the same on any number of processes.
+    losses = {"action_l1": (error * window.valid).mean()}
     losses["loss"] = losses["action_l1"]
     if config.auxiliary_weight and window.auxiliary.shape[1]:
         losses["auxiliary"] = (auxiliary(output).float() - window.auxiliary).abs().mean()
