@@ -109,6 +109,11 @@ def test_special_tokens_have_the_published_ids(tokenizer: Tokenizer) -> None:
     assert tokenizer.encode("What").ids == [BEGIN, 3923], "the tokenizer itself puts the beginning in front"
 
 
+def test_the_third_person_image_comes_first(processing: ProcessingConfig) -> None:
+    assert [camera.name for camera in processing.cameras] == ["full", "wrist"]
+    assert conventions.CAMERAS[3] == ("full", "left_wrist", "right_wrist")
+
+
 # What the decoder sees.
 
 
