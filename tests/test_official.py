@@ -22,6 +22,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import bitvla
+import bitvla._native as native
 from bitvla import BitvlaError
 from bitvla.bundle import read, tensor_specs, to_bfloat16, to_float32
 from bitvla.convert import conventions, weights
@@ -86,6 +87,17 @@ def test_it_packs_verifies_loads_and_acts(checkpoint: Path, tmp_path: Path, view
     assert not np.array_equal(chunk, policy.act(observe(views, seed=1)))
     with pytest.raises(BitvlaError, match="camera"):
         policy.act(observe(views % 3 + 1))
+
+
+def test_the_scalar_kernels_replay_small_policies_only(policy_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def replayed() -> set[str]:
+        names = {check["check"] for check in verify(policy_file)["checks"]}
+        return {name.removeprefix("golden traces ") for name in names if name.startswith("golden traces")}
+
+    available = set(native.available())
+    assert replayed() == available
+    monkeypatch.setattr("bitvla.runtime.verify.SCALAR_WEIGHTS", 1000)
+    assert replayed() == (available - {"scalar"} or available)
 
 
 def test_every_tensor_is_what_the_checkpoint_holds(published: Path, policy_file: Path) -> None:
@@ -488,22 +500,34 @@ def policy_of(checkpoint: Path, tmp_path: Path) -> Any:
     return bitvla.load(tmp_path / "policy.safetensors")
 
 
-def test_a_full_disk_leaves_the_old_file(published: Path, tmp_path: Path) -> None:
+def on_a_full_disk(*arguments: str) -> subprocess.CompletedProcess[str]:
     """A limit on the size of files stands for the disk that fills: the system refuses to write on."""
-    out = tmp_path / "policy.safetensors"
-    out.write_bytes(b"old")
 
     def limit() -> None:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (5 << 20, 5 << 20))
 
-    command = [sys.executable, "-m", "bitvla", "pack", str(published), str(out)]
-    done = subprocess.run(command, preexec_fn=limit, capture_output=True, text=True, check=False)
+    command = [sys.executable, "-m", "bitvla", *arguments]
+    return subprocess.run(command, preexec_fn=limit, capture_output=True, text=True, check=False)
+
+
+def test_a_full_disk_leaves_the_old_file(published: Path, tmp_path: Path) -> None:
+    out = tmp_path / "policy.safetensors"
+    out.write_bytes(b"old")
+    done = on_a_full_disk("pack", str(published), str(out))
     assert done.returncode == 1
     assert done.stderr.startswith("error: cannot write")
     assert done.stderr.count("\n") == 1
     assert out.read_bytes() == b"old"
     assert [path.name for path in tmp_path.iterdir()] == ["policy.safetensors"]
+
+
+def test_a_full_disk_leaves_no_random_checkpoint(tmp_path: Path) -> None:
+    done = on_a_full_disk("make-checkpoint", str(tmp_path / "checkpoint"), "--reduced")
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: cannot write")
+    assert done.stderr.count("\n") == 1
+    assert not list(tmp_path.iterdir())
 
 
 # The base models: read and checked, and named where they are refused.
@@ -618,6 +642,16 @@ def test_random_checkpoints_are_split_into_shards(tmp_path: Path, monkeypatch: p
     make_checkpoint(tmp_path / "checkpoint", reduced=True)
     assert len(list((tmp_path / "checkpoint").glob("model-*-of-00002.safetensors"))) == 2
     pack(tmp_path / "checkpoint", tmp_path / "policy.safetensors")
+
+
+def test_a_random_checkpoint_that_is_interrupted_leaves_nothing(tmp_path: Path) -> None:
+    def interrupt(done: int, total: int, name: str) -> None:
+        if done > total // 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        make_checkpoint(tmp_path / "checkpoint", reduced=True, progress=interrupt)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_folder_with_something_in_it_is_not_written_to(published: Path) -> None:

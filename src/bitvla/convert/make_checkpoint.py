@@ -9,20 +9,23 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import zlib
-from collections.abc import Callable, Iterator, Mapping
-from functools import lru_cache, partial
+from collections.abc import Mapping
+from functools import lru_cache
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from safetensors import SafetensorError
 
 from bitvla.bundle import TensorSpec, action_specs, to_bfloat16
 from bitvla.config import ActionConfig, LanguageConfig, VisionConfig
 from bitvla.convert import conventions
 from bitvla.convert.official import expected_tensors
-from bitvla.convert.source import read_json
+from bitvla.convert.source import Progress, read_json
 from bitvla.convert.weights import SIDE_FILES
 from bitvla.errors import BitvlaError
 
@@ -72,8 +75,6 @@ _SPLIT = (
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 
-Progress = Callable[[int, int, str], None]
-
 
 def make_checkpoint(
     out: Path,
@@ -88,7 +89,7 @@ def make_checkpoint(
 
     Full size is 6.4 GB; `reduced` keeps images, vocabulary and layout, and makes everything else small. `views` is the
     number of cameras it claims to have been trained with, `statistics` a dataset_statistics.json to use instead of
-    LIBERO-Spatial's. BitvlaError where `out` is not empty.
+    LIBERO-Spatial's. BitvlaError where `out` is not empty; it appears whole or not at all.
     """
     out = Path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -97,26 +98,21 @@ def make_checkpoint(
         raise BitvlaError(f"{views} views; a BitVLA policy sees 1, 2 or 3")
     tables = read_json(statistics) if statistics else {"libero_spatial_no_noops": LIBERO_SPATIAL}
     vision, language = _reduced() if reduced else (VisionConfig(), LanguageConfig())
-    action = ActionConfig(head_hidden_size=language.hidden_size)
-    backbone = expected_tensors("libero", vision, language)
-    parts = action_specs(action, language.hidden_size)
-    done = _counter(progress, len(backbone) + len(parts))
-
-    out.mkdir(parents=True, exist_ok=True)
-    for name, content in _descriptions(vision, language, views).items():
-        _write_json(out / name, content)
-    _write_json(out / "dataset_statistics.json", tables)
-    for name, prefix in SIDE_FILES.items():
-        # As the training code leaves them: the head in bfloat16, the projector in float32, names of distributed runs.
-        dtype = "bfloat16" if name == "action_head" else "float32"
-        state = {
-            f"module.{tensor.removeprefix(prefix)}": _torch(_random(tensor, spec, seed), dtype)
-            for tensor, spec in done({name: spec for name, spec in parts.items() if name.startswith(prefix)})
-        }
-        _write_pytorch(out / f"{name}--{STEP}_checkpoint.pt", state)
-    _write_shards(out, backbone, seed, done)
-    total = sum(path.stat().st_size for path in out.iterdir())
-    return {"path": str(out), "bytes": total, "files": len(list(out.iterdir())), "views": views, "seed": seed}
+    temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
+    try:
+        temporary.mkdir(parents=True)
+        for name, content in _descriptions(vision, language, views).items():
+            _write_json(temporary / name, content)
+        _write_json(temporary / "dataset_statistics.json", tables)
+        _write_weights(temporary, vision, language, seed, progress)
+        os.replace(temporary, out)
+    except (OSError, SafetensorError, RuntimeError) as error:  # PyTorch reports a full disk as a RuntimeError
+        reason = str(error).splitlines()[0]
+        raise BitvlaError(f"cannot write {out}: {reason}; free some space or choose another place") from None
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    sizes = [path.stat().st_size for path in out.iterdir()]
+    return {"path": str(out), "bytes": sum(sizes), "files": len(sizes), "views": views, "seed": seed}
 
 
 def _reduced() -> tuple[VisionConfig, LanguageConfig]:
@@ -124,23 +120,6 @@ def _reduced() -> tuple[VisionConfig, LanguageConfig]:
     vision = VisionConfig(hidden_size=48, intermediate_size=104, num_layers=2, num_heads=4)
     language = LanguageConfig(hidden_size=80, intermediate_size=176, num_layers=2, num_heads=4, num_kv_heads=2)
     return vision, language
-
-
-def _counter(
-    progress: Progress | None, total: int
-) -> Callable[[Mapping[str, TensorSpec]], Iterator[tuple[str, TensorSpec]]]:
-    """Goes through tensors and tells `progress` about each that is done, over several calls."""
-    count = 0
-
-    def each(specs: Mapping[str, TensorSpec]) -> Iterator[tuple[str, TensorSpec]]:
-        nonlocal count
-        for name, spec in specs.items():
-            yield name, spec
-            count += 1
-            if progress:
-                progress(count, total, name)
-
-    return each
 
 
 # Weights.
@@ -166,24 +145,36 @@ def _normal_table() -> NDArray[np.float32]:
     return np.random.default_rng(0).standard_normal(1 << 16, dtype=np.float32)
 
 
-def _torch(values: NDArray[np.uint16], dtype: str = "bfloat16") -> Any:
+def _write_weights(
+    out: Path, vision: VisionConfig, language: LanguageConfig, seed: int, progress: Progress | None
+) -> None:
+    """The backbone in safetensors files of about a gigabyte with their index, the rest in PyTorch files beside it."""
     import torch
-
-    return torch.from_numpy(values).view(torch.bfloat16).to(getattr(torch, dtype))
-
-
-def _write_shards(out: Path, specs: Mapping[str, TensorSpec], seed: int, done: Any) -> None:
-    """The backbone in safetensors files of about a gigabyte, and the index that says what is where."""
     from safetensors.torch import save_file
 
-    shards = _shards(specs)
+    backbone = expected_tensors("libero", vision, language)
+    beside = action_specs(ActionConfig(head_hidden_size=language.hidden_size), language.hidden_size)
+    total, done = len(backbone) + len(beside), count(1)
+
+    def random(name: str, spec: TensorSpec) -> Any:
+        values = torch.from_numpy(_random(name, spec, seed)).view(torch.bfloat16)
+        if progress:
+            progress(next(done), total, name)
+        return values
+
+    for name, prefix in SIDE_FILES.items():
+        # As training leaves them: the head in bfloat16, the projector in float32, names of distributed runs.
+        dtype = torch.bfloat16 if name == "action_head" else torch.float32
+        specs = {tensor: spec for tensor, spec in beside.items() if tensor.startswith(prefix)}
+        state = {f"module.{key.removeprefix(prefix)}": random(key, spec).to(dtype) for key, spec in specs.items()}
+        torch.save(state, out / f"{name}--{STEP}_checkpoint.pt")
+    shards = _shards(backbone)
     index: dict[str, str] = {}
     for number, names in enumerate(shards, 1):
-        path = out / f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        tensors = {name: _torch(_random(name, spec, seed)) for name, spec in done({n: specs[n] for n in names})}
-        _write_whole(path, partial(save_file, tensors, metadata={"format": "pt"}))
-        index |= dict.fromkeys(names, path.name)
-    size = sum(_bytes(spec) for spec in specs.values())
+        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        save_file({name: random(name, backbone[name]) for name in names}, out / file, {"format": "pt"})
+        index |= dict.fromkeys(names, file)
+    size = sum(_bytes(spec) for spec in backbone.values())
     _write_json(out / "model.safetensors.index.json", {"metadata": {"total_size": size}, "weight_map": index})
 
 
@@ -344,24 +335,5 @@ def _special_tokens() -> list[str]:
     return [*llama, "<|image_pad|>", "<proprio_pad>", *(f"<action_{index}>" for index in range(actions))]
 
 
-# Files that are whole or not there.
-
-
 def _write_json(path: Path, content: Any) -> None:
-    text = json.dumps(content, indent=1, ensure_ascii=False)
-    _write_whole(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
-
-
-def _write_pytorch(path: Path, state: dict[str, Any]) -> None:
-    import torch
-
-    _write_whole(path, partial(torch.save, state))
-
-
-def _write_whole(path: Path, write: Callable[[Path], object]) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        write(temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    path.write_text(json.dumps(content, indent=1, ensure_ascii=False), encoding="utf-8")

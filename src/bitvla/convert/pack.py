@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +30,7 @@ from bitvla.bundle import (
 )
 from bitvla.config import PolicyConfig
 from bitvla.convert import official
-from bitvla.convert.source import Golden, Source
+from bitvla.convert.source import Golden, Progress, Source
 from bitvla.convert.training import open_training
 from bitvla.errors import BitvlaError
 from bitvla.processing.vectors import normalize
@@ -47,8 +46,6 @@ EXACT_UP_TO = 8 << 20
 # Float sums that round differently flip int8 codes, and flips add up: 0.04 was measured on random networks of nano size
 # (0.07 with bfloat16 matrices), while the chunk of another observation is 0.4 or more away.
 PARITY_BOUND = 0.1
-
-Progress = Callable[[int, int, str], None]  # tensors done, tensors in all, name of the tensor
 
 
 def pack(

@@ -19,6 +19,8 @@ from bitvla.bundle import MatrixDtype
 from bitvla.config import PolicyConfig
 from bitvla.errors import BitvlaError
 
+Progress = Callable[[int, int, str], None]  # tensors done, tensors in all, name of the tensor
+
 _CHUNK = 1 << 22  # values looked at together, so that checking a large tensor takes little memory
 
 
