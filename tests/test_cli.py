@@ -23,7 +23,10 @@ import pytest
 from bitvla import cli
 from bitvla.errors import BitvlaError
 
-COMMANDS = ["record", "train", "pack", "demo", "eval", "compare", "report", "verify", "inspect", "bench", "doctor"]
+COMMANDS = [
+    "record", "train", "pack", "make-checkpoint", "demo", "eval", "compare", "report", "verify", "inspect", "bench",
+    "doctor",
+]  # fmt: skip
 RESUMABLE = ["record", "train", "eval"]
 
 
@@ -47,7 +50,7 @@ def test_help_has_an_example_that_parses(command: str, capsys: pytest.CaptureFix
 def test_the_list_of_commands_is_complete(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         cli.main(["--help"])
-    assert re.findall(r"^    ([a-z]+)  ", capsys.readouterr().out, re.MULTILINE) == COMMANDS
+    assert re.findall(r"^    ([a-z-]+)(?:  |$)", capsys.readouterr().out, re.MULTILINE) == COMMANDS
 
 
 @pytest.mark.parametrize(
@@ -143,7 +146,8 @@ def test_interruption_says_how_to_go_on(
     command: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     arguments = example(command, capsys)
-    monkeypatch.setattr(cli, f"_{command}", named(f"_{command}", failing(KeyboardInterrupt())))
+    function = f"_{command.replace('-', '_')}"
+    monkeypatch.setattr(cli, function, named(function, failing(KeyboardInterrupt())))
     assert cli.main(arguments) == 130
     output = capsys.readouterr()
     assert output.err.startswith("interrupted: ")

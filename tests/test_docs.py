@@ -12,7 +12,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+from bitvla.bundle import read
 from bitvla.cli import build_parser
+from bitvla.config import PolicyConfig
+from bitvla.convert.make_checkpoint import make_checkpoint
+from bitvla.convert.pack import pack
 from checkpoints import observation, pack_random, tiny_config
 
 ROOT = Path(__file__).parent.parent
@@ -94,20 +98,25 @@ def test_extras_exist(document: Path) -> None:
             assert set(names.split(",")) <= set(extras), f"{document.name}: {line}"
 
 
-@pytest.fixture(scope="module")
-def policy_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with `policy.safetensors`, a tiny random policy."""
-    return pack_random(tmp_path_factory.mktemp("docs"), tiny_config()).parent
+@pytest.fixture
+def policy_file(document: Path, tmp_path: Path) -> Path:
+    """The `policy.safetensors` of a document, random and small; one tells of the published checkpoints."""
+    if document.name != "full-size.md":
+        return pack_random(tmp_path, tiny_config())
+    make_checkpoint(tmp_path / "checkpoint", reduced=True)
+    pack(tmp_path / "checkpoint", tmp_path / "policy.safetensors")
+    return tmp_path / "policy.safetensors"
 
 
 class Robot:
     """What a snippet may call `robot`: it takes finite action vectors of the policy's size."""
 
-    def __init__(self) -> None:
+    def __init__(self, config: PolicyConfig) -> None:
+        self.config = config
         self.actions: list[Any] = []
 
     def step(self, action: Any) -> None:
-        assert action.shape == (tiny_config().action.dim,)
+        assert action.shape == (self.config.action.dim,)
         assert np.isfinite(action).all()
         self.actions.append(action)
 
@@ -117,17 +126,14 @@ def test_there_is_python_to_run() -> None:
 
 
 @EVERY_DOCUMENT
-def test_python_snippets_run(document: Path, policy_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(policy_folder)
-    seen = observation(tiny_config())
+def test_python_snippets_run(document: Path, policy_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(policy_file.parent)
+    config = read(policy_file).config
+    seen = observation(config)
     for snippet in blocks(document, "python"):
-        robot = Robot()
-        names = {
-            "corner_image": seen["images"]["corner"],
-            "wrist_image": seen["images"]["wrist"],
-            "state": seen["state"],
-            "robot": robot,
-        }
+        robot = Robot(config)
+        images = {f"{camera}_image": image for camera, image in seen["images"].items()}
+        names = images | {"state": seen["state"], "robot": robot}
         exec(compile(snippet, f"{document.name} snippet", "exec"), names)
         if "robot" in snippet:
             assert robot.actions

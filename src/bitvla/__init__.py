@@ -21,7 +21,7 @@ __all__ = ["BitvlaError", "load"]
 
 POLICY_FILE = "policy.safetensors"  # its name in a Hugging Face repository
 
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")  # "org/name"
 
 
 def load(source: str | os.PathLike[str], threads: int | None = None) -> Policy:
@@ -37,7 +37,7 @@ def load(source: str | os.PathLike[str], threads: int | None = None) -> Policy:
 
 def _local(source: str) -> Path:
     path = Path(source)
-    if path.exists() or path.suffix == ".safetensors" or not _HUB_ID.fullmatch(source):
+    if path.exists() or path.suffix == ".safetensors" or not HUB_ID.fullmatch(source):
         return path
     try:
         from huggingface_hub import hf_hub_download

@@ -26,7 +26,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from bitvla.config import PolicyConfig, check
+from bitvla.config import ActionConfig, LanguageConfig, PolicyConfig, VisionConfig, check
 from bitvla.errors import BitvlaError
 from bitvla.quantization import BLOCK, padded
 
@@ -90,14 +90,15 @@ class Bundle:
 def tensor_specs(config: PolicyConfig) -> dict[str, TensorSpec]:
     """Every tensor of a policy by its name in a training checkpoint, in the order of the forward pass."""
     return {
-        **_vision_specs(config),
-        **_decoder_specs(config),
-        **_action_specs(config),
+        **vision_specs(config.vision, config.language.hidden_size),
+        **decoder_specs(config.language),
+        **action_specs(config.action, config.language.hidden_size),
     }
 
 
-def _vision_specs(config: PolicyConfig) -> dict[str, TensorSpec]:
-    vision, width = config.vision, config.vision.hidden_size
+def vision_specs(vision: VisionConfig, hidden: int) -> dict[str, TensorSpec]:
+    """The tensors of the vision tower and of the connector to a decoder of width `hidden`."""
+    width = vision.hidden_size
     tower = "vision_tower.vision_model."
     specs = {
         f"{tower}embeddings.patch_embedding.weight": TensorSpec(
@@ -114,14 +115,14 @@ def _vision_specs(config: PolicyConfig) -> dict[str, TensorSpec]:
         specs |= _norm(f"{layer}layer_norm2", width)
         specs |= _linear(f"{layer}mlp.fc1", vision.intermediate_size, width, "ternary")
         specs |= _linear(f"{layer}mlp.fc2", width, vision.intermediate_size, "ternary")
-    hidden = config.language.hidden_size
     specs |= _linear("multi_modal_projector.linear_1", hidden, width)
     specs |= _linear("multi_modal_projector.linear_2", hidden, hidden)
     return specs
 
 
-def _decoder_specs(config: PolicyConfig) -> dict[str, TensorSpec]:
-    language, hidden = config.language, config.language.hidden_size
+def decoder_specs(language: LanguageConfig) -> dict[str, TensorSpec]:
+    """The tensors of the decoder with its embedding, without a language head."""
+    hidden = language.hidden_size
     key_size, inner = language.num_kv_heads * language.head_dim, language.intermediate_size
     specs = {"language_model.model.embed_tokens.weight": TensorSpec("matrix", (language.vocab_size, hidden))}
     for index in range(language.num_layers):
@@ -142,8 +143,8 @@ def _decoder_specs(config: PolicyConfig) -> dict[str, TensorSpec]:
     return specs | {"language_model.model.norm.weight": TensorSpec("vector", (hidden,))}
 
 
-def _action_specs(config: PolicyConfig) -> dict[str, TensorSpec]:
-    action, hidden = config.action, config.language.hidden_size
+def action_specs(action: ActionConfig, hidden: int) -> dict[str, TensorSpec]:
+    """The tensors of the proprio projector and of the action head over a decoder of width `hidden`."""
     slots, width = action.slots_per_step * hidden, action.head_hidden_size
     specs = _linear("proprio_projector.fc1", hidden, action.state_dim)
     specs |= _linear("proprio_projector.fc2", hidden, hidden)

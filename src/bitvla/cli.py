@@ -56,9 +56,33 @@ def _train(args: argparse.Namespace) -> Any:
 
 
 def _pack(args: argparse.Namespace) -> Any:
+    from bitvla import display
     from bitvla.convert.pack import pack
 
-    return pack(args.checkpoint, args.out, round_full_precision=args.round)
+    with display.progress("packing") as progress:
+        return pack(
+            args.checkpoint,
+            args.out,
+            round_full_precision=args.round,
+            views=args.views,
+            statistics=args.statistics,
+            progress=progress,
+        )
+
+
+def _make_checkpoint(args: argparse.Namespace) -> Any:
+    from bitvla import display
+    from bitvla.convert.make_checkpoint import make_checkpoint
+
+    with display.progress("writing") as progress:
+        return make_checkpoint(
+            args.out,
+            reduced=args.reduced,
+            views=args.views,
+            seed=args.seed,
+            statistics=args.statistics,
+            progress=progress,
+        )
 
 
 def _verify(args: argparse.Namespace) -> Any:
@@ -175,7 +199,7 @@ def build_parser() -> argparse.ArgumentParser:
         run: Callable[[argparse.Namespace], Any], summary: str, example: str, interrupted: str = NOTHING_LEFT
     ) -> argparse.ArgumentParser:
         command: argparse.ArgumentParser = commands.add_parser(
-            run.__name__.removeprefix("_"),
+            run.__name__.removeprefix("_").replace("_", "-"),
             help=summary,
             description=f"{summary[0].upper()}{summary[1:]}.",
             epilog=f"example: bitvla {example}",
@@ -225,12 +249,35 @@ def _add_making(add: _Add) -> None:
 
     pack = add(
         _pack,
-        "pack a training checkpoint into one policy file",
+        "pack a checkpoint into one policy file",
         "pack runs/student policy.safetensors",
     )
-    pack.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="folder that training wrote")
+    pack.add_argument(
+        "checkpoint",
+        metavar="CHECKPOINT",
+        help="folder that training wrote, or a published BitVLA checkpoint: its folder or its Hugging Face id",
+    )
     pack.add_argument("out", type=Path, metavar="OUT", help="policy file to write")
     pack.add_argument("--round", action="store_true", help="round a full-precision checkpoint to ternary, untrained")
+    pack.add_argument(
+        "--views", type=_count, metavar="N", help="cameras that a published checkpoint was trained with (default: 2)"
+    )
+    pack.add_argument(
+        "--statistics", metavar="KEY", help="data set in dataset_statistics.json, where that holds several"
+    )
+
+    make_checkpoint = add(
+        _make_checkpoint,
+        "write a checkpoint of random weights in the published layout of BitVLA",
+        "make-checkpoint runs/random --reduced",
+    )
+    make_checkpoint.add_argument("out", type=Path, metavar="OUT", help="folder to write (full size: 6.5 GB)")
+    make_checkpoint.add_argument("--reduced", action="store_true", help="small layers, published layout and tokens")
+    make_checkpoint.add_argument("--views", type=_count, default=2, metavar="N", help="cameras, 1 to 3 (default: 2)")
+    make_checkpoint.add_argument("--seed", type=_seed, default=0, help="another number, other weights (default: 0)")
+    make_checkpoint.add_argument(
+        "--statistics", type=Path, metavar="FILE", help="dataset_statistics.json (default: LIBERO-Spatial's)"
+    )
 
 
 def _add_running(add: _Add) -> None:

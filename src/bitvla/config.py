@@ -80,12 +80,17 @@ class ImageProcessing(Record, frozen=True, kw_only=True, forbid_unknown_fields=T
 
     rotate by 180 degrees -> JPEG round trip -> resize to `image_size` -> central crop of `crop_area`, resized back
     with bilinear interpolation -> (x / 255 - mean) / std. With `resize="none"` the crop is cut from the raw image.
+
+    `rounding` says how pixels become whole numbers again. "pillow": Pillow's integer arithmetic. "tensorflow": float
+    arithmetic, rounded to nearest after the resize; after the crop, x * 255.5 / 255 is cut off, which is up to one
+    level darker. The official BitVLA uses the latter.
     """
 
     rotate180: bool = False
     jpeg_quality: int | None = None
     resize: Literal["none", "lanczos"] = "none"
     crop_area: float = 0.9
+    rounding: Literal["pillow", "tensorflow"] = "pillow"
     mean: float = 0.5
     std: float = 0.5
 

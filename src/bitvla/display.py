@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -10,6 +12,7 @@ from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.padding import Padding
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 if TYPE_CHECKING:
@@ -27,6 +30,16 @@ def show(result: Any) -> None:
     # A file or a pipe has no width; tables need one that does not break their cells.
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 160)
     _put(msgspec.to_builtins(result, enc_hook=_encode), console)
+
+
+@contextmanager
+def progress(description: str) -> Iterator[Callable[[int, int, str], None]]:
+    """A bar on standard error, and the function that moves it: done, in all, and what was done last."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task(description, total=None)
+        yield lambda done, total, last: bar.update(task, completed=done, total=total)
 
 
 def evaluation(result: Result) -> dict[str, Any]:

@@ -44,13 +44,44 @@ def crop_resized(
         buffer = io.BytesIO()
         picture.save(buffer, "JPEG", quality=processing.jpeg_quality)
         picture = Image.open(buffer)
+    if processing.rounding == "tensorflow":
+        return _crop_resized_in_float(np.asarray(picture, dtype=np.float32), processing, size, offset)
     if processing.resize == "lanczos":
         picture = picture.resize((size, size), Image.Resampling.LANCZOS)
-    side = math.sqrt(processing.crop_area)
-    left = picture.width * (1 - side) * offset[0]
-    top = picture.height * (1 - side) * offset[1]
-    box = (left, top, left + picture.width * side, top + picture.height * side)
+    box = _crop_box(picture.width, picture.height, processing.crop_area, offset)
     return np.asarray(picture.resize((size, size), Image.Resampling.BILINEAR, box=box))
+
+
+def _crop_box(width: int, height: int, area: float, offset: tuple[float, float]) -> tuple[float, float, float, float]:
+    """Left, top, right, bottom of the crop in pixels. Its ends need not be whole numbers."""
+    side = math.sqrt(area)
+    left, top = width * (1 - side) * offset[0], height * (1 - side) * offset[1]
+    return left, top, left + width * side, top + height * side
+
+
+def _crop_resized_in_float(
+    values: NDArray[np.float32], processing: ImageProcessing, size: int, offset: tuple[float, float]
+) -> NDArray[np.uint8]:
+    """The same chain as TensorFlow computes it: `tf.image.resize`, `crop_and_resize`, `convert_image_dtype`.
+
+    The sample points of `crop_and_resize`, which lie on the corners of its box, are those of Pillow for this box.
+    """
+    if processing.resize == "lanczos":
+        values = np.clip(np.rint(_resized(values, size, Image.Resampling.LANCZOS)), 0, 255)
+    box = _crop_box(values.shape[1], values.shape[0], processing.crop_area, offset)
+    cropped = _resized(values, size, Image.Resampling.BILINEAR, box)
+    return (cropped * np.float32(255.5 / 255)).astype(np.uint8)
+
+
+def _resized(
+    values: NDArray[np.float32],
+    size: int,
+    method: Image.Resampling,
+    box: tuple[float, float, float, float] | None = None,
+) -> NDArray[np.float32]:
+    """Resize float (H, W, 3), or the `box` of it, to (size, size, 3), antialiased, without rounding."""
+    channels = [Image.fromarray(np.ascontiguousarray(values[..., channel])) for channel in range(3)]
+    return np.stack([np.asarray(channel.resize((size, size), method, box=box)) for channel in channels], axis=-1)
 
 
 def to_pixels(image: NDArray[np.uint8], processing: ImageProcessing) -> NDArray[np.float32]:

@@ -30,6 +30,7 @@ class Prompt:
         self.proprio_id = self._special(self._prompt.proprio_token)
         self.stop_id = self._special(self._prompt.stop_token)
         self.pad_id = self._special(self._prompt.pad_token)
+        self._reserved = set(tokenizer.get_added_tokens_decoder())
         if SLOT_ID in (self.image_id, self.proprio_id):
             raise BitvlaError(f"the tokenizer's image or proprio token has id {SLOT_ID}, which marks action slots")
         size = tokenizer.get_vocab_size(with_added_tokens=True)
@@ -56,7 +57,7 @@ class Prompt:
         if self._prompt.lower_case:
             text = text.lower()
         words = self._tokenizer.encode(text, add_special_tokens=False).ids
-        if {self.image_id, self.proprio_id, self.stop_id, self.pad_id} & set(words):
+        if self._reserved & set(words):
             raise BitvlaError(f"the instruction contains reserved tokens ({text[:60]!r}); remove them")
         length = len(words)
         if length > self._prompt.max_instruction_tokens:

@@ -1,0 +1,339 @@
+"""A LIBERO fine-tune of random weights, in exactly the published layout: to try everything without the real weights.
+
+Shapes, names, dtypes, files and token ids are those of `hongyuw/ft-bitvla-bitsiglipL-224px-libero_spatial-bf16`, the
+statistics those of its training data; what the policy does is nonsense. Written shard by shard, so that memory stays
+small, and from a seed, so that it is the same everywhere.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import zlib
+from collections.abc import Mapping
+from functools import lru_cache
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import SafetensorError
+
+from bitvla.bundle import TensorSpec, action_specs, to_bfloat16
+from bitvla.config import ActionConfig, LanguageConfig, VisionConfig
+from bitvla.convert import conventions
+from bitvla.convert.official import expected_tensors
+from bitvla.convert.source import Progress, read_json
+from bitvla.convert.weights import SIDE_FILES
+from bitvla.errors import BitvlaError
+
+SHARD_BYTES = 1 << 30
+STEP = 10000  # in the names of the side files; what the published ones were trained for
+
+# LIBERO-Spatial without pauses (`libero_spatial_no_noops`): 432 demonstrations, 52,970 steps.
+LIBERO_SPATIAL = {
+    "action": {
+        "q01": [-0.7454732114076613, -0.6616071462631226, -0.9375, -0.1071428582072258, -0.20678570866584778,
+                -0.1842857152223587, 0.0],
+        "q99": [0.9375, 0.8758928775787354, 0.9321428537368774, 0.1039285734295845, 0.17678570747375488,
+                0.14571428298950195, 1.0],
+        "mask": [True, True, True, True, True, True, False],
+    },
+    "proprio": {
+        "q01": [-0.2727657300233841, -0.23721413239836692, 0.9160063165426254, 2.77949666261673, -1.3187511622905732,
+                -0.41989982962608335, 0.001503719249740243, -0.03989770736545324],
+        "q99": [0.13529365032911292, 0.3629165390133857, 1.2862326657772063, 3.2829698753356933, 0.9332760351896285,
+                0.6325724506378171, 0.039933966137468815, -0.001671919699292631],
+    },
+    "num_transitions": 52970,
+    "num_trajectories": 432,
+}  # fmt: skip
+
+# Words of the prompt and of LIBERO's instructions, with the ids that Llama 3 gives them. "Ġ" is a space.
+WORDS = {
+    "'s": 596, "System": 2374, "User": 1502, "Assistant": 72803,
+    "What": 3923, "ĠA": 362, "ĠThe": 578, "Ġa": 264, "Ġaction": 1957, "Ġalphabet": 28890, "Ġan": 459, "Ġand": 323,
+    "Ġanswers": 11503, "Ġartificial": 21075, "Ġassistant": 18328, "Ġback": 1203, "Ġbasket": 14351, "Ġbetween": 1990,
+    "Ġblack": 3776, "Ġbook": 2363, "Ġboth": 2225, "Ġbottle": 16893, "Ġbottom": 5740, "Ġbowl": 19763, "Ġbox": 3830,
+    "Ġbutter": 14432, "Ġcabinet": 22685, "Ġcenter": 4219, "Ġchat": 6369, "Ġcheese": 17604, "Ġchocolate": 18414,
+    "Ġclose": 3345, "Ġcompartment": 44598, "Ġcookie": 12829, "Ġcream": 12932, "Ġcurious": 22999, "Ġdetailed": 11944,
+    "Ġdrawer": 27580, "Ġdressing": 32623, "Ġfrom": 505, "Ġfront": 4156, "Ġgives": 6835, "Ġhelpful": 11190,
+    "Ġhuman": 3823, "Ġin": 304, "Ġinside": 4871, "Ġintelligence": 11478, "Ġit": 433, "Ġjuice": 23661, "Ġleft": 2163,
+    "Ġmicrowave": 42374, "Ġmiddle": 6278, "Ġmilk": 14403, "Ġmug": 52589, "Ġnext": 1828, "Ġof": 315, "Ġon": 389,
+    "Ġopen": 1825, "Ġorange": 19087, "Ġpick": 3820, "Ġplace": 2035, "Ġplate": 12235, "Ġpolite": 48887, "Ġpot": 3419,
+    "Ġpots": 51131, "Ġpudding": 82527, "Ġpush": 4585, "Ġput": 2231, "Ġquestions": 4860, "Ġrack": 30759, "Ġright": 1314,
+    "Ġrobot": 12585, "Ġsalad": 33566, "Ġsauce": 19737, "Ġshould": 1288, "Ġsoup": 19724, "Ġstove": 45115,
+    "Ġtable": 2007, "Ġtake": 1935, "Ġthe": 279, "Ġto": 311, "Ġtomato": 42120, "Ġtop": 1948, "Ġturn": 2543, "Ġup": 709,
+    "Ġwhite": 4251, "Ġwine": 13378, "Ġwooden": 23162, "Ġyellow": 14071,
+}  # fmt: skip
+
+# How Llama 3 cuts text into words.
+_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+def make_checkpoint(
+    out: Path,
+    *,
+    reduced: bool = False,
+    views: int = conventions.LIBERO_VIEWS,
+    seed: int = 0,
+    statistics: Path | None = None,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Write a checkpoint of random weights into the folder `out` and return a summary.
+
+    Full size is 6.4 GB; `reduced` keeps images, vocabulary and layout, and makes everything else small. `views` is the
+    number of cameras it claims to have been trained with, `statistics` a dataset_statistics.json to use instead of
+    LIBERO-Spatial's. BitvlaError where `out` is not empty; it appears whole or not at all.
+    """
+    out = Path(out)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise BitvlaError(f"{out} is not an empty folder; choose another place for the checkpoint")
+    if views not in conventions.CAMERAS:
+        raise BitvlaError(f"{views} views; a BitVLA policy sees 1, 2 or 3")
+    tables = read_json(statistics) if statistics else {"libero_spatial_no_noops": LIBERO_SPATIAL}
+    vision, language = _reduced() if reduced else (VisionConfig(), LanguageConfig())
+    temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
+    try:
+        temporary.mkdir(parents=True)
+        for name, content in _descriptions(vision, language, views).items():
+            _write_json(temporary / name, content)
+        _write_json(temporary / "dataset_statistics.json", tables)
+        _write_weights(temporary, vision, language, seed, progress)
+        os.replace(temporary, out)
+    except (OSError, SafetensorError, RuntimeError) as error:  # PyTorch reports a full disk as a RuntimeError
+        reason = str(error).splitlines()[0]
+        raise BitvlaError(f"cannot write {out}: {reason}; free some space or choose another place") from None
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    sizes = [path.stat().st_size for path in out.iterdir()]
+    return {"path": str(out), "bytes": sum(sizes), "files": len(sizes), "views": views, "seed": seed}
+
+
+def _reduced() -> tuple[VisionConfig, LanguageConfig]:
+    """Small in every size that does not show in the prompt; heads and widths differ so that a mix-up cannot pass."""
+    vision = VisionConfig(hidden_size=48, intermediate_size=104, num_layers=2, num_heads=4)
+    language = LanguageConfig(hidden_size=80, intermediate_size=176, num_layers=2, num_heads=4, num_kv_heads=2)
+    return vision, language
+
+
+# Weights.
+
+
+def _random(name: str, spec: TensorSpec, seed: int) -> NDArray[np.uint16]:
+    """Normal values as bfloat16, seen as uint16, scaled so that signals neither vanish nor explode.
+
+    Each value is one of 65,536 drawn before: as good for the purpose, and several times faster.
+    """
+    table = _normal_table()
+    if spec.kind == "vector":
+        is_gain = name.endswith("weight") and "position" not in name
+        table = table * np.float32(0.1) + np.float32(is_gain)
+    else:
+        table = table / np.sqrt(np.prod(spec.shape[1:], dtype=np.float32))
+    picks = np.random.default_rng([seed, zlib.crc32(name.encode())]).integers(0, 1 << 16, spec.shape, np.uint16)
+    return to_bfloat16(table)[picks]
+
+
+@lru_cache(maxsize=1)
+def _normal_table() -> NDArray[np.float32]:
+    return np.random.default_rng(0).standard_normal(1 << 16, dtype=np.float32)
+
+
+def _write_weights(
+    out: Path, vision: VisionConfig, language: LanguageConfig, seed: int, progress: Progress | None
+) -> None:
+    """The backbone in safetensors files of about a gigabyte with their index, the rest in PyTorch files beside it."""
+    import torch
+    from safetensors.torch import save_file
+
+    backbone = expected_tensors("libero", vision, language)
+    beside = action_specs(ActionConfig(head_hidden_size=language.hidden_size), language.hidden_size)
+    total, done = len(backbone) + len(beside), count(1)
+
+    def random(name: str, spec: TensorSpec) -> Any:
+        values = torch.from_numpy(_random(name, spec, seed)).view(torch.bfloat16)
+        if progress:
+            progress(next(done), total, name)
+        return values
+
+    for name, prefix in SIDE_FILES.items():
+        # As training leaves them: the head in bfloat16, the projector in float32, names of distributed runs.
+        dtype = torch.bfloat16 if name == "action_head" else torch.float32
+        specs = {tensor: spec for tensor, spec in beside.items() if tensor.startswith(prefix)}
+        state = {f"module.{key.removeprefix(prefix)}": random(key, spec).to(dtype) for key, spec in specs.items()}
+        torch.save(state, out / f"{name}--{STEP}_checkpoint.pt")
+    shards = _shards(backbone)
+    index: dict[str, str] = {}
+    for number, names in enumerate(shards, 1):
+        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        save_file({name: random(name, backbone[name]) for name in names}, out / file, {"format": "pt"})
+        index |= dict.fromkeys(names, file)
+    size = sum(_bytes(spec) for spec in backbone.values())
+    _write_json(out / "model.safetensors.index.json", {"metadata": {"total_size": size}, "weight_map": index})
+
+
+def _shards(specs: Mapping[str, TensorSpec]) -> list[list[str]]:
+    shards: list[list[str]] = [[]]
+    room = SHARD_BYTES
+    for name, spec in specs.items():
+        if shards[-1] and _bytes(spec) > room:
+            shards.append([])
+            room = SHARD_BYTES
+        shards[-1].append(name)
+        room -= _bytes(spec)
+    return shards
+
+
+def _bytes(spec: TensorSpec) -> int:
+    return 2 * int(np.prod(spec.shape))
+
+
+# Descriptions.
+
+
+def _descriptions(vision: VisionConfig, language: LanguageConfig, views: int) -> dict[str, Any]:
+    """The JSON files beside the weights."""
+    special = {
+        "bos_token": "<|begin_of_text|>", "eos_token": "<|end_of_text|>", "pad_token": "<|pad|>",
+        "additional_special_tokens": _special_tokens()[10:],
+    }  # fmt: skip
+    return {
+        "config.json": {
+            "architectures": ["BitVLAForActionPrediction"],
+            "model_type": "bitvla",
+            "n_action_bins": conventions.FINETUNE_VOCABULARY - conventions.FIRST_ACTION_ID,
+            "num_images_in_input": views,
+            "image_token_index": conventions.TOKEN_IDS["<|image_pad|>"],
+            "image_seq_length": vision.num_patches,
+            "projector_hidden_act": "gelu",
+            "vision_feature_layer": -1,
+            "vision_feature_select_strategy": "full",
+            "tie_word_embeddings": False,
+            "torch_dtype": "bfloat16",
+            "vocab_size": language.vocab_size,
+            "text_config": {
+                "model_type": "BitNet",
+                "vocab_size": language.vocab_size,
+                "hidden_size": language.hidden_size,
+                "intermediate_size": language.intermediate_size,
+                "num_hidden_layers": language.num_layers,
+                "num_attention_heads": language.num_heads,
+                "num_key_value_heads": language.num_kv_heads,
+                "max_position_embeddings": language.max_positions,
+                "rms_norm_eps": language.rms_norm_eps,
+                "rope_theta": language.rope_theta,
+            },
+            "vision_config": {
+                "model_type": "siglip_vision_model",
+                "image_size": vision.image_size,
+                "patch_size": vision.patch_size,
+                "hidden_size": vision.hidden_size,
+                "intermediate_size": vision.intermediate_size,
+                "num_hidden_layers": vision.num_layers,
+                "num_attention_heads": vision.num_heads,
+                "layer_norm_eps": vision.layer_norm_eps,
+                "hidden_act": "gelu_pytorch_tanh",
+                "vision_use_head": False,
+                "vit_weight_bits": 1,
+                "vit_act_bits": 8,
+            },
+        },
+        "preprocessor_config.json": {
+            "image_processor_type": "SiglipImageProcessor",
+            "do_normalize": True,
+            "do_rescale": True,
+            "do_resize": True,
+            "image_mean": [0.5, 0.5, 0.5],
+            "image_std": [0.5, 0.5, 0.5],
+            "resample": 3,
+            "rescale_factor": 1 / 255,
+            "size": {"height": vision.image_size, "width": vision.image_size},
+        },
+        "processor_config.json": {
+            "processor_class": "LlavaProcessor",
+            "image_token": "<|image_pad|>",
+            "patch_size": vision.patch_size,
+            "num_additional_image_tokens": 0,
+            "vision_feature_select_strategy": "full",
+        },
+        "special_tokens_map.json": special,
+        "tokenizer_config.json": special | {"tokenizer_class": "PreTrainedTokenizerFast"},
+        "tokenizer.json": _tokenizer(),
+    }
+
+
+def _tokenizer() -> dict[str, Any]:
+    """A tokenizer with Llama 3's way of cutting text and its ids for bytes and for `WORDS`.
+
+    Words it does not know become bytes; the other entries are fillers that no text reaches.
+    """
+    from tokenizers.pre_tokenizers import ByteLevel
+
+    known = {character: index for index, character in enumerate(sorted(ByteLevel.alphabet()))} | WORDS
+    taken = set(known.values())
+    first_special = conventions.TOKEN_IDS["<|begin_of_text|>"]
+    fillers = {f"<unused {index}>": index for index in range(first_special) if index not in taken}
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    begin = {"SpecialToken": {"id": "<|begin_of_text|>", "type_id": 0}}
+    return {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [
+            {"id": first_special + offset, "content": token} | flags for offset, token in enumerate(_special_tokens())
+        ],
+        "normalizer": None,
+        "pre_tokenizer": {
+            "type": "Sequence",
+            "pretokenizers": [
+                {"type": "Split", "pattern": {"Regex": _SPLIT}, "behavior": "Isolated", "invert": False},
+                {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False},
+            ],
+        },
+        "post_processor": {
+            "type": "TemplateProcessing",
+            "single": [begin, {"Sequence": {"id": "A", "type_id": 0}}],
+            "pair": [begin, {"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
+            "special_tokens": {
+                "<|begin_of_text|>": {
+                    "id": "<|begin_of_text|>",
+                    "ids": [first_special],
+                    "tokens": ["<|begin_of_text|>"],
+                }
+            },
+        },
+        "decoder": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True},
+        "model": {
+            "type": "BPE",
+            "dropout": None,
+            "unk_token": None,
+            "continuing_subword_prefix": None,
+            "end_of_word_suffix": None,
+            "fuse_unk": False,
+            "byte_fallback": False,
+            "ignore_merges": True,  # a word that is in the vocabulary is one token
+            "vocab": dict(sorted((known | fillers).items(), key=lambda entry: entry[1])),
+            "merges": [],
+        },
+    }
+
+
+def _special_tokens() -> list[str]:
+    """The tokens from <|begin_of_text|> on, in the order of their ids."""
+    llama = [
+        "<|begin_of_text|>", "<|end_of_text|>", "<|pad|>", "<|reserved_special_token_1|>",
+        "<|reserved_special_token_2|>", "<|reserved_special_token_3|>", "<|start_header_id|>", "<|end_header_id|>",
+        "<|reserved_special_token_4|>", "<|eot_id|>",
+    ]  # fmt: skip
+    actions = conventions.FINETUNE_VOCABULARY - conventions.FIRST_ACTION_ID
+    return [*llama, "<|image_pad|>", "<proprio_pad>", *(f"<action_{index}>" for index in range(actions))]
+
+
+def _write_json(path: Path, content: Any) -> None:
+    path.write_text(json.dumps(content, indent=1, ensure_ascii=False), encoding="utf-8")

@@ -1,0 +1,89 @@
+"""The checkpoint folder that `bitvla train` writes, opened for packing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from bitvla.bundle import TensorSpec, tensor_specs
+from bitvla.config import PolicyConfig, check, from_dict
+from bitvla.convert.source import (
+    Golden,
+    Source,
+    check_finite,
+    check_names,
+    read_json,
+    read_text,
+    safetensors,
+    sha256,
+)
+from bitvla.errors import BitvlaError
+
+
+def open_training(checkpoint: Path) -> Source:
+    """Open a training checkpoint; BitvlaError names what is missing or does not fit."""
+    config = _read_config(checkpoint)
+    weights, specs = checkpoint / "model.safetensors", tensor_specs(config)
+    with safetensors(weights) as file:
+        check_names(weights, file.keys(), specs)
+    return Source(
+        config=config,
+        tokenizer=read_text(checkpoint / "tokenizer.json"),
+        golden=_read_golden(checkpoint / "golden.safetensors", config),
+        provenance=read_json(checkpoint / "provenance.json"),
+        sha256=sha256(weights),
+        tensor=lambda name: _read_weight(weights, name, specs[name]),
+    )
+
+
+def _read_config(checkpoint: Path) -> PolicyConfig:
+    origin = checkpoint / "config.json"
+    config = from_dict(PolicyConfig, read_json(origin), str(origin))
+    try:
+        return check(config)
+    except BitvlaError as error:
+        raise BitvlaError(f"{origin}: {error}") from None
+
+
+def _read_weight(path: Path, name: str, spec: TensorSpec) -> NDArray[np.float32]:
+    with safetensors(path) as file:
+        entry = file.get_slice(name)
+        dtype, shape = entry.get_dtype(), entry.get_shape()
+        if dtype != "F32" or tuple(shape) != spec.shape:
+            raise BitvlaError(f"{path}: tensor {name} is {dtype} {shape}, the policy needs F32 {list(spec.shape)}")
+        weight: NDArray[np.float32] = file.get_tensor(name)
+    check_finite(path, name, weight)
+    return weight
+
+
+def _read_golden(path: Path, config: PolicyConfig) -> Golden:
+    """Golden observations; what is in them is checked when the policy plays them."""
+    with safetensors(path) as file:
+        try:
+            instructions = msgspec.json.decode((file.metadata() or {})["instructions"], type=list[str])
+        except (KeyError, msgspec.MsgspecError) as error:
+            raise BitvlaError(f"{path} lacks its list of instructions ({error}); write the checkpoint again") from None
+        names, golden = set(file.keys()), Golden([], [])
+        for index, instruction in enumerate(instructions):
+            images = {
+                camera.name: _golden_tensor(path, file, names, f"{index}.image.{camera.name}")
+                for camera in config.processing.cameras
+            }
+            state = _golden_tensor(path, file, names, f"{index}.state")
+            golden.observations.append({"images": images, "state": state, "instruction": instruction})
+            chunk = f"{index}.chunk"
+            golden.chunks.append(file.get_tensor(chunk) if chunk in names else None)
+    if not golden.observations:
+        raise BitvlaError(f"{path} holds no golden observation; a policy without one cannot be verified")
+    return golden
+
+
+def _golden_tensor(path: Path, file: Any, names: set[str], name: str) -> NDArray[Any]:
+    if name not in names:
+        raise BitvlaError(f"{path} lacks the tensor {name}; write the checkpoint again")
+    tensor: NDArray[Any] = file.get_tensor(name)
+    return tensor
