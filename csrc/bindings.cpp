@@ -194,7 +194,7 @@ void ternary_linear(In codes, In scales, In sums, In packed, size_t n, size_t k,
   run(job, codes.shape(0));
 }
 
-void linear(In x, In weight, std::optional<In> bias, Out out, bool accumulate) {
+void linear(In x, In weight, std::optional<In> bias, Out out, bool accumulate, std::optional<In> row_scales) {
   const size_t tokens = rows_of("x", x);
   rows_of("weight", weight);
   LinearJob job{};
@@ -203,7 +203,14 @@ void linear(In x, In weight, std::optional<In> bias, Out out, bool accumulate) {
   job.x_stride = in.stride;
   job.rows = weight.shape(0);
   job.cols = x.shape(1);
-  if (weight.dtype() == nb::dtype<uint16_t>()) {
+  REQUIRE(row_scales.has_value() == (weight.dtype() == nb::dtype<int8_t>()),
+          "row_scales: they belong to int8 weights, and those need them");
+  if (row_scales) {
+    const auto w = expect<const int8_t>("weight", weight, {kAny, job.cols});
+    REQUIRE(w.stride == job.cols || job.rows <= 1, "weight: rows lie apart, expected C order");
+    job.weight_int8 = w.data;
+    job.row_scales = expect<const float>("row_scales", *row_scales, {job.rows}).data;
+  } else if (weight.dtype() == nb::dtype<uint16_t>()) {
     const auto w = expect<const uint16_t>("weight", weight, {kAny, job.cols});
     REQUIRE(w.stride == job.cols || job.rows <= 1, "weight: rows lie apart, expected C order");
     job.weight_bf16 = w.data;
@@ -337,7 +344,8 @@ NB_MODULE(_native, m) {
   m.def("ternary_matmul", ternary_matmul, "codes"_a, "sums"_a, "packed"_a, "n"_a, "k"_a, "out"_a);
   m.def("ternary_linear", ternary_linear, "codes"_a, "scales"_a, "sums"_a, "packed"_a, "n"_a, "k"_a, "weight_scale"_a,
         "bias"_a.none(), "out"_a, "accumulate"_a = false);
-  m.def("linear", linear, "x"_a, "weight"_a, "bias"_a.none(), "out"_a, "accumulate"_a = false);
+  m.def("linear", linear, "x"_a, "weight"_a, "bias"_a.none(), "out"_a, "accumulate"_a = false,
+        "row_scales"_a = nb::none());
   m.def("attention", attention, "q"_a, "k"_a, "v"_a, "heads"_a, "kv_heads"_a, "scale"_a, "causal"_a, "out"_a);
   m.def("rope", rope, "x"_a, "cos"_a, "sin"_a, "start"_a, "heads"_a);
 

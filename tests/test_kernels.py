@@ -195,20 +195,24 @@ def test_relu_in_place(isa: str) -> None:
 
 
 @pytest.mark.parametrize(("m", "n", "k"), [(1, 1, 1), (3, 5, 17), (8, 7, 17920), (40, 30, 192), (65, 64, 588)])
-@pytest.mark.parametrize("bf16", [False, True])
-def test_linear(isa: str, m: int, n: int, k: int, bf16: bool) -> None:
+@pytest.mark.parametrize("stored", ["float32", "bfloat16", "int8"])
+def test_linear(isa: str, m: int, n: int, k: int, stored: str) -> None:
     x, weight, bias = normal(m, k), normal(n, k, seed=1), normal(n, seed=2)
     given_weight: NDArray[Any] = weight
-    if bf16:
+    scales: NDArray[Any] | None = None
+    if stored == "int8":
+        given_weight, scales = quantize_activations(weight)
+        weight = given_weight.astype(np.float32) * scales[:, None]
+    if stored == "bfloat16":
         given_weight = (weight.view(np.uint32) >> 16).astype(np.uint16)
         weight = (given_weight.astype(np.uint32) << 16).view(np.float32)
     exact = x.astype(np.float64) @ weight.astype(np.float64).T
     bound = (k / 16 + 8) * U * (np.abs(x).astype(np.float64) @ np.abs(weight).T)
     out = np.full((m, n), np.nan, np.float32)
-    native.linear(x, given_weight, None, out)
+    native.linear(x, given_weight, None, out, row_scales=scales)
     assert np.all(np.abs(out - exact) <= bound)
     before = out.copy()
-    native.linear(x, given_weight, bias, out, accumulate=True)
+    native.linear(x, given_weight, bias, out, accumulate=True, row_scales=scales)
     np.testing.assert_array_equal(out, before + (before + bias))
 
 

@@ -34,9 +34,9 @@ def out(tmp_path: Path) -> Path:
     return tmp_path / "policy.safetensors"
 
 
-@pytest.mark.parametrize("matrix_dtype", ["F32", "BF16"])
+@pytest.mark.parametrize("matrix_dtype", ["F32", "BF16", "I8"])
 def test_packed_equals_trained(checkpoint: Path, out: Path, matrix_dtype: Any) -> None:
-    """Ternary codes and scales are identical, vectors too, matrices identical or within half a bfloat16 step."""
+    """Ternary codes and scales are identical, vectors too, matrices identical or within half a step of what they became."""
     pack(checkpoint, out, matrix_dtype=matrix_dtype)
     weights, tensors = random_weights(tiny_config()), read(out).tensors
     for name, spec in tensor_specs(tiny_config()).items():
@@ -44,7 +44,10 @@ def test_packed_equals_trained(checkpoint: Path, out: Path, matrix_dtype: Any) -
             codes, scale = ternarize(weights[name])
             np.testing.assert_array_equal(unpack(tensors[name], *spec.shape), codes)
             assert tensors[f"{name}_scale"][0] == scale
-        elif spec.kind == "matrix" and matrix_dtype == "BF16":
+        elif spec.kind == "matrix" and matrix_dtype == "I8":
+            scale = tensors[f"{name}_scale"][:, None]
+            np.testing.assert_allclose(tensors[name] * scale, weights[name], rtol=0, atol=0.5001 * scale.max())
+        elif spec.kind in ("matrix", "embedding") and matrix_dtype != "F32":
             np.testing.assert_allclose(to_float32(tensors[name]), weights[name], rtol=2.0**-8, atol=0)
         else:
             np.testing.assert_array_equal(tensors[name], weights[name])

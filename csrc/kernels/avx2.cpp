@@ -31,6 +31,16 @@ struct F16 {
     __builtin_memcpy(full, p, count * sizeof *p);
     return load_bf16(full);
   }
+  BITVLA_INLINE __m256 widen(const int8_t* codes) {
+    const __m128i v = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(codes));
+    return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(v));
+  }
+  BITVLA_INLINE F16 load_int8(const int8_t* p) { return {widen(p), widen(p + 8)}; }
+  BITVLA_INLINE F16 load_int8(const int8_t* p, size_t count) {
+    int8_t full[kLanes] = {};
+    __builtin_memcpy(full, p, count);
+    return load_int8(full);
+  }
   BITVLA_INLINE F16 set(float value) { return {_mm256_set1_ps(value), _mm256_set1_ps(value)}; }
   BITVLA_INLINE F16 from_int(const int32_t* p, int32_t offset) {
     const __m256i o = _mm256_set1_epi32(offset);

@@ -25,6 +25,11 @@ struct F16 {
   BITVLA_INLINE F16 load_bf16(const uint16_t* p, size_t count) {
     return widen(_mm256_maskz_loadu_epi16(first(count), p));
   }
+  BITVLA_INLINE F16 widen(__m128i codes) { return {_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(codes))}; }
+  BITVLA_INLINE F16 load_int8(const int8_t* p) { return widen(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
+  BITVLA_INLINE F16 load_int8(const int8_t* p, size_t count) {
+    return widen(_mm_maskz_loadu_epi8(first(count), p));
+  }
   BITVLA_INLINE F16 set(float value) { return {_mm512_set1_ps(value)}; }
   BITVLA_INLINE F16 from_int(const int32_t* p, int32_t offset) {
     return {_mm512_cvtepi32_ps(_mm512_sub_epi32(_mm512_loadu_si512(p), _mm512_set1_epi32(offset)))};

@@ -213,6 +213,11 @@ BITVLA_INLINE F get(const uint16_t* x, size_t count) {
   return count >= kLanes ? F::load_bf16(x) : F::load_bf16(x, count);
 }
 
+template <class F>
+BITVLA_INLINE F get(const int8_t* x, size_t count) {
+  return count >= kLanes ? F::load_int8(x) : F::load_int8(x, count);
+}
+
 template <class F, class W, int kTokens, int kRows>
 BITVLA_APART void linear_tile(const LinearJob& job, const W* weight, size_t m0, size_t n0) {
   F acc[kTokens][kRows];
@@ -243,6 +248,7 @@ BITVLA_APART void linear_tile(const LinearJob& job, const W* weight, size_t m0, 
     for (int n = 0; n < kRows; ++n) {
       float* out = job.out + (m0 + m) * job.out_stride + n0 + n;
       float y = sum(acc[m][n]);
+      if (job.row_scales) y *= job.row_scales[n0 + n];
       if (job.bias) y += job.bias[n0 + n];
       *out = job.accumulate ? *out + y : y;
     }
@@ -274,6 +280,8 @@ template <class F>
 static void linear(const LinearJob& job, Range rows, Range tokens) {
   if (job.weight) {
     linear_of<F>(job, job.weight, rows, tokens);
+  } else if (job.weight_int8) {
+    linear_of<F>(job, job.weight_int8, rows, tokens);
   } else {
     linear_of<F>(job, job.weight_bf16, rows, tokens);
   }

@@ -65,12 +65,15 @@ struct TernaryJob {
   size_t raw_stride;
 };
 
-// out = x @ weight.T + bias with weight[rows][cols] as float32 or, where that is null, as bfloat16.
+// out = x @ weight.T + bias with weight[rows][cols] as float32, as bfloat16, or as int8 times a scale for each row:
+// whichever is not null.
 struct LinearJob {
   const float* x;
   size_t x_stride;
   const float* weight;
   const uint16_t* weight_bf16;
+  const int8_t* weight_int8;
+  const float* row_scales;
   size_t rows, cols;
   const float* bias;
   bool accumulate;
@@ -86,6 +89,7 @@ struct RopeJob {
   size_t start;
 };
 
+// out may be q: a task copies its queries before it writes their answers.
 struct AttentionJob {
   const float *q, *k, *v;
   size_t q_stride, k_stride, v_stride;

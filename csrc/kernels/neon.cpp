@@ -29,6 +29,17 @@ struct F16 {
     for (size_t i = 0; i < count; ++i) full[i] = p[i];
     return load_bf16(full);
   }
+  BITVLA_INLINE F16 load_int8(const int8_t* p) {
+    const int8x16_t v = vld1q_s8(p);
+    const int16x8_t low = vmovl_s8(vget_low_s8(v)), high = vmovl_s8(vget_high_s8(v));
+    return {{vcvtq_f32_s32(vmovl_s16(vget_low_s16(low))), vcvtq_f32_s32(vmovl_s16(vget_high_s16(low))),
+             vcvtq_f32_s32(vmovl_s16(vget_low_s16(high))), vcvtq_f32_s32(vmovl_s16(vget_high_s16(high)))}};
+  }
+  BITVLA_INLINE F16 load_int8(const int8_t* p, size_t count) {
+    int8_t full[kLanes] = {};
+    for (size_t i = 0; i < count; ++i) full[i] = p[i];
+    return load_int8(full);
+  }
   BITVLA_INLINE F16 set(float value) {
     const float32x4_t x = vdupq_n_f32(value);
     return {{x, x, x, x}};

@@ -15,6 +15,11 @@ struct F16 {
     for (size_t i = 0; i < kLanes; ++i) x.v[i] = i < count ? p[i] : 0.0f;
     return x;
   }
+  static F16 load_int8(const int8_t* p, size_t count = kLanes) {
+    F16 x;
+    for (size_t i = 0; i < kLanes; ++i) x.v[i] = i < count ? static_cast<float>(p[i]) : 0.0f;
+    return x;
+  }
   static F16 load_bf16(const uint16_t* p, size_t count = kLanes) {
     F16 x;
     for (size_t i = 0; i < kLanes; ++i) {

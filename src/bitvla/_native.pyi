@@ -61,8 +61,15 @@ def ternary_linear(
 ) -> None:
     """out = float(product) * (weight_scale * scales) + bias, or added to `out`; each step rounded to float32."""
 
-def linear(x: _Floats, weight: NDArray[Any], bias: _Floats | None, out: _Floats, accumulate: bool = False) -> None:
-    """x @ weight.T + bias; `weight` (N, K) is float32, or bfloat16 as uint16."""
+def linear(
+    x: _Floats,
+    weight: NDArray[Any],
+    bias: _Floats | None,
+    out: _Floats,
+    accumulate: bool = False,
+    row_scales: _Floats | None = None,
+) -> None:
+    """x @ weight.T + bias; `weight` (N, K) is float32, bfloat16 as uint16, or int8 with `row_scales` (N,)."""
 
 def attention(
     q: _Floats, k: _Floats, v: _Floats, heads: int, kv_heads: int, scale: float, causal: bool, out: _Floats

@@ -3,7 +3,7 @@
     8 bytes   length of the header, little endian
     header    JSON: every tensor's dtype, shape and place; `__metadata__` holds the policy's document (config,
               tokenizer, golden instructions, provenance) and a SHA-256 over document, layout and data
-    data      packed ternary weights first, each block 64-byte aligned, then float32, bfloat16, images
+    data      packed ternary weights first, each block 64-byte aligned, then float32, bfloat16, int8, images
 
 Weights are used in place from the memory map. `tensor_specs` is the one list of what a policy holds; packing,
 loading and inspection all follow it. The file is read with our own bounded parser, since a file may be damaged; it
@@ -16,11 +16,12 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import math
+import mmap
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, BinaryIO, Literal, NamedTuple
 
 import msgspec
 import numpy as np
@@ -35,19 +36,25 @@ DIGEST_AT_LOAD = 64 << 20  # files up to this size are hashed whenever they are 
 
 _ALIGNMENT = 64
 _MAX_HEADER = 100 << 20  # the limit of the safetensors format itself
-_DTYPES: dict[str, np.dtype[Any]] = {"U8": np.dtype(np.uint8), "F32": np.dtype("<f4"), "BF16": np.dtype("<u2")}
+_DTYPES: dict[str, np.dtype[Any]] = {
+    "U8": np.dtype(np.uint8),
+    "I8": np.dtype(np.int8),
+    "F32": np.dtype("<f4"),
+    "BF16": np.dtype("<u2"),
+}
 
-MatrixDtype = Literal["F32", "BF16"]
+MatrixDtype = Literal["F32", "BF16", "I8"]
 
 
 class TensorSpec(NamedTuple):
     """What a tensor is and its shape in a training checkpoint.
 
-    ternary: a quantised linear layer. matrix: a full-precision linear layer or embedding, float32 or bfloat16 by
-    choice. vector: norms, biases, positions, always float32.
+    ternary: a quantised linear layer. matrix: a linear layer that training keeps in full precision (connector,
+    projector, head), stored by choice as float32, as bfloat16, or as int8 codes with a scale a row. embedding: of
+    tokens or patches, float32 with float32 matrices, else bfloat16. vector: norms, biases, positions, always float32.
     """
 
-    kind: Literal["ternary", "matrix", "vector"]
+    kind: Literal["ternary", "matrix", "embedding", "vector"]
     shape: tuple[int, ...]
 
 
@@ -75,16 +82,30 @@ class Document(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
 @dataclass(frozen=True)
 class Bundle:
-    """A policy in memory. Tensors by name; bfloat16 is seen as uint16. `sha256` identifies the policy."""
+    """A policy in memory. Tensors by name; bfloat16 is seen as uint16. `sha256` identifies the policy.
+
+    One that was read from a file keeps it open; `offsets` says where in it each tensor begins.
+    """
 
     document: Document
     tensors: Mapping[str, NDArray[Any]]
     sha256: str
     path: Path | None = None
+    file: BinaryIO | None = None
+    offsets: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def config(self) -> PolicyConfig:
         return self.document.config
+
+    def rows(self, name: str, indices: NDArray[np.int64]) -> NDArray[np.float32]:
+        """Rows of a matrix, float32 (n, columns); read beside the map, which would make far more of it resident."""
+        table = self.tensors[name]
+        if self.file is None:
+            return to_float32(table[indices])
+        size = table.shape[1] * table.itemsize
+        rows = [os.pread(self.file.fileno(), size, self.offsets[name] + int(index) * size) for index in indices]
+        return to_float32(np.frombuffer(b"".join(rows), dtype=table.dtype).reshape(len(indices), -1))
 
 
 def tensor_specs(config: PolicyConfig) -> dict[str, TensorSpec]:
@@ -102,7 +123,7 @@ def vision_specs(vision: VisionConfig, hidden: int) -> dict[str, TensorSpec]:
     tower = "vision_tower.vision_model."
     specs = {
         f"{tower}embeddings.patch_embedding.weight": TensorSpec(
-            "matrix", (width, 3, vision.patch_size, vision.patch_size)
+            "embedding", (width, 3, vision.patch_size, vision.patch_size)
         ),
         f"{tower}embeddings.patch_embedding.bias": TensorSpec("vector", (width,)),
         f"{tower}embeddings.position_embedding.weight": TensorSpec("vector", (vision.num_patches, width)),
@@ -124,7 +145,7 @@ def decoder_specs(language: LanguageConfig) -> dict[str, TensorSpec]:
     """The tensors of the decoder with its embedding, without a language head."""
     hidden = language.hidden_size
     key_size, inner = language.num_kv_heads * language.head_dim, language.intermediate_size
-    specs = {"language_model.model.embed_tokens.weight": TensorSpec("matrix", (language.vocab_size, hidden))}
+    specs = {"language_model.model.embed_tokens.weight": TensorSpec("embedding", (language.vocab_size, hidden))}
     for index in range(language.num_layers):
         layer = f"language_model.model.layers.{index}."
         specs |= {
@@ -167,14 +188,17 @@ def _linear(name: str, rows: int, columns: int, kind: Literal["ternary", "matrix
 def stored_tensors(document: Document) -> dict[str, Stored]:
     """Every tensor of a policy file in the order of its data: name -> dtype and shape."""
     config = document.config
-    groups: tuple[dict[str, Stored], ...] = ({}, {}, {}, {})
-    packed, floats, halves, images = groups
+    groups: tuple[dict[str, Stored], ...] = ({}, {}, {}, {}, {})
+    packed, floats, halves, codes, images = groups
     for name, spec in tensor_specs(config).items():
         if spec.kind == "ternary":
             rows, columns = spec.shape
             packed[name] = Stored("U8", (padded(rows) // BLOCK, padded(columns) // BLOCK, 64))
             floats[f"{name}_scale"] = Stored("F32", (1,))
-        elif spec.kind == "matrix" and document.matrix_dtype == "BF16":
+        elif spec.kind == "matrix" and document.matrix_dtype == "I8":
+            codes[name] = Stored("I8", spec.shape)
+            floats[f"{name}_scale"] = Stored("F32", spec.shape[:1])
+        elif spec.kind in ("matrix", "embedding") and document.matrix_dtype != "F32":
             halves[name] = Stored("BF16", spec.shape)
         else:
             floats[name] = Stored("F32", spec.shape)
@@ -253,7 +277,7 @@ def read(path: Path, *, digest: bool | None = None) -> Bundle:
     version of the format.
     """
     path = Path(path)
-    data = _map(path)
+    file, data = _open(path)
     text, claimed, entries, start = _parse_header(path, data)
     document = _parse_document(path, text, len(entries))
     _check_layout(path, document, entries, len(data) - start)
@@ -266,17 +290,20 @@ def read(path: Path, *, digest: bool | None = None) -> Bundle:
         for name, entry in entries.items()
     }
     _check_scales(path, tensors)
-    return Bundle(document, tensors, claimed, path)
+    offsets = {name: start + entry["data_offsets"][0] for name, entry in entries.items()}
+    return Bundle(document, tensors, claimed, path, file, offsets)
 
 
-def _map(path: Path) -> NDArray[np.uint8]:
+def _open(path: Path) -> tuple[BinaryIO, NDArray[np.uint8]]:
+    """The file and its bytes, mapped."""
     try:
         if path.is_dir():
             raise BitvlaError(f"{path} is a folder; give the policy file in it (for example {path}/policy.safetensors)")
         if path.stat().st_size < 8:
             raise BitvlaError(f"{path} is not a policy file: it has only {path.stat().st_size} bytes")
-        # The plain-array view keeps the map alive and spares the subclass's cost on every slice.
-        return np.asarray(np.memmap(path, mode="r", dtype=np.uint8)).view(np.ndarray)
+        file = path.open("rb", buffering=0)
+        # The array keeps the map alive, and the bundle the file.
+        return file, np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), dtype=np.uint8)
     except OSError as error:
         raise BitvlaError(f"cannot read the policy file {path}: {error.strerror or error}") from None
 
@@ -301,7 +328,7 @@ def _parse_header(path: Path, data: NDArray[np.uint8]) -> tuple[bytes, str, dict
 
 
 class _Entry(msgspec.Struct, forbid_unknown_fields=True):
-    dtype: Literal["U8", "F32", "BF16"]
+    dtype: Literal["U8", "I8", "F32", "BF16"]
     shape: tuple[int, ...]
     data_offsets: tuple[int, int]
 
@@ -363,8 +390,8 @@ def _check_layout(path: Path, document: Document, entries: Mapping[str, Mapping[
 
 def _check_scales(path: Path, tensors: Mapping[str, NDArray[Any]]) -> None:
     for name, tensor in tensors.items():
-        if name.endswith("_scale") and not 0 < tensor[0] < np.inf:
-            raise BitvlaError(f"{path} is damaged: {name} is {tensor[0]}")
+        if name.endswith("_scale") and not (tensor.min() > 0 and tensor.max() < np.inf):
+            raise BitvlaError(f"{path} is damaged: {name} holds {tensor.min()} to {tensor.max()}")
 
 
 def to_bfloat16(values: NDArray[np.float32]) -> NDArray[np.uint16]:

@@ -22,6 +22,7 @@ from bitvla import __version__
 from bitvla.errors import BitvlaError
 
 STAGES = ("finetune", "distill")
+MATRICES: dict[str, Any] = {"float32": "F32", "bfloat16": "BF16", "int8": "I8"}
 GO_ON = "run the same command to go on where it stopped"
 NOTHING_LEFT = "nothing half-written was left behind"
 
@@ -66,6 +67,7 @@ def _pack(args: argparse.Namespace) -> Any:
             round_full_precision=args.round,
             views=args.views,
             statistics=args.statistics,
+            matrix_dtype=MATRICES.get(args.matrices),
             progress=progress,
         )
 
@@ -264,6 +266,11 @@ def _add_making(add: _Add) -> None:
     )
     pack.add_argument(
         "--statistics", metavar="KEY", help="data set in dataset_statistics.json, where that holds several"
+    )
+    pack.add_argument(
+        "--matrices",
+        choices=MATRICES,
+        help="how connector, projector and action head are stored (default: as the checkpoint has them)",
     )
 
     make_checkpoint = add(

@@ -272,8 +272,13 @@ void check_rows(RowOp op, size_t m, size_t k, float size, bool special) {
   }
 }
 
-void check_linear(size_t m, size_t n, size_t k, bool bf16) {
+enum Weights { kFloat32, kBfloat16, kInt8, kWeightKinds };
+
+void check_linear(size_t m, size_t n, size_t k, int kind) {
   const auto x = random_floats(m * k), weight = random_floats(n * k), bias = random_floats(n);
+  const auto row_scales = random_floats(n);
+  Guarded<int8_t> codes(n * k);
+  for (size_t i = 0; i < n * k; ++i) codes[i] = static_cast<int8_t>(rng() % 256);
   Guarded<uint16_t> half(n * k);
   for (size_t i = 0; i < n * k; ++i) {
     half[i] = static_cast<uint16_t>(rng() % 2 << 15 | (100 + rng() % 40) << 7 | rng() % 128);
@@ -285,8 +290,10 @@ void check_linear(size_t m, size_t n, size_t k, bool bf16) {
     LinearJob job{};
     job.x = x.data();
     job.x_stride = k;
-    job.weight = bf16 ? nullptr : weight.data();
-    job.weight_bf16 = bf16 ? half.data() : nullptr;
+    job.weight = kind == kFloat32 ? weight.data() : nullptr;
+    job.weight_bf16 = kind == kBfloat16 ? half.data() : nullptr;
+    job.weight_int8 = kind == kInt8 ? codes.data() : nullptr;
+    job.row_scales = kind == kInt8 ? row_scales.data() : nullptr;
     job.rows = n;
     job.cols = k;
     job.bias = with_bias ? bias.data() : nullptr;
@@ -361,10 +368,11 @@ void check_floats() {
     for (int i = 0; i < 10; ++i) check_rows(op, 2, pick(1, 100), 1.0f, true);
     check_rows(op, 70, 600, 1.0f, false);
   }
-  for (size_t k = 1; k <= 70; ++k) check_linear(pick(1, 9), pick(1, 9), k, k % 2);
-  for (int i = 0; i < 60; ++i) check_linear(pick(1, 30), pick(1, 40), pick(1, 300), i % 2);
-  check_linear(40, 30, 2560, false);
-  check_linear(8, 8, 17920, true);
+  for (size_t k = 1; k <= 70; ++k) check_linear(pick(1, 9), pick(1, 9), k, k % kWeightKinds);
+  for (int i = 0; i < 60; ++i) check_linear(pick(1, 30), pick(1, 40), pick(1, 300), i % kWeightKinds);
+  check_linear(40, 30, 2560, kFloat32);
+  check_linear(8, 8, 17920, kBfloat16);
+  check_linear(8, 8, 17920, kInt8);
   for (size_t dim = 2; dim <= 140; dim += 2) check_rope(pick(1, 5), pick(1, 3), dim);
   for (size_t dim = 1; dim <= 40; ++dim) check_attention(pick(1, 5), pick(5, 40), 1, 2, dim, dim % 2);
   for (size_t dim : {64, 72, 128, 255, 256}) check_attention(5, 150, 1, 2, dim, true);

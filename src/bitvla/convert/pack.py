@@ -35,7 +35,7 @@ from bitvla.convert.training import open_training
 from bitvla.errors import BitvlaError
 from bitvla.processing.vectors import normalize
 from bitvla.quantization import pack as pack_codes
-from bitvla.quantization import ternarize
+from bitvla.quantization import quantize_activations, ternarize
 from bitvla.runtime.policy import Policy
 
 # Full-precision matrices of up to this many bytes are stored as trained. Rounding them to bfloat16 moves activations by
@@ -66,7 +66,8 @@ def pack(
 
     `round_full_precision` accepts a checkpoint trained in full precision and rounds it to ternary without training: an
     ablation, not a good policy. `matrix_dtype` is how full-precision matrices are stored: float32, exactly as trained,
-    or bfloat16, half the size; by default as the checkpoint has them, and float32 up to `EXACT_UP_TO` bytes of them.
+    bfloat16, half the size, or int8, a quarter; by default as the checkpoint has them, and float32 up to `EXACT_UP_TO`
+    bytes of them.
 
     Raises BitvlaError naming what is missing, not finite, wrongly shaped, or too different from PyTorch; `out` is then
     not touched.
@@ -112,7 +113,9 @@ def _open(checkpoint: str | os.PathLike[str], views: int | None, statistics: str
 
 
 def _matrix_dtype(config: PolicyConfig) -> MatrixDtype:
-    values = sum(math.prod(spec.shape) for spec in tensor_specs(config).values() if spec.kind == "matrix")
+    values = sum(
+        math.prod(spec.shape) for spec in tensor_specs(config).values() if spec.kind in ("matrix", "embedding")
+    )
     return "F32" if 4 * values <= EXACT_UP_TO else "BF16"
 
 
@@ -126,16 +129,22 @@ def _pack_tensors(source: Source, matrix_dtype: MatrixDtype, progress: Progress 
             tensors[name] = pack_codes(codes)
             tensors[f"{name}_scale"] = np.array([scale], dtype=np.float32)
         else:
-            tensors[name] = _full_precision(weight, spec, matrix_dtype)
+            tensors |= _full_precision(name, weight, spec, matrix_dtype)
         if progress:
             progress(index + 1, len(specs), name)
     return tensors
 
 
-def _full_precision(weight: NDArray[Any], spec: TensorSpec, matrix_dtype: MatrixDtype) -> NDArray[Any]:
-    if spec.kind == "matrix" and matrix_dtype == "BF16":
-        return weight if weight.dtype == np.uint16 else to_bfloat16(weight)
-    return to_float32(weight)
+def _full_precision(
+    name: str, weight: NDArray[Any], spec: TensorSpec, matrix_dtype: MatrixDtype
+) -> dict[str, NDArray[Any]]:
+    """A tensor that training keeps in full precision, as it is stored."""
+    if spec.kind == "matrix" and matrix_dtype == "I8":
+        codes, scales = quantize_activations(to_float32(weight))  # absmax int8, here for each row of weights
+        return {name: codes, f"{name}_scale": scales}
+    if spec.kind in ("matrix", "embedding") and matrix_dtype != "F32":
+        return {name: weight if weight.dtype == np.uint16 else to_bfloat16(weight)}
+    return {name: to_float32(weight)}
 
 
 def _play_golden(

@@ -8,19 +8,23 @@ and used again, so a call in steady state allocates nothing large. M rows (token
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 import bitvla._native as native
-from bitvla.bundle import Bundle, to_float32
+from bitvla.bundle import Bundle
 from bitvla.errors import BitvlaError
 from bitvla.processing.prompt import Prompt
 from bitvla.quantization import padded
 
 Floats = NDArray[np.float32]
 
+# Tokens that pass the feed-forward part of a layer together: its two wide buffers are the largest of all. Unpacking the
+# weights anew for every block costs less than 2 %.
+FEED_FORWARD_BLOCK = 192
 HEAD_EPSILON = 1e-5  # of the action head's norms: PyTorch's default, which BitVLA uses
 
 
@@ -34,11 +38,23 @@ class Ternary(NamedTuple):
     bias: Floats | None
 
 
+class Norm(NamedTuple):
+    """A LayerNorm."""
+
+    weight: Floats
+    bias: Floats
+
+
 class Linear(NamedTuple):
-    """A full-precision linear layer (float32 or bfloat16) or, by the same name, the gain and bias of a LayerNorm."""
+    """A full-precision linear layer: weights (rows, columns) float32, bfloat16, or int8 with a scale for each row."""
 
     weight: NDArray[Any]
     bias: Floats
+    scales: Floats | None
+
+    def apply(self, x: Floats, out: Floats) -> None:
+        """out (M, rows) = x (M, columns) @ weight.T + bias"""
+        native.linear(x, self.weight, self.bias, out, row_scales=self.scales)
 
 
 class Quantized(NamedTuple):
@@ -53,12 +69,12 @@ class Quantized(NamedTuple):
 
 
 class VisionLayer(NamedTuple):
-    layer_norm1: Linear
+    layer_norm1: Norm
     q_proj: Ternary
     k_proj: Ternary
     v_proj: Ternary
     out_proj: Ternary
-    layer_norm2: Linear
+    layer_norm2: Norm
     fc1: Ternary
     fc2: Ternary
 
@@ -82,32 +98,11 @@ class Plan(NamedTuple):
 
     length: int
     text_positions: NDArray[np.int64]
-    text_ids: NDArray[np.int64]
+    text: Floats  # the embeddings of the tokens at `text_positions`
     image_positions: NDArray[np.int64]
     proprio_positions: NDArray[np.int64]
     slots: slice  # the action slots, which start as zeros
     answers: slice  # the positions whose final states the action head reads
-
-
-def plan(prompt: Prompt, instruction: str, num_slots: int, max_positions: int) -> Plan:
-    """The plan for `instruction`; BitvlaError where the instruction is unusable or the sequence too long."""
-    ids = prompt.ids(instruction)
-    length = len(ids)
-    if length > max_positions:
-        raise BitvlaError(f"the sequence has {length} tokens, the policy was built for {max_positions}; shorten it")
-    slots = slice(length - 1 - num_slots, length - 1)
-    is_text = (ids != prompt.image_id) & (ids != prompt.proprio_id)
-    is_text[slots] = False
-    text = np.flatnonzero(is_text)
-    return Plan(
-        length=length,
-        text_positions=text,
-        text_ids=ids[text],
-        image_positions=np.flatnonzero(ids == prompt.image_id),
-        proprio_positions=np.flatnonzero(ids == prompt.proprio_id),
-        slots=slots,
-        answers=prompt.slot_states(length),
-    )
 
 
 class Workspace:
@@ -156,7 +151,10 @@ class Network:
 
         def linear(name: str) -> Linear:
             weight = tensors[f"{name}.weight"]
-            return Linear(weight.reshape(len(weight), -1) if weight.ndim > 1 else weight, tensors[f"{name}.bias"])
+            return Linear(weight.reshape(len(weight), -1), tensors[f"{name}.bias"], tensors.get(f"{name}.weight_scale"))
+
+        def norm(name: str) -> Norm:
+            return Norm(tensors[f"{name}.weight"], tensors[f"{name}.bias"])
 
         def ternary(name: str, rows: int, columns: int) -> Ternary:
             scale = float(tensors[f"{name}.weight_scale"][0])
@@ -168,12 +166,12 @@ class Network:
         self.position_embedding = vector(f"{tower}embeddings.position_embedding.weight")
         self.vision_layers = [
             VisionLayer(
-                layer_norm1=linear(f"{layer}layer_norm1"),
+                layer_norm1=norm(f"{layer}layer_norm1"),
                 q_proj=ternary(f"{layer}self_attn.q_proj", vision.hidden_size, vision.hidden_size),
                 k_proj=ternary(f"{layer}self_attn.k_proj", vision.hidden_size, vision.hidden_size),
                 v_proj=ternary(f"{layer}self_attn.v_proj", vision.hidden_size, vision.hidden_size),
                 out_proj=ternary(f"{layer}self_attn.out_proj", vision.hidden_size, vision.hidden_size),
-                layer_norm2=linear(f"{layer}layer_norm2"),
+                layer_norm2=norm(f"{layer}layer_norm2"),
                 fc1=ternary(f"{layer}mlp.fc1", vision.intermediate_size, vision.hidden_size),
                 fc2=ternary(f"{layer}mlp.fc2", vision.hidden_size, vision.intermediate_size),
             )
@@ -182,7 +180,7 @@ class Network:
         self.connector = [linear(f"multi_modal_projector.linear_{index}") for index in (1, 2)]
 
         hidden, key_size = language.hidden_size, language.num_kv_heads * language.head_dim
-        self.embed_tokens = tensors["language_model.model.embed_tokens.weight"]
+        self._embedding_rows = partial(bundle.rows, "language_model.model.embed_tokens.weight")
         self.decoder_layers = [
             DecoderLayer(
                 input_layernorm=vector(f"{layer}input_layernorm.weight"),
@@ -203,25 +201,43 @@ class Network:
         self.cos, self.sin = rotary_table(language.max_positions, language.head_dim, language.rope_theta)
         self.proprio_projector = [linear(f"proprio_projector.fc{index}") for index in (1, 2)]
         head = "action_head.model."
-        self.head_norms = [linear(f"{head}layer_norm{index}") for index in (1, 2)]
+        self.head_norms = [norm(f"{head}layer_norm{index}") for index in (1, 2)]
         self.head_layers = [linear(f"{head}fc{index}") for index in (1, 2)]
         self.head_blocks = [
-            (linear(f"{head}mlp_resnet_blocks.{index}.ffn.0"), linear(f"{head}mlp_resnet_blocks.{index}.ffn.1"))
+            (norm(f"{head}mlp_resnet_blocks.{index}.ffn.0"), linear(f"{head}mlp_resnet_blocks.{index}.ffn.1"))
             for index in range(config.action.head_blocks)
         ]
+
+    def plan(self, prompt: Prompt, instruction: str) -> Plan:
+        """The plan for `instruction`; BitvlaError where the instruction is unusable or the sequence too long."""
+        ids = prompt.ids(instruction)
+        length, most, slots = len(ids), self.config.language.max_positions, self.config.action.num_slots
+        if length > most:
+            raise BitvlaError(f"the sequence has {length} tokens, the policy was built for {most}; shorten it")
+        is_text = (ids != prompt.image_id) & (ids != prompt.proprio_id)
+        is_text[length - 1 - slots : length - 1] = False
+        text = np.flatnonzero(is_text)
+        return Plan(
+            length=length,
+            text_positions=text,
+            text=self._embedding_rows(ids[text]),
+            image_positions=np.flatnonzero(ids == prompt.image_id),
+            proprio_positions=np.flatnonzero(ids == prompt.proprio_id),
+            slots=slice(length - 1 - slots, length - 1),
+            answers=prompt.slot_states(length),
+        )
 
     def see(self, patches: Floats) -> Floats:
         """Patches of all cameras (cameras * P, 3 * patch**2) -> image tokens (cameras * P, language H)."""
         vision, tokens = self.config.vision, len(patches)
-        size, inner = vision.hidden_size, vision.intermediate_size
+        size = vision.hidden_size
         scale = (size // vision.num_heads) ** -0.5
         x = self.workspace.floats("x", tokens, size)
-        q, k, v, attended = (self.workspace.floats(name, tokens, size) for name in ("q", "k", "v", "attended"))
-        up = self.workspace.floats("up", tokens, inner)
-        narrow, wide = self.workspace.quantized(tokens, size), self.workspace.quantized(tokens, inner)
+        q, k, v = (self.workspace.floats(name, tokens, size) for name in ("q", "k", "v"))
+        narrow = self.workspace.quantized(tokens, size)
         views = [slice(start, start + vision.num_patches) for start in range(0, tokens, vision.num_patches)]
 
-        native.linear(patches, self.patch_embedding.weight, self.patch_embedding.bias, x)
+        self.patch_embedding.apply(patches, x)
         for view in views:
             x[view] += self.position_embedding
         self._recorded("vision.0", x)
@@ -230,30 +246,36 @@ class Network:
             for projection, out in ((layer.q_proj, q), (layer.k_proj, k), (layer.v_proj, v)):
                 _ternary(narrow, projection, out)
             for view in views:  # cameras do not see each other
-                native.attention(
-                    q[view], k[view], v[view], vision.num_heads, vision.num_heads, scale, False, attended[view]
-                )
-            native.quantize(attended, *narrow)
+                native.attention(q[view], k[view], v[view], vision.num_heads, vision.num_heads, scale, False, q[view])
+            native.quantize(q, *narrow)
             _ternary(narrow, layer.out_proj, x, accumulate=True)
-            _layer_norm_quantize(x, layer.layer_norm2, vision.layer_norm_eps, narrow)
-            _ternary(narrow, layer.fc1, up)
-            native.gelu_quantize(up, True, *wide)
-            _ternary(wide, layer.fc2, x, accumulate=True)
+            for start in range(0, tokens, FEED_FORWARD_BLOCK):
+                self._vision_feed_forward(x[start : start + FEED_FORWARD_BLOCK], layer)
             self._recorded(f"vision.{index + 1}", x)
-        features = self._gelu_mlp(x, self.connector, "features")
+        features = self._gelu_mlp(x, self.connector, "up")  # a buffer that is free until the first decoder layer
         self._recorded("connector", features)
         return features
+
+    def _vision_feed_forward(self, x: Floats, layer: VisionLayer) -> None:
+        """Add the feed-forward part of a vision layer to a block of tokens (M, H)."""
+        vision, tokens = self.config.vision, len(x)
+        up = self.workspace.floats("up", tokens, vision.intermediate_size)
+        narrow = self.workspace.quantized(tokens, vision.hidden_size)
+        _layer_norm_quantize(x, layer.layer_norm2, vision.layer_norm_eps, narrow)
+        _ternary(narrow, layer.fc1, up)
+        wide = self.workspace.quantized(tokens, vision.intermediate_size)  # over the narrow codes, which are used up
+        native.gelu_quantize(up, True, *wide)
+        _ternary(wide, layer.fc2, x, accumulate=True)
 
     def think(self, sequence: Plan, features: Floats, state: Floats) -> Floats:
         """Image tokens and a normalised state (state_dim,) -> final hidden states at the answers (slots, H)."""
         language, length = self.config.language, sequence.length
-        hidden, head_dim, inner = language.hidden_size, language.head_dim, language.intermediate_size
+        hidden, head_dim = language.hidden_size, language.head_dim
         scale, eps = head_dim**-0.5, language.rms_norm_eps
         x = self._embed(sequence, features, state)
-        q, attended = (self.workspace.floats(name, length, hidden) for name in ("q", "attended"))
+        q = self.workspace.floats("q", length, hidden)
         k, v = (self.workspace.floats(name, length, language.num_kv_heads * head_dim) for name in ("k", "v"))
-        gate, up = (self.workspace.floats(name, length, inner) for name in ("gate", "up"))
-        narrow, wide = self.workspace.quantized(length, hidden), self.workspace.quantized(length, inner)
+        narrow = self.workspace.quantized(length, hidden)
 
         self._recorded("decoder.0", x)
         rows = slice(0, length)
@@ -264,27 +286,37 @@ class Network:
             native.rope(k, self.cos, self.sin, 0, language.num_kv_heads)
             if layer is self.decoder_layers[-1]:  # from here on only the answers are needed
                 rows = sequence.answers
-                x, q, attended, gate, up = x[rows], q[rows], attended[rows], gate[rows], up[rows]
+                x, q = x[rows], q[rows]
             _ternary(narrow.rows(rows), layer.q_proj, q)
             native.rope(q, self.cos, self.sin, rows.start, language.num_heads)
-            narrow, wide = narrow.rows(slice(0, len(x))), wide.rows(slice(0, len(x)))
+            narrow = narrow.rows(slice(0, len(x)))
             seen = length if language.bidirectional else rows.stop  # a causal query is the last that its keys serve
-            native.attention(
+            native.attention(  # in place: every block of queries is copied before its answers are written
                 q, k[:seen], v[:seen], language.num_heads, language.num_kv_heads, scale,
-                not language.bidirectional, attended,
+                not language.bidirectional, q,
             )  # fmt: skip
-            native.rms_norm_quantize(attended, layer.attn_sub_norm, eps, *narrow)
+            native.rms_norm_quantize(q, layer.attn_sub_norm, eps, *narrow)
             _ternary(narrow, layer.o_proj, x, accumulate=True)
-            native.rms_norm_quantize(x, layer.post_attention_layernorm, eps, *narrow)
-            _ternary(narrow, layer.gate_proj, gate)
-            _ternary(narrow, layer.up_proj, up)
-            native.relu2_gate_norm_quantize(gate, up, layer.ffn_sub_norm, eps, *wide)
-            _ternary(wide, layer.down_proj, x, accumulate=True)
+            for start in range(0, len(x), FEED_FORWARD_BLOCK):
+                self._feed_forward(x[start : start + FEED_FORWARD_BLOCK], layer)
             self._recorded(f"decoder.{index + 1}", x)
         answers = self.workspace.floats("answers", len(x), hidden)
         native.rms_norm(x, self.norm, eps, answers)
         self._recorded("answers", answers)
         return answers
+
+    def _feed_forward(self, x: Floats, layer: DecoderLayer) -> None:
+        """Add the feed-forward part of a decoder layer to a block of tokens (M, H)."""
+        language, tokens = self.config.language, len(x)
+        eps, inner = language.rms_norm_eps, language.intermediate_size
+        gate, up = (self.workspace.floats(name, tokens, inner) for name in ("gate", "up"))
+        narrow = self.workspace.quantized(tokens, language.hidden_size)
+        native.rms_norm_quantize(x, layer.post_attention_layernorm, eps, *narrow)
+        _ternary(narrow, layer.gate_proj, gate)
+        _ternary(narrow, layer.up_proj, up)
+        wide = self.workspace.quantized(tokens, inner)  # over the narrow codes, which are used up
+        native.relu2_gate_norm_quantize(gate, up, layer.ffn_sub_norm, eps, *wide)
+        _ternary(wide, layer.down_proj, x, accumulate=True)
 
     def act(self, answers: Floats) -> Floats:
         """Final hidden states (slots, H) -> normalised actions (horizon, dim), a new array."""
@@ -296,21 +328,21 @@ class Network:
             self.workspace.floats(name, action.horizon, width) for name in ("head.h", "head.normed", "head.change")
         )
         native.layer_norm(x, *self.head_norms[0], HEAD_EPSILON, first)
-        native.linear(first, *self.head_layers[0], h)
+        self.head_layers[0].apply(first, h)
         native.relu(h, h)
         for norm, layer in self.head_blocks:
             native.layer_norm(h, *norm, HEAD_EPSILON, normed)
-            native.linear(normed, *layer, change)
+            layer.apply(normed, change)
             native.relu(change, change)
             h += change
         native.layer_norm(h, *self.head_norms[1], HEAD_EPSILON, normed)
         actions = np.empty((action.horizon, action.dim), dtype=np.float32)
-        native.linear(normed, *self.head_layers[1], actions)
+        self.head_layers[1].apply(normed, actions)
         return actions
 
     def _embed(self, sequence: Plan, features: Floats, state: Floats) -> Floats:
         x = self.workspace.floats("x", sequence.length, self.config.language.hidden_size)
-        x[sequence.text_positions] = to_float32(self.embed_tokens[sequence.text_ids])
+        x[sequence.text_positions] = sequence.text
         x[sequence.image_positions] = features
         x[sequence.proprio_positions] = self._gelu_mlp(state[None], self.proprio_projector, "proprio")
         x[sequence.slots] = 0
@@ -319,10 +351,10 @@ class Network:
     def _gelu_mlp(self, x: Floats, layers: list[Linear], name: str) -> Floats:
         """Two linear layers with an exact GELU between them, written to the buffer `name`."""
         rows, size = len(x), self.config.language.hidden_size
-        between, out = self.workspace.floats("between", rows, size), self.workspace.floats(name, rows, size)
-        native.linear(x, *layers[0], between)
+        between, out = self.workspace.floats("gate", rows, size), self.workspace.floats(name, rows, size)
+        layers[0].apply(x, between)
         native.gelu(between, False, between)
-        native.linear(between, *layers[1], out)
+        layers[1].apply(between, out)
         return out
 
     def _recorded(self, name: str, values: NDArray[Any]) -> None:
@@ -330,7 +362,7 @@ class Network:
             self.record(name, values.copy())
 
 
-def _layer_norm_quantize(x: Floats, norm: Linear, eps: float, out: Quantized) -> None:
+def _layer_norm_quantize(x: Floats, norm: Norm, eps: float, out: Quantized) -> None:
     native.layer_norm_quantize(x, norm.weight, norm.bias, eps, *out)
 
 

@@ -19,11 +19,15 @@ from bitvla.processing.observation import check_observation
 from bitvla.processing.prompt import Prompt
 from bitvla.processing.vectors import normalize, robot_actions
 from bitvla.runtime.inspect import bytes_by_part
-from bitvla.runtime.network import Network, Plan, plan
+from bitvla.runtime.machine import give_back_memory
+from bitvla.runtime.network import Network, Plan
 from bitvla.runtime.selftest import choose_isa
 
 PARTS = ("preprocess", "vision", "decoder", "head")
 
+# Characters of a tokenizer that stays in memory. A larger one is read again for every new instruction: that of Llama 3
+# takes half a second, and 100 MB if it stayed.
+TOKENIZER_KEPT = 1 << 20
 _MAX_PLANS = 256  # instructions whose token ids are remembered
 
 
@@ -36,7 +40,8 @@ class Policy:
     def __init__(self, bundle: Bundle) -> None:
         self.bundle = bundle
         self.config = bundle.config
-        self.prompt = Prompt(self.config, parse_tokenizer(bundle.document.tokenizer))
+        self._prompt: Prompt | None = self._read_prompt()  # now, so that a wrong tokenizer is refused at load
+        self._release_prompt()
         self.network = Network(bundle)
         self.isa = choose_isa(self.network)
         self.timings = dict.fromkeys(PARTS, 0.0)
@@ -112,12 +117,22 @@ class Policy:
         """Where everything stands in the sequence for `instruction`, remembered from call to call."""
         known = self._plans.get(instruction) if isinstance(instruction, str) else None
         if known is None:
-            slots, positions = self.config.action.num_slots, self.config.language.max_positions
-            known = plan(self.prompt, instruction, slots, positions)
+            prompt = self._prompt or self._read_prompt()
+            known = self.network.plan(prompt, instruction)
+            del prompt
+            self._release_prompt()
             if len(self._plans) >= _MAX_PLANS:
                 self._plans.clear()
             self._plans[instruction] = known
         return known
+
+    def _read_prompt(self) -> Prompt:
+        return Prompt(self.config, parse_tokenizer(self.bundle.document.tokenizer))
+
+    def _release_prompt(self) -> None:
+        if len(self.bundle.document.tokenizer) > TOKENIZER_KEPT:
+            self._prompt = None
+            give_back_memory()
 
 
 def parse_tokenizer(text: str) -> Tokenizer:

@@ -68,7 +68,7 @@ def _results(network: Network) -> Iterator[tuple[str, NDArray[Any]]]:
     first = network.head_layers[0]
     x = _floats(random, first.weight.shape[1])
     out = np.zeros((TOKENS, len(first.weight)), np.float32)
-    native.linear(x, *first, out)
+    native.linear(x, first.weight, first.bias, out, row_scales=first.scales)
     yield "linear", out
 
 
