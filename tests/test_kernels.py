@@ -263,6 +263,8 @@ def test_attention(isa: str, tokens: int, keys: int, heads: int, kv_heads: int, 
     exact = exact_attention(q, k, v, heads, kv_heads, scale, causal)
     assert np.abs(out[:, : heads * dim] - exact).max() <= bound
     assert np.all(out[:, heads * dim :] == 7)
+    native.attention(q, k, v, heads, kv_heads, scale, causal, q)  # in place
+    np.testing.assert_array_equal(q, out[:, : heads * dim])
 
 
 def test_attention_with_huge_scores_is_finite(isa: str) -> None:
