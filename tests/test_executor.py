@@ -132,7 +132,7 @@ class Bench:
         policy: Any = None,
         **more: Any,
     ) -> None:
-        kept = {name: more.pop(name) for name in ("log", "guard") if name in more}
+        kept = {name: more.pop(name) for name in ("log", "guard", "plan") if name in more}
         settings = {"control_hz": 20.0, "actions": KINDS, "warmup_calls": 1, "max_hold_s": 100.0, "slowest": 1.0}
         self.settings = Settings(**{**settings, **more})
         self.clock = SimulatedClock()
@@ -243,6 +243,17 @@ def test_a_policy_without_prefix_cannot_be_conditioned() -> None:
         Bench([100 * MS], joining=RealTimeChunking(), policy=Numbered(8)).run()
     with pytest.raises(BitvlaError, match=r"would freeze 2 actions .* up to 1"):
         Bench([100 * MS], joining=RealTimeChunking(), policy=Numbered(8, max_prefix=1)).run()
+
+
+def test_a_plan_can_be_used_again() -> None:
+    plan = Bench([MS, 90 * MS]).run().plan
+    again = Bench([90 * MS], plan=plan)
+    summary = again.run(40)
+    assert (summary.plan, summary.played, summary.held) == (plan, 40, 0)
+    assert again.worker.submitted[0].step == 0
+    assert len(again.worker.submitted) <= 11  # none to measure
+    with pytest.raises(BitvlaError, match=r"needs \(8, 3\)"):
+        Bench([90 * MS], plan=plan, horizon=9).run()
 
 
 # -- supply ------------------------------------------------------------------------------

@@ -213,6 +213,7 @@ class Executor:
         policy: anything with `act(observation) -> float (horizon, dim)` and `reset()`, local or remote.
         guard: looks at every observation and every action before the robot does.
         log: JSON lines: settings and plan, every chunk, every step, the summary.
+        plan: of an earlier run with the same policy and settings; then nothing is measured again.
         clock, worker: another time, another place to compute; for simulations and tests.
 
     Raises:
@@ -227,11 +228,13 @@ class Executor:
         *,
         guard: Guard | None = None,
         log: str | Path | None = None,
+        plan: Plan | None = None,
         clock: Clock | None = None,
         worker: Worker | None = None,
     ) -> None:
         self._policy, self._robot, self._guard = policy, robot, guard
         self._settings = check(settings)
+        self._plan = plan
         self._clock = clock or RealClock()
         self._worker = worker or ThreadWorker(policy, self._clock)
         self._journal = _Journal(Path(log) if log else None, settings)
@@ -258,8 +261,8 @@ class Executor:
             raise BitvlaError("this executor has had its run; make a new one")
         ended = "error"
         try:
-            plan = self._prepare()
-            ended = self._play(steps, plan)
+            self._prepare()
+            ended = self._play(steps)
         except BaseException as error:
             ended = f"{type(error).__name__}: {error}".removeprefix("BitvlaError: ").rstrip(": ")
             raise
@@ -275,25 +278,29 @@ class Executor:
 
     # -- before the start ----------------------------------------------------------------
 
-    def _prepare(self) -> Plan:
-        """Call the policy as the run will, measure, prove."""
+    def _prepare(self) -> None:
+        """Find the plan, and get everything ready that depends on it."""
         self._policy.reset()
-        latencies, shape = [], (0, 0)
+        plan = self._plan
+        if plan is None:
+            plan = self._measure()
+            self._policy.reset()
+        self._shape = (plan.horizon, len(self._settings.actions))
+        self._pace = Pace(self._settings, plan)
+        self._timeline = Timeline(self._settings.joining, plan.replan if self._settings.synchronous else plan.horizon)
+        self._journal.begin(plan, self._clock.now())
+
+    def _measure(self) -> Plan:
+        """Call the policy as the run will, and prove that it answers fast enough."""
+        latencies, horizon = [], 0
         for _ in range(self._settings.warmup_calls + 1):
             now = self._clock.now()
             asked = self._submit(now, self._robot.observe(), None)
             answer = self._wait_for_answer(asked)
-            shape = _checked(answer.value, None, len(self._settings.actions)).shape
+            horizon = len(_checked(answer.value, None, len(self._settings.actions)))
             latencies.append(answer.finished - asked.observed)
-        self._policy.reset()
         # The first call also loads and allocates; no call of the run is like it.
-        plan = prove(self._settings, shape[0], latencies[1:], getattr(self._policy, "max_prefix", 0))
-        self._pace = Pace(self._settings, plan)
-        self._shape = shape
-        self._timeline = Timeline(self._settings.joining, plan.replan if self._settings.synchronous else plan.horizon)
-        self._pending = None
-        self._journal.begin(plan, self._clock.now())
-        return plan
+        return prove(self._settings, horizon, latencies[1:], getattr(self._policy, "max_prefix", 0))
 
     def _wait_for_answer(self, asked: Request) -> Answer:
         while (answer := self._worker.take()) is None:
@@ -305,7 +312,7 @@ class Executor:
 
     # -- the control loop ----------------------------------------------------------------
 
-    def _play(self, steps: int | None, plan: Plan) -> str:
+    def _play(self, steps: int | None) -> str:
         due = self._clock.now()
         while not self._stop.is_set():
             if steps is not None and self._step >= steps:

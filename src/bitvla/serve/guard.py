@@ -203,15 +203,18 @@ class _Motion:
             self._place = min(max(value, self._low), self._high)
             return self._place, "" if self._place == value else "workspace"
         place = self._place or 0.0
-        wanted = value - place if self._absolute else value
-        v, rule = self._within_speed_and_jerk(wanted)
+        origin = place if self._absolute else 0.0  # the command that stands still
+        v, rule = self._within_speed_and_jerk(value - origin)
+        command = origin + v if rule else value
         # Outside already (pushed, or started there): only the way back is open.
-        inside = min(max(v, min(self._low - place, 0.0)), max(self._high - place, 0.0))
-        stopped = inside != v
-        v, rule = (inside, "workspace") if stopped else (v, rule)
-        command = value if not rule else place + v if self._absolute else v
-        command = command if not rule else _toward(command, place if self._absolute else 0.0)
-        v = command - place if self._absolute else command
+        if self._absolute:
+            low, high = min(self._low, place), max(self._high, place)
+        else:
+            low, high = min(self._low - place, 0.0), max(self._high - place, 0.0)
+        stopped = not low <= command <= high
+        command, rule = (min(max(command, low), high), "workspace") if stopped else (command, rule)
+        command = _toward(command, origin) if rule else command
+        v = command - origin
         self._a = 0.0 if stopped else v - self._v
         self._v, self.moving = v, abs(v) > 0
         if self._place is not None:
