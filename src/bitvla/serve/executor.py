@@ -307,7 +307,7 @@ class Executor:
             now = self._clock.now()
             if now - asked.observed > WARMUP_SECONDS * SECOND:
                 raise BitvlaError(f"the policy has not answered its first calls within {WARMUP_SECONDS} s")
-            self._clock.wait_until(now + self._settings.period)
+            self._clock.wait_until(now + SECOND // 1000)
         return answer
 
     # -- the control loop ----------------------------------------------------------------
