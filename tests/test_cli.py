@@ -23,7 +23,8 @@ import pytest
 from bitvla import cli
 from bitvla.errors import BitvlaError
 
-COMMANDS = ["record", "train", "pack", "demo", "eval", "compare", "report", "verify", "inspect", "bench", "doctor"]
+COMMANDS = ["record", "train", "pack", "demo", "eval", "compare", "report", "serve"]
+COMMANDS += ["verify", "inspect", "bench", "doctor"]
 RESUMABLE = ["record", "train", "eval"]
 
 
