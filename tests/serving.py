@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import sys
 import threading
+import types
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 from numpy.typing import NDArray
 
 import bitvla
@@ -21,6 +25,7 @@ from bitvla.runtime.policy import Policy
 from bitvla.serve.app import Running, running
 from bitvla.serve.options import Options
 
+HELPERS = "lerobot.async_inference.helpers"
 NANO = Path(bitvla.__file__).parent / "policies" / "metaworld-mt10-nano.safetensors"
 
 
@@ -143,3 +148,38 @@ def serving(load: Callable[[], Any] = load, ready: bool = True, **options: Any) 
         assert not thread.is_alive(), "the server hangs"
         if isinstance(box[-1], BaseException):
             raise box[-1]
+
+
+def lerobot_messages(monkeypatch: pytest.MonkeyPatch) -> types.ModuleType:
+    """LeRobot's message classes under the names by which pickles know them, fields as in lerobot 0.4."""
+
+    @dataclass
+    class TimedObservation:
+        timestamp: float
+        timestep: int
+        observation: dict[str, Any]
+        must_go: bool = False
+
+    @dataclass
+    class TimedAction:
+        timestamp: float
+        timestep: int
+        action: Any
+
+    @dataclass
+    class RemotePolicyConfig:
+        policy_type: str
+        pretrained_name_or_path: str
+        lerobot_features: dict[str, Any]
+        actions_per_chunk: int
+        device: str = "cpu"
+        rename_map: dict[str, str] = field(default_factory=dict)
+
+    module: Any = types.ModuleType(HELPERS)
+    for kind in (TimedObservation, TimedAction, RemotePolicyConfig):
+        kind.__module__, kind.__qualname__ = HELPERS, kind.__name__
+        setattr(module, kind.__name__, kind)
+    for name in ("lerobot", "lerobot.async_inference"):
+        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+    monkeypatch.setitem(sys.modules, HELPERS, module)
+    return module

@@ -126,6 +126,10 @@ async def running(load: Callable[[], Policy], options: Options) -> AsyncIterator
 
 def _dialect(engine: Engine, config: PolicyConfig, options: Options, stop: Callable[[], None]) -> Dialect:
     """Made by its module, which alone needs its library."""
+    if options.protocol == "lerobot":
+        from bitvla.serve.lerobot import LeRobot
+
+        return LeRobot(engine, config, options)
     from bitvla.serve.openpi import OpenPi
 
     return OpenPi(engine, config, options)

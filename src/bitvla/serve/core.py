@@ -25,7 +25,7 @@ from bitvla.errors import BitvlaError
 from bitvla.serve.telemetry import Metrics, log
 
 Observation = dict[str, Any]
-_IDLE_SECONDS = 60.0  # after which a robot that has no connection to lose may lose its session to another
+_IDLE_SECONDS = 5.0  # after which a robot that has no connection to lose may lose its session to another
 
 
 class Policy(Protocol):
@@ -77,14 +77,18 @@ class Session:
             UnavailableError: the server stops.
             BitvlaError: the policy refused the observation.
         """
-        self.used = time.monotonic()
+        self.touch()
         request = _Request(observation, self.used, asyncio.get_running_loop().create_future())
         self._engine.enqueue(self, request)
         return await request.answer
 
+    def touch(self) -> None:
+        """A sign of life."""
+        self.used = time.monotonic()
+
     def reset(self) -> None:
         """Begin a new episode: an observation of the last one that still waits is not answered."""
-        self.used = time.monotonic()
+        self.touch()
         if self._waiting:
             self._give_up(SupersededError("the session was reset before this observation's turn came"))
 

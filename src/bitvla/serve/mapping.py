@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from bitvla.config import PolicyConfig
 from bitvla.errors import BitvlaError
@@ -80,10 +81,13 @@ class KeyMap:
         if self._turn:
             # The openpi LIBERO client turns its images upright; this policy expects them as the simulator draws them.
             images = {camera: _turned(image) for camera, image in images.items()}
+        instruction = flat[chosen["instruction"][0]]
+        if not isinstance(instruction, str):
+            raise BitvlaError(f"the instruction is a {type(instruction).__name__}, not text")
         return {
             "images": images,
             "state": _joined([flat[key] for key in chosen["state"]]),
-            "instruction": flat[chosen["instruction"][0]],
+            "instruction": instruction,
         }
 
 
@@ -151,11 +155,10 @@ def _turned(image: object) -> object:
     return image[::-1, ::-1] if isinstance(image, np.ndarray) and image.ndim == 3 else image
 
 
-def _joined(values: list[Any]) -> Any:
-    """One vector of several values; a single one stays as it came, for the policy to check."""
-    if len(values) == 1:
-        return values[0]
+def _joined(values: list[Any]) -> NDArray[np.float32]:
+    """One vector of several values; the shape of a single one stays, for the policy to check."""
     try:
-        return np.concatenate([np.asarray(value, np.float32).reshape(-1) for value in values])
-    except (TypeError, ValueError):
-        raise BitvlaError("a part of the state is not a number or a vector of numbers") from None
+        vectors = [np.asarray(value, np.float32) for value in values]
+    except (TypeError, ValueError, OverflowError):
+        raise BitvlaError("the state, or a part of it, is not a vector of numbers") from None
+    return vectors[0] if len(vectors) == 1 else np.concatenate([vector.reshape(-1) for vector in vectors])
