@@ -32,7 +32,7 @@ from bitvla.serve.mapping import KeyMap
 from bitvla.serve.openpi import NAMING
 from checkpoints import observation as tiny_observation
 from checkpoints import pack_random, tiny_config
-from serving import NANO, Held, Served, config, expected, load, observation, serving
+from serving import NANO, Held, Served, config, expected, load, observation, serving, wait_until
 
 
 @pytest.fixture(scope="module")
@@ -46,13 +46,6 @@ def websocket(server: Served, **options: Any) -> ClientConnection:
     connection = connect(server.url, compression=None, proxy=None, **options).__enter__()
     assert unpack(connection.recv(10))["name"] == config().name
     return connection
-
-
-def wait_until(condition: Any) -> None:
-    deadline = time.monotonic() + 10
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
 
 
 # Answers.

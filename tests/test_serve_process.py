@@ -67,6 +67,13 @@ def test_a_signal_ends_it_well(number: int) -> None:
         assert json.loads(output) == {"requests": {"answered": 1}}
 
 
+@pytest.mark.parametrize("protocol", ["lerobot", "gr00t"])
+def test_every_dialect_starts_and_ends_so(protocol: str) -> None:
+    with serve("--protocol", protocol, "--http-port", "0") as server:
+        server.event("ready")
+        assert server.end()[0] == 0
+
+
 def test_a_killed_server_is_found_again_by_its_robots() -> None:
     with serve("--protocol", "openpi") as server:
         policy = bitvla.connect(server.url, timeout=30)
@@ -133,9 +140,13 @@ def test_the_token_may_come_from_the_environment(monkeypatch: pytest.MonkeyPatch
 
 
 def test_serving_brings_in_nothing_heavy() -> None:
-    code = "import bitvla.serve.app, bitvla.serve.openpi, sys; print(*{name.split('.')[0] for name in sys.modules})"
+    heavy = {"torch", "transformers", "scipy", "pandas", "pyarrow", "metaworld"}
+    assert not imported("bitvla.serve.app", "bitvla.serve.lerobot", "bitvla.serve.gr00t") & heavy
+    assert not imported("bitvla.serve.app", "bitvla.serve.openpi") & (heavy | {"grpc", "google.protobuf", "zmq"})
+    assert not imported("bitvla.serve.client") & {"prometheus_client", "bitvla._native", "tokenizers", "PIL", "rich"}
+
+
+def imported(*modules: str) -> set[str]:
+    code = f"import sys, {', '.join(modules)}; print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert not set(done.stdout.split()) & {"torch", "pickle5", "scipy", "pandas", "rich", "grpc", "zmq"}
-    code = "import bitvla.serve.client, sys; print(*sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert not set(done.stdout.split()) & {"prometheus_client", "bitvla._native", "tokenizers", "PIL"}
+    return set(done.stdout.split())

@@ -106,9 +106,9 @@ async def running(load: Callable[[], Policy], options: Options) -> AsyncIterator
         try:
             config = await engine.load()
             dialect = _dialect(engine, config, options, server.stop)
+            stack.push_async_callback(dialect.close)
             with _explained(options):
                 server.port = await dialect.listen()
-                stack.push_async_callback(dialect.close)
                 if options.http_port is not None:
                     pages = await serve_pages(Pages(engine, options.token), options.host, options.http_port)
                     stack.push_async_callback(_close_pages, pages)
@@ -130,6 +130,10 @@ def _dialect(engine: Engine, config: PolicyConfig, options: Options, stop: Calla
         from bitvla.serve.lerobot import LeRobot
 
         return LeRobot(engine, config, options)
+    if options.protocol == "gr00t":
+        from bitvla.serve.gr00t import Gr00t
+
+        return Gr00t(engine, config, options, stop)
     from bitvla.serve.openpi import OpenPi
 
     return OpenPi(engine, config, options)
