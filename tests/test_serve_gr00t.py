@@ -287,6 +287,17 @@ def test_a_port_that_is_taken_is_told(served: Served) -> None:
         pass
 
 
+@pytest.mark.parametrize(
+    "array",
+    [np.arange(6.0).reshape(2, 3), np.asfortranarray(np.arange(6).reshape(2, 3)), np.array(3), np.zeros((0, 2), bool)],
+)
+def test_arrays_are_read_as_numpy_reads_them(array: Any) -> None:
+    read = unpack_with(msgpack.packb(array, default=encode), _decode)
+    assert read.dtype == array.dtype
+    assert read.shape == array.shape
+    assert np.array_equal(read, array)
+
+
 NPY = st.binary(max_size=40).map(lambda rest: npy("'<f4'", "(3,)", rest)) | st.binary(max_size=80).map(
     lambda rest: b"\x93NUMPY\x01\x00\x20\x00" + rest
 )
