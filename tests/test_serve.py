@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import os
 import shutil
 import socket
@@ -17,6 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -25,6 +27,7 @@ from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.sync.client import ClientConnection, connect
 
 import bitvla
+from bitvla.config import Camera, PolicyConfig
 from bitvla.errors import BitvlaError
 from bitvla.serve.arrays import pack, unpack
 from bitvla.serve.core import Answer, Engine, SupersededError, UnavailableError
@@ -126,6 +129,53 @@ def test_sixteen_robots_at_once_each_get_their_own_answers(served: Served) -> No
     with ThreadPoolExecutor(16) as robots:
         assert all(robots.map(drive, range(16)))
     wait_until(lambda: served.metric("bitvla_sessions") == 0)
+
+
+# Names.
+
+
+def named(*cameras: str, rotate180: bool = False) -> PolicyConfig:
+    """The shipped policy's configuration with other cameras."""
+    processing = config().processing
+    return msgspec.structs.replace(
+        config(),
+        processing=msgspec.structs.replace(
+            processing,
+            cameras=tuple(Camera(name=name, height=2, width=2) for name in cameras),
+            image=msgspec.structs.replace(processing.image, rotate180=rotate180),
+        ),
+    )
+
+
+@pytest.mark.parametrize("rotate180", [False, True])
+@pytest.mark.parametrize("cameras", [("agentview", "robot0_eye_in_hand"), ("image2", "image")])
+def test_the_libero_preset_knows_names_and_which_way_is_up(cameras: tuple[str, str], rotate180: bool) -> None:
+    keys = KeyMap(named(*cameras, rotate180=rotate180), NAMING, preset="libero")
+    third, wrist = np.arange(12, dtype=np.uint8).reshape(2, 2, 3), np.ones((2, 2, 3), np.uint8)
+    message = {"observation/image": third, "observation/wrist_image": wrist, "state": [1, 2, 3, 4], "prompt": "go"}
+    seen = keys.observation(message)
+    main = "agentview" if "agentview" in cameras else "image"
+    # The client sends images upright; a policy that turns them itself must get them as the simulator draws them.
+    assert np.array_equal(seen["images"][main], third[::-1, ::-1] if rotate180 else third)
+    assert list(seen["images"]) == list(cameras)
+
+
+@pytest.mark.parametrize("cameras", [("agentview",), ("agentview", "image", "wrist"), ("left", "right")])
+def test_the_libero_preset_does_not_guess(cameras: tuple[str, ...]) -> None:
+    with pytest.raises(BitvlaError, match="not clear"):
+        KeyMap(named(*cameras), NAMING, preset="libero")
+
+
+def test_told_names_replace_the_policy_s_own() -> None:
+    keys = KeyMap(named("a", "b"), NAMING, ("x=a", "arm=state", "grip=state", "depth="))
+    seen = keys.observation({"x": 1, "images": {"b": 2}, "arm": [1, 2, 3], "grip": 4, "depth": 0, "prompt": "go"})
+    assert seen["images"] == {"a": 1, "b": 2}
+    assert seen["state"].tolist() == [1, 2, 3, 4]
+    for wrong in ({"images": {"a": 1, "b": 2}}, {"x": 1, "images": {"a": 1, "b": 2}}, {"grip": 4}):
+        with pytest.raises(BitvlaError):
+            keys.observation({"arm": [1, 2, 3], "prompt": "go"} | wrong)
+    with pytest.raises(BitvlaError, match="already taken"):
+        KeyMap(named("a", "b"), NAMING, ("x=a", "y=a"))
 
 
 # Sessions.
@@ -581,3 +631,54 @@ def test_a_server_that_stays_away_is_told_in_time() -> None:
         policy = bitvla.connect(server.url, timeout=0.3)
     with pytest.raises(BitvlaError, match="did not answer"):
         policy.act(observation())
+
+
+@contextlib.contextmanager
+def stalling_network(port: int, stalls: Iterator[float]) -> Iterator[str]:
+    """A relay to `port` that holds every packet back for the next of `stalls`, in seconds, as a bad radio link does."""
+    relay = socket.create_server(("127.0.0.1", 0))
+
+    def accept() -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                near, _ = relay.accept()
+                far = socket.create_connection(("127.0.0.1", port))
+                for pair in ((near, far), (far, near)):
+                    threading.Thread(target=carry, args=pair, daemon=True).start()
+
+    def carry(source: socket.socket, sink: socket.socket) -> None:
+        with contextlib.suppress(OSError, StopIteration):
+            while data := source.recv(1 << 20):
+                time.sleep(next(stalls))
+                sink.sendall(data)
+        for end in (source, sink):
+            end.close()
+
+    threading.Thread(target=accept, daemon=True).start()
+    with relay:
+        yield f"ws://127.0.0.1:{relay.getsockname()[1]}"
+
+
+def test_a_stalling_network_delays_or_fails_but_never_mixes_answers(served: Served) -> None:
+    random = np.random.default_rng(0)
+    stalls = (0.6 if random.random() < 0.05 else random.uniform(0, 0.01) for _ in itertools.count())
+    smooth = itertools.repeat(0.0, 4)  # until the greeting
+    outcomes = []
+    with (
+        stalling_network(served.port, locked(itertools.chain(smooth, stalls))) as url,
+        bitvla.connect(url, timeout=0.4) as policy,
+    ):
+        for count in range(20):
+            with contextlib.suppress(BitvlaError):
+                assert policy.act(observation(count % 3)).tobytes() == expected(count % 3).tobytes()
+                outcomes.append(count)
+    assert outcomes
+
+
+def locked(values: Iterator[float]) -> Iterator[float]:
+    """An iterator that several threads may share."""
+    lock = threading.Lock()
+    while True:
+        with lock:
+            value = next(values)
+        yield value
