@@ -17,7 +17,7 @@ from checkpoints import pack_random, tiny_config
 # What only extras bring; None in sys.modules makes `import` of it fail.
 BLOCKED = [
     "torch", "transformers", "accelerate", "metaworld", "mujoco", "gymnasium", "scipy", "matplotlib", "jinja2",
-    "pyarrow", "av", "huggingface_hub",
+    "pyarrow", "av", "huggingface_hub", "websockets", "msgpack", "prometheus_client", "grpc", "google", "zmq",
 ]  # fmt: skip
 
 RUN = """

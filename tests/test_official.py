@@ -114,7 +114,10 @@ def test_every_tensor_is_what_the_checkpoint_holds(published: Path, policy_file:
             codes, scale = ternarize(weight)
             np.testing.assert_array_equal(unpack(stored, *spec.shape), codes)
             assert bundle.tensors[f"{name}_scale"][0] == scale
-        elif spec.kind in ("matrix", "embedding"):  # the official code computes with bfloat16, also where the projector was float32
+        elif spec.kind in (
+            "matrix",
+            "embedding",
+        ):  # the official code computes with bfloat16, also where the projector was float32
             np.testing.assert_array_equal(stored, to_bfloat16(weight))
         else:
             np.testing.assert_array_equal(stored, weight)

@@ -20,6 +20,7 @@ FORBIDDEN = {
     "runtime": ("torch", "transformers", "bitvla.model", "bitvla.train", "bitvla.sim", "bitvla.evaluate"),
     "processing": ("torch", "transformers", "bitvla.model", "bitvla.train", "bitvla.runtime", "bitvla.sim"),
     "bundle.py": ("torch", "transformers", "bitvla.model", "bitvla.train", "bitvla.sim"),
+    "serve": ("torch", "transformers", "pickle", "bitvla.model", "bitvla.train", "bitvla.sim", "bitvla.evaluate"),
     "quantization.py": ("torch", "bitvla"),
     "model": ("bitvla.sim", "bitvla.serve", "bitvla.evaluate", "metaworld", "mujoco"),
     "train": ("bitvla.sim", "bitvla.serve", "bitvla.evaluate", "metaworld", "mujoco"),

@@ -15,9 +15,10 @@ from bitvla.errors import BitvlaError
 
 if TYPE_CHECKING:
     from bitvla.runtime.policy import Policy
+    from bitvla.serve.client import RemotePolicy
 
 __version__ = "0.1.0"
-__all__ = ["BitvlaError", "load"]
+__all__ = ["BitvlaError", "connect", "load"]
 
 POLICY_FILE = "policy.safetensors"  # its name in a Hugging Face repository
 
@@ -33,6 +34,17 @@ def load(source: str | os.PathLike[str], threads: int | None = None) -> Policy:
     from bitvla.runtime.policy import Policy
 
     return Policy.load(_local(os.fspath(source)), threads)
+
+
+def connect(url: str, token: str | None = None, timeout: float = 5.0) -> RemotePolicy:
+    """Use a policy that `bitvla serve` serves at `url` ("ws://host:8000"), with the same `act`, `reset` and `info`.
+
+    No call takes much longer than `timeout` seconds. Raises BitvlaError when nobody answers there in that time, or
+    another protocol, or `token` is wrong. Needs `pip install 'bitvla[serve]'`, and no policy file.
+    """
+    from bitvla.serve.client import RemotePolicy
+
+    return RemotePolicy(url, token, timeout)
 
 
 def _local(source: str) -> Path:

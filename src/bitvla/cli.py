@@ -23,6 +23,7 @@ from bitvla.errors import BitvlaError
 
 STAGES = ("finetune", "distill")
 MATRICES: dict[str, Any] = {"float32": "F32", "bfloat16": "BF16", "int8": "I8"}
+PROTOCOLS = ("openpi", "lerobot", "gr00t")
 GO_ON = "run the same command to go on where it stopped"
 NOTHING_LEFT = "nothing half-written was left behind"
 
@@ -143,6 +144,26 @@ def _report(args: argparse.Namespace) -> Any:
     return {"report": report(args.results, args.out)}
 
 
+def _serve(args: argparse.Namespace) -> Any:
+    from bitvla.serve.app import serve
+    from bitvla.serve.options import Options
+
+    options = Options(
+        protocol=args.protocol,
+        host=args.host,
+        port=args.port,
+        http_port=args.http_port,
+        token=args.token if args.token is not None else os.environ.get("BITVLA_TOKEN"),
+        insecure=args.insecure,
+        max_sessions=args.max_sessions,
+        max_message_mb=args.max_message_mb,
+        map=tuple(args.map),
+        preset=args.preset,
+        allow_kill=args.allow_kill,
+    )
+    return serve(args.policy, options, threads=args.threads, watch=args.watch)
+
+
 def _doctor(args: argparse.Namespace) -> Any:
     from bitvla.doctor import doctor
 
@@ -215,6 +236,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     _add_making(add)
     _add_running(add)
+    _add_serving(add)
     _add_measuring(add)
     return parser
 
@@ -347,6 +369,41 @@ def _add_running(add: _Add) -> None:
     report.add_argument("out", type=Path, metavar="OUT.html", help="report to write, one file with everything in it")
 
 
+def _add_serving(add: _Add) -> None:
+    """A policy file for robots."""
+    serve = add(_serve, "serve a policy to robots over the network", "serve policy.safetensors --protocol openpi")
+    serve.add_argument("policy", metavar="POLICY", help="policy file")
+    serve.add_argument(
+        "--protocol",
+        choices=PROTOCOLS,
+        required=True,
+        metavar="P",
+        help=f"what the robot speaks: {' | '.join(PROTOCOLS)}",
+    )
+    serve.add_argument(
+        "--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1, this machine only)"
+    )
+    serve.add_argument("--port", type=_seed, metavar="N", help="port (default: the protocol's: 8000, 8080, 5555)")
+    serve.add_argument(
+        "--http-port", type=_seed, metavar="N", help="/healthz, /readyz, /metrics (openpi: on its own port)"
+    )
+    serve.add_argument("--token", metavar="T", help="what robots must know (default: $BITVLA_TOKEN)")
+    serve.add_argument("--insecure", action="store_true", help="let other machines in without a token")
+    serve.add_argument("--max-sessions", type=_count, default=16, metavar="N", help="robots at once (default: 16)")
+    serve.add_argument("--max-message-mb", type=_count, default=16, metavar="MB", help="largest message (default: 16)")
+    serve.add_argument(
+        "--map",
+        action="append",
+        default=[],
+        metavar="KEY=PART",
+        help="the robot's KEY is this camera, state or instruction",
+    )
+    serve.add_argument("--preset", metavar="NAME", help="names and conventions of a known client: libero")
+    serve.add_argument("--threads", type=_count, metavar="N", help="threads of the kernels (default: all cores)")
+    serve.add_argument("--watch", action="store_true", help="load the policy again when its file changes")
+    serve.add_argument("--allow-kill", action="store_true", help="let a robot stop the server (gr00t's 'kill')")
+
+
 def _add_measuring(add: _Add) -> None:
     """What a policy file and this machine are worth."""
     verify = add(_verify, "check a policy file: data, statistics, kernels, golden traces", "verify policy.safetensors")
@@ -462,7 +519,7 @@ def _explain_missing(module: str) -> str | None:
     from bitvla.doctor import EXTRAS
 
     for extra, packages in EXTRAS.items():
-        if package in packages:
+        if package in (name.split(".")[0] for name in packages):
             return f"this command needs '{package}': pip install 'bitvla[{extra}]'"
     return None
 

@@ -16,6 +16,7 @@ EXTRAS = {
     "sim": ("metaworld", "mujoco", "gymnasium", "OpenGL", "packaging"),
     "train": ("torch", "transformers", "accelerate"),
     "data": ("pandas", "pyarrow", "av"),
+    "serve": ("websockets", "msgpack", "prometheus_client", "grpc", "google.protobuf", "zmq"),
     "report": ("scipy", "matplotlib", "jinja2"),
 }
 """Which packages each extra of `pip install bitvla[...]` brings, by the name that is imported."""
@@ -89,7 +90,10 @@ def _extra(extra: str, packages: tuple[str, ...]) -> dict[str, Any]:
 
 
 def _installed(package: str) -> bool:
-    return importlib.util.find_spec(package) is not None
+    try:
+        return importlib.util.find_spec(package) is not None
+    except ModuleNotFoundError:  # its parent package
+        return False
 
 
 def _version(package: str) -> str:
