@@ -36,7 +36,7 @@ def out(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("matrix_dtype", ["F32", "BF16", "I8"])
 def test_packed_equals_trained(checkpoint: Path, out: Path, matrix_dtype: Any) -> None:
-    """Ternary codes and scales are identical, vectors too, matrices identical or within half a step of what they became."""
+    """Ternary codes and scales are identical, vectors too, matrices identical or within half a step."""
     pack(checkpoint, out, matrix_dtype=matrix_dtype)
     weights, tensors = random_weights(tiny_config()), read(out).tensors
     for name, spec in tensor_specs(tiny_config()).items():

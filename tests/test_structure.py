@@ -25,7 +25,6 @@ FORBIDDEN = {
     "model": ("bitvla.sim", "bitvla.serve", "bitvla.evaluate", "metaworld", "mujoco"),
     "train": ("bitvla.sim", "bitvla.serve", "bitvla.evaluate", "metaworld", "mujoco"),
     "data": ("bitvla.model", "bitvla.train", "bitvla.evaluate"),
-    "serve": ("torch", "transformers", "bitvla.model", "bitvla.train", "bitvla.sim", "bitvla.evaluate"),
     "sim": ("torch", "bitvla.model", "bitvla.train", "bitvla.runtime", "bitvla.evaluate"),
 }
 
