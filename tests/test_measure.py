@@ -23,9 +23,10 @@ from bitvla.bundle import read, write
 from bitvla.doctor import doctor
 from bitvla.runtime import network as network_module
 from bitvla.runtime import selftest
-from bitvla.runtime.bench import bench, multiply_adds
+from bitvla.runtime.bench import bench
 from bitvla.runtime.inspect import inspect
 from bitvla.runtime.verify import verify
+from bitvla.runtime.work import Work, estimated_joules, processor_joules, work
 from checkpoints import observation, pack_random, random_weights, tiny_config
 
 Q_PROJ = "language_model.model.layers.0.self_attn.q_proj.weight"
@@ -171,7 +172,7 @@ def test_bench_measures_every_part(path: Path) -> None:
 
 
 def test_multiply_adds_are_those_that_kernels_do(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    done = {"count": 0}
+    done = dict.fromkeys(Work._fields, 0)
 
     class Counting:
         def __getattr__(self, name: str) -> Any:
@@ -180,11 +181,11 @@ def test_multiply_adds_are_those_that_kernels_do(path: Path, monkeypatch: pytest
             def call(*args: Any, **options: Any) -> None:
                 kernel(*args, **options)
                 if name == "ternary_linear":
-                    done["count"] += len(args[0]) * args[4] * args[5]
+                    done["ternary"] += len(args[0]) * args[4] * args[5]
                 elif name == "linear":
-                    done["count"] += len(args[0]) * args[1].size
+                    done["full_precision"] += len(args[0]) * args[1].size
                 elif name == "attention":
-                    done["count"] += 2 * args[0].size * len(args[1])
+                    done["attention"] += 2 * args[0].size * len(args[1])
 
             return call
 
@@ -192,9 +193,24 @@ def test_multiply_adds_are_those_that_kernels_do(path: Path, monkeypatch: pytest
     monkeypatch.setattr(network_module, "native", Counting())
     seen = observation(policy.config)
     policy.act(seen)
-    macs, tokens = multiply_adds(policy.config, policy.plan(seen["instruction"]).length)
-    assert sum(macs.values()) == done["count"]
-    assert tokens["decoder"] == policy.plan(seen["instruction"]).length
+    parts = work(policy.config, policy.plan(seen["instruction"]).length)
+    assert {kind: sum(getattr(part, kind) for part in parts.values()) for kind in Work._fields} == done
+
+
+def test_estimated_energy_is_that_of_the_bitnet_report() -> None:
+    """Worked out by hand: 2.084 G ternary weights and the full attention of 512 tokens, 0.0276 J in the report."""
+    decoder = Work(ternary=512 * 2_084_044_800, attention=512 * 30 * 2 * 512 * 2560)
+    assert estimated_joules({"decoder": decoder}) == pytest.approx(0.0276, rel=0.02)
+
+
+def test_energy_counters(tmp_path: Path) -> None:
+    assert processor_joules(tmp_path) is None
+    for name, microjoules in (("intel-rapl:0", "2500000\n"), ("intel-rapl:1", "500000\n"), ("intel-rapl:0:0", "9\n")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "energy_uj").write_text(microjoules)
+    assert processor_joules(tmp_path) == 3.0
+    (tmp_path / "intel-rapl:1" / "energy_uj").write_text("")
+    assert processor_joules(tmp_path) is None
 
 
 # doctor

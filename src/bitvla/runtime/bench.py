@@ -15,11 +15,11 @@ from rich.console import Console
 
 import bitvla
 import bitvla._native as native
-from bitvla.config import PolicyConfig
 from bitvla.errors import BitvlaError
 from bitvla.runtime.machine import cores, processor
 from bitvla.runtime.policy import PARTS, Policy
 from bitvla.runtime.verify import golden_traces
+from bitvla.runtime.work import estimated_joules, processor_joules, work
 
 WARM_UP = 5
 CEILING_SECONDS = 0.3
@@ -51,18 +51,21 @@ def bench(source: str | os.PathLike[str], threads: int | None = None, repeats: i
     """Measure a policy file: latency for 1 to all threads (or just `threads`), startup and memory of a fresh process.
 
     Latencies are milliseconds, memory bytes, `gmacs_per_s` 10**9 multiply-adds a second of the whole network, `ceiling`
-    what the processor's int8 dot products reach on registers alone in the same run, `share` their ratio.
+    what the processor's int8 dot products reach on registers alone in the same run, `share` their ratio. Energy, in
+    joules, is measured where the processor shows its counters, and estimated from the arithmetic everywhere.
     """
     policy = bitvla.load(source, threads)
     observation = next(golden_traces(policy.bundle), None)
     if observation is None:
         raise BitvlaError(f"{source} holds no golden trace to measure with; pack it again")
     counts = [threads] if threads else range(1, native.num_threads() + 1)
-    macs, tokens = multiply_adds(policy.config, policy.plan(observation[0]["instruction"]).length)
+    length = policy.plan(observation[0]["instruction"]).length
+    parts = work(policy.config, length)
+    macs = sum(part.total for part in parts.values())
     before = native.num_threads()
     try:
         with Console(stderr=True).status("measuring"):
-            runs = [_run(policy, observation[0], count, repeats, sum(macs.values())) for count in counts]
+            runs = [_run(policy, observation[0], count, repeats, macs) for count in counts]
             startup = _startup(Path(str(policy.bundle.path)), threads or 1)
     finally:
         native.set_num_threads(before)
@@ -72,10 +75,19 @@ def bench(source: str | os.PathLike[str], threads: int | None = None, repeats: i
         "bitvla": bitvla.__version__,
         "machine": {"processor": processor(), "cores": cores(), "python": platform.python_version()},
         "instruction_set": policy.isa,
-        "tokens": tokens,
-        "million_multiply_adds": {part: round(count / 1e6, 1) for part, count in macs.items()},
+        "tokens": {
+            "vision": policy.config.vision.num_patches * len(policy.config.processing.cameras),
+            "decoder": length,
+            "action slots": policy.config.action.num_slots,
+        },
+        "million_multiply_adds": [
+            {"part": name} | {kind: round(count / 1e6, 1) for kind, count in part._asdict().items()}
+            for name, part in parts.items()
+        ],
         "latency": [row for run in runs for row in run.latency],
         "throughput": [run.throughput for run in runs],
+        # Arithmetic alone, in 7 nm, by counting; what was measured is in `throughput`.
+        "estimated_joules_per_call": estimated_joules(parts),
         "startup": startup["times"],
         "memory": startup["memory"],
     }
@@ -91,9 +103,11 @@ def _run(policy: Policy, observation: dict[str, Any], threads: int, repeats: int
     for _ in range(WARM_UP):
         policy.act(observation)
     times = np.empty((repeats, len(PARTS)))
+    energy = processor_joules()
     for row in times:
         policy.act(observation)
         row[:] = [policy.timings[part] for part in PARTS]
+    used = None if energy is None else (processor_joules() or 0) - energy
     columns = {part: times[:, index] for index, part in enumerate(PARTS)} | {"total": times.sum(axis=1)}
     latency = [
         {"threads": threads, "part": part}
@@ -110,28 +124,10 @@ def _run(policy: Policy, observation: dict[str, Any], threads: int, repeats: int
         "gmacs_per_s": rate,
         "ceiling": ceiling,
         "share": rate / ceiling,
+        # Of whole processor packages, whatever else ran on them; None where their counters cannot be read.
+        "measured_joules_per_call": used / repeats if used and used > 0 else None,
     }
     return _Run(latency, throughput)
-
-
-def multiply_adds(config: PolicyConfig, length: int) -> tuple[dict[str, int], dict[str, int]]:
-    """Multiply-adds of one call by part, attention included, and its tokens by part, for a sequence of `length`."""
-    vision, language, action = config.vision, config.language, config.action
-    patches, cameras = vision.num_patches, len(config.processing.cameras)
-    seen, slots, width, hidden = patches * cameras, action.num_slots, vision.hidden_size, language.hidden_size
-    vision_layer = width * (4 * width + 2 * vision.intermediate_size) + 2 * patches * width
-    connector = width * hidden + hidden * hidden
-    keys = language.num_layers * length * 2 * hidden * language.num_kv_heads * language.head_dim
-    rows = (language.num_layers - 1) * length + slots  # the last layer computes only what the head reads
-    other = hidden * (2 * hidden + 3 * language.intermediate_size) + 2 * length * hidden
-    head_width = action.head_hidden_size
-    head = action.slots_per_step * hidden * head_width + action.head_blocks * head_width**2 + head_width * action.dim
-    macs = {
-        "vision": seen * (3 * vision.patch_size**2 * width + vision.num_layers * vision_layer + connector),
-        "decoder": keys + rows * other + hidden * (action.state_dim + hidden),
-        "head": action.horizon * head,
-    }
-    return macs, {"vision": seen, "decoder": length, "action slots": slots}
 
 
 def _startup(path: Path, threads: int) -> dict[str, Any]:
