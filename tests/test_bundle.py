@@ -359,12 +359,32 @@ def test_impossible_scales_are_named(path: Path, scratch: Path, value: float) ->
 def test_large_files_are_hashed_on_request_only(
     path: Path, content: bytes, scratch: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(bundle, "DIGEST_AT_LOAD", len(content) - 1)
+    monkeypatch.setattr(bundle, "READ_AT_LOAD", len(content) - 1)
     altered = bytearray(content)
     altered[-1] ^= 1  # a pixel of a golden image
     scratch.write_bytes(altered)
     read(scratch)
     assert "SHA-256" in refused(scratch, digest=True)
+
+
+def test_mapped_and_read_policies_are_the_same(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    small = bitvla.load(path)
+    monkeypatch.setattr(bundle, "READ_AT_LOAD", 0)
+    mapped = bitvla.load(path)
+    seen = observation(small.config)
+    np.testing.assert_array_equal(small.act(seen), mapped.act(seen))
+
+
+def test_a_small_file_may_be_overwritten_while_in_use(path: Path, scratch: Path) -> None:
+    scratch.write_bytes(path.read_bytes())
+    policy = bitvla.load(scratch)
+    seen = observation(policy.config)
+    before = policy.act(seen)
+    scratch.write_bytes(b"")
+    seen["instruction"] = "another sentence"  # whose embeddings are looked up anew
+    policy.act(seen)
+    seen = observation(policy.config)
+    np.testing.assert_array_equal(policy.act(seen), before)
 
 
 def test_a_damaged_tokenizer_is_refused(path: Path, scratch: Path) -> None:

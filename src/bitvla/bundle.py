@@ -5,8 +5,8 @@
               tokenizer, golden instructions, provenance) and a SHA-256 over document, layout and data
     data      packed ternary weights first, each block 64-byte aligned, then float32, bfloat16, int8, images
 
-Weights are used in place from the memory map. `tensor_specs` is the one list of what a policy holds; packing,
-loading and inspection all follow it. The file is read with our own bounded parser, since a file may be damaged; it
+Weights of large files are used in place from the memory map. `tensor_specs` is the one list of what a policy holds;
+packing, loading and inspection all follow it. The file is read with our own bounded parser, since a file may be damaged; it
 is written by us, since kernels want aligned blocks and the same policy must give the same bytes on every machine.
 Any safetensors reader opens it.
 """
@@ -32,7 +32,9 @@ from bitvla.errors import BitvlaError
 from bitvla.quantization import BLOCK, padded
 
 FORMAT = 1
-DIGEST_AT_LOAD = 64 << 20  # files up to this size are hashed whenever they are loaded, larger ones by `verify`
+# Files up to this size are read and hashed whenever they are loaded; larger ones are mapped, and hashed by `verify`.
+# A mapped file must not be written to while it is in use: that would end the process.
+READ_AT_LOAD = 64 << 20
 
 _ALIGNMENT = 64
 _MAX_HEADER = 100 << 20  # the limit of the safetensors format itself
@@ -84,7 +86,7 @@ class Document(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 class Bundle:
     """A policy in memory. Tensors by name; bfloat16 is seen as uint16. `sha256` identifies the policy.
 
-    One that was read from a file keeps it open; `offsets` says where in it each tensor begins.
+    One that is mapped keeps its file open; `offsets` says where in that each tensor begins.
     """
 
     document: Document
@@ -271,17 +273,17 @@ def _write_atomically(path: Path, parts: list[Any]) -> None:
 
 
 def read(path: Path, *, digest: bool | None = None) -> Bundle:
-    """Map a policy file. Header and structure are always checked, the digest by default up to 64 MB.
+    """Load a policy file. Header and structure are always checked, the digest by default up to 64 MB.
 
     Raises BitvlaError, in one line, for a file that is missing, truncated, altered, foreign, or made for another
     version of the format.
     """
     path = Path(path)
-    file, data = _open(path)
+    data, file = _read_or_map(path)
     text, claimed, entries, start = _parse_header(path, data)
     document = _parse_document(path, text, len(entries))
     _check_layout(path, document, entries, len(data) - start)
-    if digest or (digest is None and len(data) <= DIGEST_AT_LOAD):
+    if digest or (digest is None and file is None):
         _check_digest(path, claimed, _digest(text, entries, [data[start:]]))
     tensors = {
         name: data[start + entry["data_offsets"][0] : start + entry["data_offsets"][1]]
@@ -294,16 +296,24 @@ def read(path: Path, *, digest: bool | None = None) -> Bundle:
     return Bundle(document, tensors, claimed, path, file, offsets)
 
 
-def _open(path: Path) -> tuple[BinaryIO, NDArray[np.uint8]]:
-    """The file and its bytes, mapped."""
+def _read_or_map(path: Path) -> tuple[NDArray[np.uint8], BinaryIO | None]:
+    """The bytes of a file, aligned as kernels want them; and, where they are mapped, the open file."""
     try:
         if path.is_dir():
             raise BitvlaError(f"{path} is a folder; give the policy file in it (for example {path}/policy.safetensors)")
         if path.stat().st_size < 8:
             raise BitvlaError(f"{path} is not a policy file: it has only {path.stat().st_size} bytes")
         file = path.open("rb", buffering=0)
-        # The array keeps the map alive, and the bundle the file.
-        return file, np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), dtype=np.uint8)
+        size = os.fstat(file.fileno()).st_size
+        if size > READ_AT_LOAD:  # the array keeps the map alive, and the bundle the file
+            return np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), dtype=np.uint8), file
+        with file:
+            memory = np.empty(size + _ALIGNMENT, dtype=np.uint8)
+            start = -memory.ctypes.data % _ALIGNMENT
+            data = memory[start : start + size]
+            data = data[: file.readinto(memoryview(data))]
+            data.flags.writeable = False
+            return data, None
     except OSError as error:
         raise BitvlaError(f"cannot read the policy file {path}: {error.strerror or error}") from None
 
