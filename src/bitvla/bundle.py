@@ -6,9 +6,9 @@
     data      packed ternary weights first, each block 64-byte aligned, then float32, bfloat16, int8, images
 
 Weights of large files are used in place from the memory map. `tensor_specs` is the one list of what a policy holds;
-packing, loading and inspection all follow it. The file is read with our own bounded parser, since a file may be damaged; it
-is written by us, since kernels want aligned blocks and the same policy must give the same bytes on every machine.
-Any safetensors reader opens it.
+packing, loading and inspection all follow it. The file is read with our own bounded parser, since a file may be
+damaged; it is written by us, since kernels want aligned blocks and the same policy must give the same bytes on every
+machine. Any safetensors reader opens it.
 """
 
 from __future__ import annotations
