@@ -311,7 +311,7 @@ def _read_or_map(path: Path) -> tuple[NDArray[np.uint8], BinaryIO | None]:
             memory = np.empty(size + _ALIGNMENT, dtype=np.uint8)
             start = -memory.ctypes.data % _ALIGNMENT
             data = memory[start : start + size]
-            data = data[: file.readinto(memoryview(data))]
+            data = data[: file.readinto(data.data)]
             data.flags.writeable = False
             return data, None
     except OSError as error:
