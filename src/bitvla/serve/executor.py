@@ -36,6 +36,7 @@ from bitvla.serve.joining import Chunk, RealTimeChunking, Source, Timeline
 from bitvla.serve.schedule import SECOND, Pace, Plan, Settings, check, prove
 
 Action = NDArray[np.float32]
+CLOSE_SECONDS = 10  # a call that is still running at the end may take so long to be waited for
 WARMUP_SECONDS = 120  # a first call that takes longer never ends
 KEPT = 1 << 16  # steps that percentiles look back on, so that memory does not grow
 
@@ -107,7 +108,9 @@ class Worker(Protocol):
         """The next answer, or None at once."""
         ...
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Wait, not for ever, until the policy is free again: it may not be made for two callers."""
+        ...
 
 
 class ThreadWorker:
@@ -117,7 +120,8 @@ class ThreadWorker:
         self._policy, self._clock = policy, clock
         self._requests: queue.SimpleQueue[Request | None] = queue.SimpleQueue()
         self._answers: queue.SimpleQueue[Answer] = queue.SimpleQueue()
-        threading.Thread(target=self._serve, name="policy", daemon=True).start()
+        self._thread = threading.Thread(target=self._serve, name="policy", daemon=True)
+        self._thread.start()
 
     def submit(self, request: Request) -> None:
         self._requests.put(request)
@@ -129,6 +133,7 @@ class ThreadWorker:
 
     def close(self) -> None:
         self._requests.put(None)
+        self._thread.join(CLOSE_SECONDS)
 
     def _serve(self) -> None:
         while (request := self._requests.get()) is not None:
@@ -271,8 +276,8 @@ class Executor:
                 if self._last is not None:
                     self._robot.step(self._hold())
             finally:
-                self._worker.close()
                 summary = self._journal.close(ended, self._guard)
+                self._worker.close()
         assert summary is not None  # only a run that failed before it began has none
         return summary
 
@@ -388,8 +393,8 @@ class Executor:
             action, sources = planned
             if self._guard:
                 action = self._guard(action)
+        self._last = action  # before it is sent: an interruption while sending must be followed by the last command
         done = bool(self._robot.step(action))
-        self._last = action
         newest = self._timeline.newest
         assert newest is not None
         self._journal.step(
