@@ -254,6 +254,8 @@ def test_a_plan_can_be_used_again() -> None:
     assert len(again.worker.submitted) <= 11  # none to measure
     with pytest.raises(BitvlaError, match=r"needs \(8, 3\)"):
         Bench([90 * MS], plan=plan, horizon=9).run()
+    with pytest.raises(BitvlaError, match="actions would run out"):
+        Bench([90 * MS], plan=plan, control_hz=60.0).run()
 
 
 # -- supply ------------------------------------------------------------------------------

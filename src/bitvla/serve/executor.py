@@ -218,7 +218,7 @@ class Executor:
         policy: anything with `act(observation) -> float (horizon, dim)` and `reset()`, local or remote.
         guard: looks at every observation and every action before the robot does.
         log: JSON lines: settings and plan, every chunk, every step, the summary.
-        plan: of an earlier run with the same policy and settings; then nothing is measured again.
+        plan: of an earlier run with the same policy; its latency is taken, and nothing is measured again.
         clock, worker: another time, another place to compute; for simulations and tests.
 
     Raises:
@@ -286,17 +286,22 @@ class Executor:
     def _prepare(self) -> None:
         """Find the plan, and get everything ready that depends on it."""
         self._policy.reset()
-        plan = self._plan
-        if plan is None:
-            plan = self._measure()
+        max_prefix = getattr(self._policy, "max_prefix", 0)
+        if self._plan is None:
+            horizon, latencies = self._measure()
+            plan = prove(self._settings, horizon, latencies, max_prefix)
             self._policy.reset()
+        else:
+            known = [round(self._plan.latency_ms * 1e6)]
+            plan = prove(self._settings, self._plan.horizon, known, max_prefix)
+            plan = msgspec.structs.replace(plan, calls=self._plan.calls)
         self._shape = (plan.horizon, len(self._settings.actions))
         self._pace = Pace(self._settings, plan)
         self._timeline = Timeline(self._settings.joining, plan.replan if self._settings.synchronous else plan.horizon)
         self._journal.begin(plan, self._clock.now())
 
-    def _measure(self) -> Plan:
-        """Call the policy as the run will, and prove that it answers fast enough."""
+    def _measure(self) -> tuple[int, list[int]]:
+        """Call the policy as the run will: the horizon of its chunks, and latencies in nanoseconds."""
         latencies, horizon = [], 0
         for _ in range(self._settings.warmup_calls + 1):
             now = self._clock.now()
@@ -305,7 +310,7 @@ class Executor:
             horizon = len(_checked(answer.value, None, len(self._settings.actions)))
             latencies.append(answer.finished - asked.observed)
         # The first call also loads and allocates; no call of the run is like it.
-        return prove(self._settings, horizon, latencies[1:], getattr(self._policy, "max_prefix", 0))
+        return horizon, latencies[1:]
 
     def _wait_for_answer(self, asked: Request) -> Answer:
         while (answer := self._worker.take()) is None:
