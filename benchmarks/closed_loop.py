@@ -197,9 +197,9 @@ def show(results: list[dict[str, Any]]) -> None:
         solved = [row for row in rows if row["success"]]
         rate = rate_of(row["success"] for row in rows)
         mean = {name: np.mean([row[name] for row in solved or rows]) for name in ("seconds", "idle")}
-        medians = [
-            np.mean([value.p50 for row in rows if (value := getattr(row["summary"], name))])
-            for name in ("seam", "inside", "jerk")
+        smoothness = [
+            np.mean([getattr(value, at) for row in rows if (value := getattr(row["summary"], name))])
+            for name, at in (("seam", "p50"), ("inside", "p50"), ("jerk", "p95"))
         ]
         table.add_row(
             f"{share:g}",
@@ -209,7 +209,7 @@ def show(results: list[dict[str, Any]]) -> None:
             f"{mean['seconds']:.2f}",
             f"{mean['idle']:.2f}",
             f"{np.mean([row['summary'].gaps for row in rows]):.1f}",
-            *(f"{value:.2f}" for value in medians),
+            *(f"{value:.2f}" for value in smoothness),
         )
     Console(width=140).print(table)
 

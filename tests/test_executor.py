@@ -254,6 +254,8 @@ def test_a_plan_can_be_used_again() -> None:
     assert len(again.worker.submitted) <= 11  # none to measure
     with pytest.raises(BitvlaError, match=r"needs \(8, 3\)"):
         Bench([90 * MS], plan=plan, horizon=9).run()
+    with pytest.raises(BitvlaError, match="actions would run out"):
+        Bench([90 * MS], plan=plan, control_hz=60.0).run()
 
 
 # -- supply ------------------------------------------------------------------------------
@@ -654,6 +656,30 @@ def test_it_runs_in_real_time_with_a_thread() -> None:
     assert summary.latency_ms
     assert summary.latency_ms.p50 >= 3
     assert "policy" not in {thread.name for thread in threading.enumerate() if not thread.daemon}
+
+
+class Alone(Numbered):
+    """Does not bear two callers at once."""
+
+    def __init__(self) -> None:
+        super().__init__(20)
+        self.inside = threading.Lock()
+
+    def act(self, observation: dict[str, Any], prefix: Any = None) -> np.ndarray:
+        assert self.inside.acquire(blocking=False)
+        time.sleep(0.04)
+        self.inside.release()
+        return super().act(observation)
+
+
+def test_when_a_run_has_ended_the_policy_is_free() -> None:
+    policy = Alone()
+    settings = Settings(control_hz=100.0, actions=KINDS, warmup_calls=1, allow_gaps=True, max_hold_s=20.0)
+    plan = None
+    for steps in (1, 11, 12, 13):  # ended while the next chunk is computed
+        executor = Executor(policy, Recorder(), settings, plan=plan)
+        plan = executor.run(steps).plan
+        assert not policy.inside.locked()
 
 
 PROGRAM = """

@@ -36,6 +36,7 @@ from bitvla.serve.joining import Chunk, RealTimeChunking, Source, Timeline
 from bitvla.serve.schedule import SECOND, Pace, Plan, Settings, check, prove
 
 Action = NDArray[np.float32]
+CLOSE_SECONDS = 10  # a call that is still running at the end may take so long to be waited for
 WARMUP_SECONDS = 120  # a first call that takes longer never ends
 KEPT = 1 << 16  # steps that percentiles look back on, so that memory does not grow
 
@@ -107,7 +108,9 @@ class Worker(Protocol):
         """The next answer, or None at once."""
         ...
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Wait, not for ever, until the policy is free again: it may not be made for two callers."""
+        ...
 
 
 class ThreadWorker:
@@ -117,7 +120,8 @@ class ThreadWorker:
         self._policy, self._clock = policy, clock
         self._requests: queue.SimpleQueue[Request | None] = queue.SimpleQueue()
         self._answers: queue.SimpleQueue[Answer] = queue.SimpleQueue()
-        threading.Thread(target=self._serve, name="policy", daemon=True).start()
+        self._thread = threading.Thread(target=self._serve, name="policy", daemon=True)
+        self._thread.start()
 
     def submit(self, request: Request) -> None:
         self._requests.put(request)
@@ -129,6 +133,7 @@ class ThreadWorker:
 
     def close(self) -> None:
         self._requests.put(None)
+        self._thread.join(CLOSE_SECONDS)
 
     def _serve(self) -> None:
         while (request := self._requests.get()) is not None:
@@ -213,7 +218,7 @@ class Executor:
         policy: anything with `act(observation) -> float (horizon, dim)` and `reset()`, local or remote.
         guard: looks at every observation and every action before the robot does.
         log: JSON lines: settings and plan, every chunk, every step, the summary.
-        plan: of an earlier run with the same policy and settings; then nothing is measured again.
+        plan: of an earlier run with the same policy; its latency is taken, and nothing is measured again.
         clock, worker: another time, another place to compute; for simulations and tests.
 
     Raises:
@@ -271,8 +276,8 @@ class Executor:
                 if self._last is not None:
                     self._robot.step(self._hold())
             finally:
-                self._worker.close()
                 summary = self._journal.close(ended, self._guard)
+                self._worker.close()
         assert summary is not None  # only a run that failed before it began has none
         return summary
 
@@ -281,17 +286,22 @@ class Executor:
     def _prepare(self) -> None:
         """Find the plan, and get everything ready that depends on it."""
         self._policy.reset()
-        plan = self._plan
-        if plan is None:
-            plan = self._measure()
+        max_prefix = getattr(self._policy, "max_prefix", 0)
+        if self._plan is None:
+            horizon, latencies = self._measure()
+            plan = prove(self._settings, horizon, latencies, max_prefix)
             self._policy.reset()
+        else:
+            known = [round(self._plan.latency_ms * 1e6)]
+            plan = prove(self._settings, self._plan.horizon, known, max_prefix)
+            plan = msgspec.structs.replace(plan, calls=self._plan.calls)
         self._shape = (plan.horizon, len(self._settings.actions))
         self._pace = Pace(self._settings, plan)
         self._timeline = Timeline(self._settings.joining, plan.replan if self._settings.synchronous else plan.horizon)
         self._journal.begin(plan, self._clock.now())
 
-    def _measure(self) -> Plan:
-        """Call the policy as the run will, and prove that it answers fast enough."""
+    def _measure(self) -> tuple[int, list[int]]:
+        """Call the policy as the run will: the horizon of its chunks, and latencies in nanoseconds."""
         latencies, horizon = [], 0
         for _ in range(self._settings.warmup_calls + 1):
             now = self._clock.now()
@@ -300,7 +310,7 @@ class Executor:
             horizon = len(_checked(answer.value, None, len(self._settings.actions)))
             latencies.append(answer.finished - asked.observed)
         # The first call also loads and allocates; no call of the run is like it.
-        return prove(self._settings, horizon, latencies[1:], getattr(self._policy, "max_prefix", 0))
+        return horizon, latencies[1:]
 
     def _wait_for_answer(self, asked: Request) -> Answer:
         while (answer := self._worker.take()) is None:
@@ -388,8 +398,8 @@ class Executor:
             action, sources = planned
             if self._guard:
                 action = self._guard(action)
+        self._last = action  # before it is sent: an interruption while sending must be followed by the last command
         done = bool(self._robot.step(action))
-        self._last = action
         newest = self._timeline.newest
         assert newest is not None
         self._journal.step(
