@@ -10,6 +10,7 @@ hold an int8 code at a border that fell to the other side, and what follows from
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ def agrees(result: dict[str, Any]) -> None:
 
 
 @pytest.fixture(autouse=True)
-def _one_thread() -> Any:
+def _one_thread() -> Iterator[None]:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -45,7 +46,8 @@ def _one_thread() -> Any:
 def test_reduced(tmp_path: Path) -> None:
     result = parity(tmp_path, reduced=True)
     agrees(result)
-    assert result["through"][-1]["packed"] < result["through"][-1]["bfloat16"]
+    (tower,) = [row for row in result["through"] if row["state"] == "connector"]  # later, chance decides who is closer
+    assert tower["packed"] < tower["bfloat16"]
 
 
 @pytest.mark.slow
