@@ -39,7 +39,7 @@ test: $(VENV)/.ready-dev ## run every test: native kernels (each instruction set
 
 check: lint ## format, lint, types and fast tests: run it before every commit
 	@echo "check: fast tests"
-	@$(BIN)/python -m pytest -n $(TEST_JOBS) --dist loadfile -q -m "not slow"
+	@$(BIN)/python -m pytest -n $(TEST_JOBS) --dist loadfile -q
 
 lint: $(VENV)/.ready-dev ## format, lint and types alone
 	@echo "check: format"

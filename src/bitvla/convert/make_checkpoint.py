@@ -17,6 +17,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 from safetensors import SafetensorError
@@ -80,6 +81,7 @@ def make_checkpoint(
     out: Path,
     *,
     reduced: bool = False,
+    layers: int | None = None,
     views: int = conventions.LIBERO_VIEWS,
     seed: int = 0,
     statistics: Path | None = None,
@@ -87,9 +89,10 @@ def make_checkpoint(
 ) -> dict[str, Any]:
     """Write a checkpoint of random weights into the folder `out` and return a summary.
 
-    Full size is 6.4 GB; `reduced` keeps images, vocabulary and layout, and makes everything else small. `views` is the
-    number of cameras it claims to have been trained with, `statistics` a dataset_statistics.json to use instead of
-    LIBERO-Spatial's. BitvlaError where `out` is not empty; it appears whole or not at all.
+    Full size is 6.4 GB; `reduced` keeps images, vocabulary and layout, and makes everything else small; `layers` leaves
+    that many layers in the tower and in the decoder. `views` is the number of cameras it claims to have been trained
+    with, `statistics` a dataset_statistics.json to use instead of LIBERO-Spatial's. BitvlaError where `out` is not
+    empty; it appears whole or not at all.
     """
     out = Path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -98,6 +101,9 @@ def make_checkpoint(
         raise BitvlaError(f"{views} views; a BitVLA policy sees 1, 2 or 3")
     tables = read_json(statistics) if statistics else {"libero_spatial_no_noops": LIBERO_SPATIAL}
     vision, language = _reduced() if reduced else (VisionConfig(), LanguageConfig())
+    if layers is not None:
+        vision = msgspec.structs.replace(vision, num_layers=layers)
+        language = msgspec.structs.replace(language, num_layers=layers)
     temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
     try:
         temporary.mkdir(parents=True)
