@@ -569,7 +569,9 @@ def test_a_robot_that_is_done_ends_the_run() -> None:
 def test_a_clock_that_is_set_back_does_not_keep_the_robot_waiting() -> None:
     bench = Bench([MS, 90 * MS], on_step=lambda step: bench.clock.jump(-400 * MS) if step == 10 else None)
     assert bench.run(40).played == 40
-    assert max(np.diff(bench.robot.times)) <= PERIOD
+    elapsed = np.diff(bench.robot.times)
+    assert elapsed[9] == PERIOD - 400 * MS
+    assert set(elapsed[:9]) | set(elapsed[10:]) == {PERIOD}
 
 
 def test_a_clock_that_jumps_a_little_costs_steps_and_no_burst() -> None:
@@ -577,6 +579,30 @@ def test_a_clock_that_jumps_a_little_costs_steps_and_no_burst() -> None:
     summary = bench.run(40)
     assert (summary.played, summary.overruns) == (40, 1)
     assert min(np.diff(bench.robot.times[:-1])) >= PERIOD
+
+
+def test_waking_up_late_is_followed_by_a_whole_period() -> None:
+    bench = Bench([MS, 90 * MS])
+    wait = bench.clock.wait_until
+
+    def oversleep(moment: int) -> None:
+        wait(moment + (120 * MS if len(bench.robot.actions) == 10 else 0))
+
+    bench.clock.wait_until = oversleep  # type: ignore[method-assign]
+    bench.run(40)
+    elapsed = np.diff(bench.robot.times)
+    assert elapsed[9] == PERIOD + 120 * MS
+    assert set(elapsed[:9]) | set(elapsed[10:]) == {PERIOD}
+
+
+def test_after_a_slow_answer_it_asks_earlier_for_a_while() -> None:
+    latencies = [MS, 90 * MS, 90 * MS, 90 * MS, 290 * MS, *[90 * MS] * 9, 290 * MS, 90 * MS]
+    bench = Bench(latencies, horizon=16, replan_every=12)
+    summary = bench.run(400)
+    asked = np.diff([request.step for request in bench.worker.submitted[2:]])
+    # 16 actions less the 6 steps of a slow answer, until 20 answers have passed.
+    assert asked.tolist() == [12, 12, *[10] * 30, *[12] * (len(asked) - 32)]
+    assert summary.gaps == 1  # the second slow answer is expected
 
 
 def test_a_robot_without_control_for_too_long_is_stopped() -> None:

@@ -133,6 +133,21 @@ def test_the_largest_change_just_fits(room: float, jerk: float) -> None:
     assert reached(largest) == pytest.approx(room, rel=1e-9, abs=1e-9)
 
 
+def test_at_the_border_an_axis_stops_and_stays() -> None:
+    place = Workspace(state="x", low=-1.0, high=1.0)
+    guard = make(Axis(name="dx", kind="displacement", low=-9, high=9, max_jerk=0.125 * HZ**3, workspace=place))
+    guard.observe(seen(0, 0))
+    assert play(guard, [9] * 3 + [0] * 3).tolist() == [0.125, 0.375, 0.5, 0, 0, 0]
+
+
+def test_from_outside_only_the_way_back_is_open_and_nothing_is_forced() -> None:
+    guard = make(Axis(name="dx", kind="displacement", low=-1, high=1, workspace=Workspace(state="x", low=0, high=2)))
+    guard.observe(seen(5, 0))
+    assert play(guard, [0.0, 0.5, -0.5, 0.0, 0.25]).tolist() == [0, 0, -0.5, 0, 0]
+    guard.observe(seen(-5, 0))
+    assert play(guard, [0.0, -0.5, 0.5, 0.0]).tolist() == [0, 0, 0.5, 0]
+
+
 def test_what_was_changed_is_counted_and_reported() -> None:
     guard = make(
         Axis(name="dx", kind="displacement", low=-1, high=1, workspace=Workspace(state="x", low=0, high=2.5)),

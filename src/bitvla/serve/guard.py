@@ -268,7 +268,7 @@ class _Gripper:
     def limit(self, value: float) -> tuple[float, str]:
         inside = min(max(value, self._low), self._high)
         switches = self._value is not None and (inside > self._middle) != (self._value > self._middle)
-        self._asked = self._asked + 1 if switches else 0
+        self._asked += switches
         if switches and self._asked < self._debounce:
             assert self._value is not None
             return self._value, "debounce"
