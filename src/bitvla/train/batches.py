@@ -57,7 +57,7 @@ class Windows(Dataset[Window]):
         self._images = [dataset.images(camera.name) for camera in config.processing.cameras]
         self._state = normalize(dataset.state, config.processing.state)
         self._actions = normalize(dataset.action, config.processing.action)
-        self._auxiliary = _standardize(dataset.environment_state, len(dataset.state))
+        self._auxiliary = _standardize(dataset)
         episodes = np.asarray(dataset.episode_index)
         self._episode = episodes
         self._episode_end = np.asarray([end for _, end in dataset.episode_ranges])
@@ -140,11 +140,21 @@ def _jitter(images: NDArray[np.uint8], augmentation: Augmentation, changes: NDAr
     return np.clip(x, 0, 255).astype(np.uint8)
 
 
-def _standardize(values: NDArray[np.float32] | None, frames: int) -> NDArray[np.float32]:
+def _standardize(dataset: LeRobotDataset) -> NDArray[np.float32]:
+    """The privileged state float32 (N, E): how far it is from the mean of its task, in deviations within tasks.
+
+    Which task it is, a picture tells at once; where things are in it is what the tower shall learn.
+    """
+    values = dataset.environment_state
     if values is None:
-        return np.zeros((frames, 0), dtype=np.float32)
-    deviation = values.std(axis=0)
-    return ((values - values.mean(axis=0)) / np.maximum(deviation, 1e-3)).astype(np.float32)
+        return np.zeros((dataset.num_frames, 0), dtype=np.float32)
+    columns = dataset.episodes
+    tasks = columns["env_task"] if "env_task" in columns else np.asarray(dataset.task_strings)
+    _, task = np.unique(np.asarray(tasks, dtype=str), return_inverse=True)
+    task = task[dataset.episode_index]
+    means = np.stack([values[task == number].mean(axis=0) for number in range(task.max() + 1)])
+    away = values - means[task]
+    return (away / np.maximum(away.std(axis=0), 1e-3)).astype(np.float32)
 
 
 def _left_padded(sequences: list[NDArray[np.int64]], pad_id: int) -> NDArray[np.int64]:
