@@ -24,7 +24,7 @@ from bitvla import cli
 from bitvla.errors import BitvlaError
 
 COMMANDS = [
-    "record", "train", "pack", "make-checkpoint", "demo", "eval", "compare", "report", "serve", "verify",
+    "record", "data", "train", "pack", "make-checkpoint", "demo", "eval", "compare", "report", "serve", "verify",
     "inspect", "bench", "doctor",
 ]  # fmt: skip
 RESUMABLE = ["record", "train", "eval"]

@@ -51,6 +51,23 @@ def _record(args: argparse.Namespace) -> Any:
     )
 
 
+def _data(args: argparse.Namespace) -> Any:
+    import msgspec
+
+    from bitvla import display
+    from bitvla.data.check import check, write_split
+    from bitvla.data.check_report import report
+
+    with display.progress("checking") as progress:
+        checkup = check(args.dataset, horizon=args.horizon, progress=progress)
+    written = {}
+    if args.out is not None:
+        written["report"] = report(checkup, args.out)
+    if args.split is not None:
+        written["split"] = write_split(checkup, args.split)
+    return msgspec.to_builtins(checkup) if args.json else display.checkup(checkup) | written
+
+
 def _train(args: argparse.Namespace) -> Any:
     from bitvla.train.loop import run
 
@@ -258,6 +275,17 @@ def _add_making(add: _Add) -> None:
     record.add_argument("--image-size", type=_count, default=128, metavar="PX", help="width and height (default: 128)")
     record.add_argument("--seed", type=_seed, default=0, help="another number, other initial states (default: 0)")
 
+    data = add(
+        _data,
+        "check a dataset before training on it",
+        "data check datasets/mt10 --out reports/mt10-data.html --split reports/mt10-split.json",
+    )
+    data.add_argument("action", choices=("check",), metavar="check", help="measure the dataset and grade what is wrong")
+    data.add_argument("dataset", type=Path, metavar="DATASET", help="folder of a LeRobot dataset (v3); only read")
+    data.add_argument("--out", type=Path, metavar="OUT.html", help="draw the report, one file with everything in it")
+    data.add_argument("--split", type=Path, metavar="OUT.json", help="write the proposed held-out split by region")
+    data.add_argument("--horizon", type=_count, default=8, metavar="N", help="actions of a chunk (default: 8)")
+
     train = add(
         _train,
         "train a policy, one stage after the other",
@@ -460,6 +488,11 @@ def _status(result: Any) -> int:
     """The exit status of a result: one that did not pass is a failure, told by its first check that failed."""
     if not isinstance(result, dict) or result.get("passed") is not False:
         return 0
+    if "findings" in result:
+        errors = [finding for finding in result["findings"] if finding["grade"] == "error"]
+        more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
+        print(f"error: {errors[0]['check']}: {errors[0]['subject']}: {errors[0]['value']}{more}", file=sys.stderr)
+        return 1
     failed = [check for check in result["checks"] if not check.get("passed", check.get("state") == "ok")]
     print(f"error: {failed[0]['check']}: {' '.join(failed[0]['detail'].split())}", file=sys.stderr)
     return 1

@@ -16,6 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 if TYPE_CHECKING:
+    from bitvla.data.check import Checkup
     from bitvla.evaluate.result import Comparison, Result
     from bitvla.evaluate.statistics import Paired, Rate
 
@@ -78,6 +79,15 @@ def comparison(result: Comparison) -> dict[str, Any]:
         for task, pair in pairs.items()
     ]
     return {"a": result.a, "b": result.b, "same initial states": rows}
+
+
+def checkup(result: Checkup) -> dict[str, Any]:
+    """What a person wants to know of a dataset's check."""
+    return {
+        "dataset": f"{result.dataset}: {result.episodes:,} episodes, {result.frames:,} frames at {result.fps:g} fps",
+        "findings": msgspec.to_builtins(result.findings) or "none",
+        "passed": result.passed,
+    }
 
 
 def _interval(value: Rate | Paired) -> str:

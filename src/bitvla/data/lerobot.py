@@ -98,13 +98,13 @@ class LeRobotWriter:
         self._files = 0
         existing = self.root / "meta" / "info.json"
         if existing.exists():
-            info = _read_info(self.root)
+            info = read_info(self.root)
             if info["features"] != self._info["features"] or info["fps"] != self._info["fps"]:
                 raise BitvlaError(
                     f"{self.root} holds a dataset with other features or another rate; choose another folder"
                 )
             self._info = info
-            self._files = len(_episode_table(self.root, info)["data/file_index"].unique())
+            self._files = len(read_episodes(self.root, info)["data/file_index"].unique())
 
     @property
     def num_episodes(self) -> int:
@@ -195,14 +195,14 @@ class LeRobotDataset:
 
     def __init__(self, root: Path) -> None:
         self.root = Path(root)
-        self.info = _read_info(self.root)
+        self.info = read_info(self.root)
         self.features: dict[str, Any] = self.info["features"]
         self.fps = float(self.info["fps"])
         self.cameras = [key.removeprefix(IMAGE_PREFIX) for key in self.features if key.startswith(IMAGE_PREFIX)]
         self.num_episodes, self.num_frames = int(self.info["total_episodes"]), int(self.info["total_frames"])
         if self.num_episodes == 0:
             raise BitvlaError(f"the dataset {self.root} holds no episode")
-        self.episodes = _episode_table(self.root, self.info)
+        self.episodes = read_episodes(self.root, self.info)
         self._frames = self._frame_table()
         self.state = self._vectors("observation.state")
         self.action = self._vectors("action")
@@ -214,7 +214,7 @@ class LeRobotDataset:
             zip(self.episodes["dataset_from_index"], self.episodes["dataset_to_index"], strict=True)
         )
         self._check_episodes()
-        tasks = _read_table(self.root / "meta" / "tasks.parquet")
+        tasks = read_table(self.root / "meta" / "tasks.parquet")
         names = dict(zip(tasks["task_index"], tasks.index, strict=True))
         first = self._frames["task_index"].to_numpy()[[begin for begin, _ in self.episode_ranges]]
         self.task_strings = [str(names[i]) for i in first]
@@ -262,7 +262,7 @@ class LeRobotDataset:
             )
             begin, end = int(episodes["dataset_from_index"].min()), int(episodes["dataset_to_index"].max())
             count = 0
-            for frame in _read_video(video):
+            for frame in read_video(video):
                 if begin + count < end:
                     cache[begin + count] = frame
                 count += 1
@@ -275,7 +275,7 @@ class LeRobotDataset:
     def _frame_table(self) -> pd.DataFrame:
         places = self.episodes[["data/chunk_index", "data/file_index"]].drop_duplicates()
         tables = [
-            _read_table(self.root / self.info["data_path"].format(chunk_index=chunk, file_index=file))
+            read_table(self.root / self.info["data_path"].format(chunk_index=chunk, file_index=file))
             for chunk, file in places.itertuples(index=False)
         ]
         table = pd.concat(tables, ignore_index=True)
@@ -336,11 +336,12 @@ def _write_video(path: Path, frames: Iterator[NDArray[np.uint8]], fps: float) ->
     os.replace(temporary, path)
 
 
-def _read_video(path: Path) -> Iterator[NDArray[np.uint8]]:
+def read_video(path: Path, pixels: str = "rgb24") -> Iterator[NDArray[np.uint8]]:
+    """Frame after frame, uint8 (H, W, 3), or (H, W) with `pixels` "gray". BitvlaError when it cannot be decoded."""
     try:
         with av.open(str(path)) as container:
             for frame in container.decode(video=0):
-                yield frame.to_ndarray(format="rgb24").astype(np.uint8, copy=False)
+                yield frame.to_ndarray(format=pixels).astype(np.uint8, copy=False)
     except (av.FFmpegError, OSError) as error:
         raise BitvlaError(f"{path} cannot be decoded: {error}") from None
 
@@ -352,7 +353,7 @@ def _write_table(path: Path, table: pd.DataFrame, index: bool = False) -> None:
     os.replace(temporary, path)
 
 
-def _read_table(path: Path) -> pd.DataFrame:
+def read_table(path: Path) -> pd.DataFrame:
     try:
         return pd.read_parquet(path)
     except (OSError, ValueError) as error:
@@ -366,7 +367,7 @@ def _write_json(path: Path, value: Any) -> None:
     os.replace(temporary, path)
 
 
-def _read_info(root: Path) -> dict[str, Any]:
+def read_info(root: Path) -> dict[str, Any]:
     path = root / "meta" / "info.json"
     try:
         info = json.loads(path.read_text())
@@ -381,12 +382,12 @@ def _read_info(root: Path) -> dict[str, Any]:
     return dict(info)
 
 
-def _episode_table(root: Path, info: Mapping[str, Any]) -> pd.DataFrame:
+def read_episodes(root: Path, info: Mapping[str, Any]) -> pd.DataFrame:
     """Rows of the committed episodes, in order."""
     paths = sorted((root / "meta" / "episodes").glob("chunk-*/file-*.parquet"))
     if not paths:
         raise BitvlaError(f"{root} has no episode table (meta/episodes)")
-    table = pd.concat([_read_table(path) for path in paths], ignore_index=True).sort_values("episode_index")
+    table = pd.concat([read_table(path) for path in paths], ignore_index=True).sort_values("episode_index")
     table = table[table["episode_index"] < info["total_episodes"]].reset_index(drop=True)
     if len(table) != info["total_episodes"]:
         raise BitvlaError(f"{root} lists {len(table)} episodes, info.json says {info['total_episodes']}")
@@ -420,10 +421,10 @@ def _flat_stats(key: str, stats: Mapping[str, Any]) -> dict[str, Any]:
 
 def _dataset_stats(root: Path, info: Mapping[str, Any]) -> dict[str, Any]:
     """Exact statistics of vectors over all frames; of images, the average over episodes."""
-    episodes = _episode_table(root, info)
+    episodes = read_episodes(root, info)
     places = episodes[["data/chunk_index", "data/file_index"]].drop_duplicates()
     tables = [
-        _read_table(root / _DATA_PATH.format(chunk_index=chunk, file_index=file))
+        read_table(root / _DATA_PATH.format(chunk_index=chunk, file_index=file))
         for chunk, file in places.itertuples(index=False)
     ]
     frames = pd.concat(tables, ignore_index=True)

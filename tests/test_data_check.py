@@ -1,0 +1,230 @@
+"""The data doctor: every planted defect is found and named, and a clean dataset has none."""
+
+import json
+import re
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from bitvla.cli import main
+from bitvla.data.check import check, split
+from bitvla.errors import BitvlaError
+from datasets import make_writer, random_episode
+
+EPISODES, LENGTH, SIZE = 24, 24, 64
+
+
+def picture(position, shift=0, brightness=0.0, contrast=1.0):
+    """A textured room with a bright square at `position` in [0, 1]^2."""
+    room = np.random.default_rng(0).uniform(70, 150, (SIZE // 4, SIZE // 4)).repeat(4, 0).repeat(4, 1)
+    room = 110 + contrast * (np.roll(room, shift, axis=1) - 110) + brightness
+    x, y = (int(4 + (SIZE - 20) * value) for value in position)
+    room[y : y + 12, x : x + 12] = 240
+    return np.clip(room, 0, 255).astype(np.uint8)[..., None].repeat(3, -1)
+
+
+def episode(index, length=LENGTH, **look):
+    """A square that moves as the state does, from another corner region each time."""
+    rng = np.random.default_rng(index)
+    start = np.array([0.1, 0.1, 0.5]) + 0.5 * np.array([index % 2, index // 2 % 2, 0]) + rng.uniform(0, 0.1, 3)
+    velocity = rng.uniform(0.008, 0.012, 3)
+    state = (start + np.arange(length)[:, None] * velocity).astype(np.float32)
+    images = np.stack([picture(position[:2], **look) for position in state])
+    action = rng.uniform(-1, 1, (length, 3)).astype(np.float32)
+    vectors = {"observation.state": state, "action": action, "observation.environment_state": state[:, :2]}
+    extra = {"recovery": index % 5 == 0, "env_task": ("drawer", "puck")[index % 2]}
+    return replace(random_episode(index), images={"front": images}, vectors=vectors, extra=extra)
+
+
+def write(root, change=lambda index, whole: whole, count=EPISODES):
+    writer = make_writer(root, SIZE)
+    writer.append([change(i, episode(i)) for i in range(count)])
+    return root
+
+
+def rewrite(root, change):
+    """Change the table of frames in place."""
+    (path,) = (root / "data").rglob("*.parquet")
+    table = pd.read_parquet(path)
+    change(table)
+    table.to_parquet(path)
+
+
+def found(root, name, **options):
+    return [finding for finding in check(root, **options).findings if finding.check == name]
+
+
+@pytest.fixture(scope="module")
+def clean(tmp_path_factory):
+    return write(tmp_path_factory.mktemp("clean") / "d")
+
+
+@pytest.fixture
+def dataset(clean, tmp_path):
+    return shutil.copytree(clean, tmp_path / "copy")
+
+
+def test_a_clean_dataset_has_no_findings(clean):
+    before = sorted(clean.rglob("*"))
+    checkup = check(clean)
+    assert checkup.findings == []
+    assert checkup.passed
+    assert (checkup.episodes, checkup.frames, checkup.fps) == (EPISODES, EPISODES * LENGTH, 10)
+    assert checkup.tasks == {"drawer": 12, "puck": 12}
+    assert sorted(clean.rglob("*")) == before, "a check writes nothing into the dataset"
+
+
+def plant_nan(table):
+    table.at[30, "action"] = np.array([0, np.nan, 0], np.float32)
+
+
+def plant_other_size(table):
+    table.at[30, "action"] = np.zeros(2, np.float32)
+
+
+def plant_gap(table):
+    later = (table["episode_index"] == 3) & (table["frame_index"] >= 10)
+    table.loc[later, "timestamp"] += np.float32(0.3)
+
+
+def plant_jitter(table):
+    table.loc[(table["episode_index"] == 4) & (table["frame_index"] == 7), "timestamp"] += np.float32(0.02)
+
+
+def plant_rate(table):
+    table["timestamp"] *= np.float32(2)
+
+
+@pytest.mark.parametrize(
+    ("plant", "name", "grade", "subject", "value"),
+    [
+        (plant_nan, "finite", "error", "'dy' of 'action', episode 1", "1 of 24 values not finite, first in frame 6"),
+        (plant_other_size, "vectors", "error", "'action' of episode 1", "another size"),
+        (plant_gap, "dropped frames", "error", "episode 3", "400 ms"),
+        (plant_jitter, "timestamps", "warning", "episode 4", "20 ms"),
+        (plant_rate, "timestamps", "error", "the rate", "5 Hz"),
+    ],
+)
+def test_defects_of_the_tables(dataset, plant, name, grade, subject, value):
+    rewrite(dataset, plant)
+    (finding,) = check(dataset).findings
+    assert (finding.check, finding.grade) == (name, grade)
+    assert subject in finding.subject
+    assert value in finding.value
+
+
+def change_statistics(root, change):
+    path = root / "meta" / "stats.json"
+    stats = json.loads(path.read_text())
+    change(stats)
+    path.write_text(json.dumps(stats))
+
+
+def test_missing_and_constant_statistics(dataset):
+    def change(stats):
+        del stats["action"]["q99"]
+        stats["observation.state"]["q99"][2] = stats["observation.state"]["q01"][2]
+
+    change_statistics(dataset, change)
+    state, action = sorted(found(dataset, "statistics"), key=lambda finding: finding.subject, reverse=True)
+    assert state.subject == "'z' of 'observation.state'"
+    assert "constant" in state.value
+    assert action.subject == "'action'"
+    assert "q01 and q99" in action.value
+
+
+def test_statistics_of_other_data(dataset):
+    change_statistics(dataset, lambda stats: stats["action"].update(q01=[-0.5] * 3, q99=[0.5] * 3))
+    findings = found(dataset, "quantiles")
+    assert [finding.subject for finding in findings] == [f"'{name}' of 'action'" for name in ("dx", "dy", "dz")]
+    assert {finding.grade for finding in findings} == {"error"}
+
+
+def look(index, whole, which, **how):
+    return replace(whole, images=episode(index, **how).images) if index in which else whole
+
+
+def frozen(index, whole):
+    if index != 7:
+        return whole
+    images = whole.images["front"].copy()
+    images[5:] = images[5]
+    return replace(whole, images={"front": images})
+
+
+@pytest.mark.parametrize(
+    ("change", "name", "subject"),
+    [
+        (frozen, "frozen frames", "'front', episode 7"),
+        (lambda i, e: look(i, e, {9, 10}, shift=6), "moved camera", "'front', episodes 9-10"),
+        (lambda i, e: look(i, e, {5}, brightness=40.0), "lighting", "'front', episode 5"),
+        (lambda i, e: look(i, e, {6}, contrast=0.1), "contrast", "'front', episode 6"),
+        (lambda i, e: look(i, e, range(EPISODES), brightness=2.0 * i), "lighting drift", "'front'"),
+        (lambda i, e: replace(e, extra=e.extra | {"recovery": i == 0}), "recoveries", "failed state"),
+        (lambda i, e: replace(e, extra=e.extra | {"env_task": "puck" if i else "drawer"}), "balance", "'drawer'"),
+        (lambda i, e: replace(e, task="" if i == 2 else e.task), "sentences", "episode 2"),
+        (lambda i, e: episode(i, length=5) if i == 8 else e, "length", "episode 8"),
+        (lambda i, e: replace(e, vectors=standing(e.vectors)), "no-ops", "does not move"),
+    ],
+)
+def test_defects_of_the_recording(tmp_path, change, name, subject):
+    (finding,) = check(write(tmp_path / "d", change)).findings
+    assert finding.check == name
+    assert subject in finding.subject
+    assert finding.value
+    assert finding.threshold
+    assert finding.fix
+
+
+def standing(vectors):
+    """The first frames of an episode are held."""
+    state = vectors["observation.state"].copy()
+    state[:6] = state[0]
+    return {**vectors, "observation.state": state}
+
+
+def test_a_truncated_video(dataset):
+    (path,) = dataset.rglob("*.mp4")
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    finding = found(dataset, "video")[0]
+    assert finding.grade == "error"
+    assert "'front'" in finding.subject
+
+
+def test_the_split_holds_a_whole_region_out(clean):
+    checkup = check(clean)
+    parts = split(checkup)
+    assert sorted(parts["train"] + parts["held_out"]) == list(range(EPISODES))
+    assert parts["held_out"]
+    clusters = np.array(checkup.coverage.clusters)
+    assert not set(clusters[parts["train"]]) & set(clusters[parts["held_out"]])
+
+
+def test_too_few_episodes_to_split(tmp_path):
+    with pytest.raises(BitvlaError, match="too few"):
+        split(check(write(tmp_path / "d", count=5)))
+
+
+def test_no_dataset_is_one_error(tmp_path):
+    with pytest.raises(BitvlaError, match="not a LeRobotDataset"):
+        check(tmp_path)
+
+
+def test_the_command(clean, dataset, tmp_path, capsys):
+    page, parts = tmp_path / "r.html", tmp_path / "s.json"
+    assert main(["data", "check", str(clean), "--out", str(page), "--split", str(parts)]) == 0
+    assert set(json.loads(parts.read_text())) == {"train", "held_out"}
+    text = page.read_text()
+    assert text.count("<svg") >= 4
+    assert not re.search(r"""(src|href)=["'](?!#)""", text), "nothing to fetch"
+    capsys.readouterr()
+    rewrite(dataset, plant_nan)
+    assert main(["data", "check", str(dataset), "--json", "--out", str(page)]) == 1
+    printed = json.loads(capsys.readouterr().out)
+    assert printed["findings"][0]["check"] == "finite"
+    assert "&#39;dy&#39; of &#39;action&#39;, episode 1" in page.read_text()
+    assert not list(Path(tmp_path).glob("*.tmp"))
