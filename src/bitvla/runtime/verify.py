@@ -73,7 +73,7 @@ def _replaying(config: PolicyConfig) -> list[str]:
     return available if weights <= SCALAR_WEIGHTS else [isa for isa in available if isa != "scalar"] or available
 
 
-def golden_traces(bundle: Bundle) -> Iterator[tuple[dict[str, Any], np.ndarray]]:
+def golden_traces(bundle: Bundle[PolicyConfig]) -> Iterator[tuple[dict[str, Any], np.ndarray]]:
     """The golden observations of a policy file, each with the chunk that must come out."""
     for index, instruction in enumerate(bundle.document.golden):
         images = {
@@ -92,7 +92,7 @@ def _structure(path: Path) -> str:
     return f"format {bundle.document.format}, {len(bundle.tensors)} tensors as the configuration asks"
 
 
-def _weights(bundle: Bundle) -> str:
+def _weights(bundle: Bundle[PolicyConfig]) -> str:
     counts = np.zeros(3, dtype=np.int64)
     for name, spec in tensor_specs(bundle.config).items():
         tensor = bundle.tensors[name]
@@ -114,13 +114,13 @@ def _finite(tensor: np.ndarray) -> bool:
     return bool(np.isfinite(tensor).all())
 
 
-def _statistics(bundle: Bundle) -> str:
+def _statistics(bundle: Bundle[PolicyConfig]) -> str:
     processing = bundle.config.processing  # their values were checked when the file was read
     state, action = processing.state.names, processing.action.names
     return f"{len(state)} state and {len(action)} action bounds, none missing or constant"
 
 
-def _load(bundle: Bundle) -> str:
+def _load(bundle: Bundle[PolicyConfig]) -> str:
     policy = Policy(bundle)
     cameras = ", ".join(camera.name for camera in bundle.config.processing.cameras)
     return f"cameras {cameras}; runs on {policy.isa} kernels"
