@@ -33,6 +33,7 @@ from bitvla.model.ternary import make_ternary
 from bitvla.quantization import ternarize
 from bitvla.runtime.language import Conversation, LanguageModel, Sampler
 from bitvla.runtime.network import Cache
+from bitvla.runtime.verify import verify
 from checkpoints import pack_random, tiny_config
 
 SHARD = "model-00001-of-00001.safetensors"
@@ -227,6 +228,17 @@ def test_sampling_follows_temperature_top_p_and_seed() -> None:
     np.testing.assert_array_equal(shares(), [0, 1, 0, 0])
     np.testing.assert_array_equal(shares(temperature=1, seed=3), shares(temperature=1, seed=3))
     assert (shares(temperature=1, seed=3) != shares(temperature=1, seed=4)).any()
+
+
+def test_a_packed_model_verifies_and_a_damaged_one_does_not(model_file: Path, tmp_path: Path) -> None:
+    result = verify(model_file)
+    assert result["passed"], result
+    assert len(result["checks"]) == 4 + len(native.available())
+    data = bytearray(model_file.read_bytes())
+    data[-1] ^= 1
+    (tmp_path / "damaged").write_bytes(data)
+    result = verify(tmp_path / "damaged")
+    assert [check["check"] for check in result["checks"] if not check["passed"]] == ["digest"]
 
 
 # What is refused.

@@ -305,6 +305,15 @@ def read_language_model(path: Path, *, digest: bool | None = None) -> Bundle[Lan
     return _read(Path(path), LanguageModelConfig, digest)
 
 
+def is_language_model(path: Path) -> bool:
+    """Does this file say that it is a language model? False for one that cannot be read."""
+    try:
+        text, *_ = _parse_header(path, _open(path)[1])
+        return "chat" in msgspec.json.decode(text, type=_Outline).config
+    except (BitvlaError, msgspec.MsgspecError, UnicodeError, RecursionError):
+        return False
+
+
 def _read(path: Path, kind: type[C], digest: bool | None) -> Bundle[C]:
     file, data = _open(path)
     text, claimed, entries, start = _parse_header(path, data)
