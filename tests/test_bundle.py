@@ -184,7 +184,7 @@ def test_altered_bytes_are_found(path: Path, content: bytes, scratch: Path, data
         same_policy(policy, read(path))
 
 
-def same_policy(one: Bundle, other: Bundle) -> None:
+def same_policy(one: Bundle[Any], other: Bundle[Any]) -> None:
     assert one.document == other.document
     assert one.tensors.keys() == other.tensors.keys()
     for name, tensor in one.tensors.items():

@@ -24,8 +24,8 @@ from bitvla import cli
 from bitvla.errors import BitvlaError
 
 COMMANDS = [
-    "record", "data", "train", "pack", "make-checkpoint", "demo", "eval", "compare", "report", "serve", "verify",
-    "inspect", "bench", "doctor",
+    "record", "data", "train", "pack", "make-checkpoint", "demo", "eval", "compare", "report", "chat", "serve",
+    "verify", "inspect", "bench", "doctor",
 ]  # fmt: skip
 RESUMABLE = ["record", "train", "eval"]
 

@@ -593,8 +593,6 @@ BASE_MODELS = {
     "vision-language": (base_model, "a vision-language base model .*bitsiglipL-224px-bf16"),
     "full-precision tower": (full_precision_tower, "with a full-precision tower"),
     "pretrained": (pretrained, "with discrete action tokens .lxsy/bitvla-bf16"),
-    "language": (language_model, "a language model"),
-    "packed language": (packed_language_model, "a language model"),
 }
 
 

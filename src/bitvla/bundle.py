@@ -21,13 +21,13 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO, Literal, NamedTuple
+from typing import Any, BinaryIO, Generic, Literal, NamedTuple, TypeVar
 
 import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from bitvla.config import ActionConfig, LanguageConfig, PolicyConfig, VisionConfig, check
+from bitvla.config import ActionConfig, LanguageConfig, LanguageModelConfig, PolicyConfig, VisionConfig, check
 from bitvla.errors import BitvlaError
 from bitvla.quantization import BLOCK, padded
 
@@ -71,11 +71,17 @@ class Stored(NamedTuple):
         return math.prod(self.shape) * _DTYPES[self.dtype].itemsize
 
 
-class Document(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Everything about a policy that is not a tensor. `golden` holds the instruction of each golden trace."""
+C = TypeVar("C", PolicyConfig, LanguageModelConfig)
+
+
+class Document(msgspec.Struct, Generic[C], frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Everything about a policy, or a language model, that is not a tensor.
+
+    `golden` holds the instruction of each golden trace; language models have none.
+    """
 
     format: int
-    config: PolicyConfig
+    config: C
     matrix_dtype: MatrixDtype
     tokenizer: str
     golden: tuple[str, ...]
@@ -83,13 +89,13 @@ class Document(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
 
 @dataclass(frozen=True)
-class Bundle:
-    """A policy in memory. Tensors by name; bfloat16 is seen as uint16. `sha256` identifies the policy.
+class Bundle(Generic[C]):
+    """A policy or a language model in memory. Tensors by name; bfloat16 is seen as uint16. `sha256` identifies it.
 
     One that is mapped keeps its file open; `offsets` says where in that each tensor begins.
     """
 
-    document: Document
+    document: Document[C]
     tensors: Mapping[str, NDArray[Any]]
     sha256: str
     path: Path | None = None
@@ -97,7 +103,7 @@ class Bundle:
     offsets: Mapping[str, int] = field(default_factory=dict)
 
     @property
-    def config(self) -> PolicyConfig:
+    def config(self) -> C:
         return self.document.config
 
     def rows(self, name: str, indices: NDArray[np.int64]) -> NDArray[np.float32]:
@@ -110,8 +116,10 @@ class Bundle:
         return to_float32(np.frombuffer(b"".join(rows), dtype=table.dtype).reshape(len(indices), -1))
 
 
-def tensor_specs(config: PolicyConfig) -> dict[str, TensorSpec]:
-    """Every tensor of a policy by its name in a training checkpoint, in the order of the forward pass."""
+def tensor_specs(config: PolicyConfig | LanguageModelConfig) -> dict[str, TensorSpec]:
+    """Every tensor by its name in a training checkpoint, in the order of the forward pass."""
+    if isinstance(config, LanguageModelConfig):
+        return decoder_specs(config.language)
     return {
         **vision_specs(config.vision, config.language.hidden_size),
         **decoder_specs(config.language),
@@ -187,9 +195,9 @@ def _linear(name: str, rows: int, columns: int, kind: Literal["ternary", "matrix
     return {f"{name}.weight": TensorSpec(kind, (rows, columns)), f"{name}.bias": TensorSpec("vector", (rows,))}
 
 
-def stored_tensors(document: Document) -> dict[str, Stored]:
+def stored_tensors(document: Document[C]) -> dict[str, Stored]:
     """Every tensor of a policy file in the order of its data: name -> dtype and shape."""
-    config = document.config
+    config: PolicyConfig | LanguageModelConfig = document.config
     groups: tuple[dict[str, Stored], ...] = ({}, {}, {}, {}, {})
     packed, floats, halves, codes, images = groups
     for name, spec in tensor_specs(config).items():
@@ -204,15 +212,28 @@ def stored_tensors(document: Document) -> dict[str, Stored]:
             halves[name] = Stored("BF16", spec.shape)
         else:
             floats[name] = Stored("F32", spec.shape)
-    for index in range(len(document.golden)):
-        floats[f"golden.{index}.state"] = Stored("F32", (config.action.state_dim,))
-        floats[f"golden.{index}.chunk"] = Stored("F32", (config.action.horizon, config.action.dim))
-        for camera in config.processing.cameras:
-            images[f"golden.{index}.image.{camera.name}"] = Stored("U8", (camera.height, camera.width, 3))
+    if isinstance(config, PolicyConfig):
+        for index in range(len(document.golden)):
+            floats |= _golden_floats(index, config.action)
+            images |= _golden_images(index, config)
     return {name: stored for group in groups for name, stored in group.items()}
 
 
-def write(path: Path, document: Document, tensors: Mapping[str, NDArray[Any]]) -> str:
+def _golden_floats(index: int, action: ActionConfig) -> dict[str, Stored]:
+    return {
+        f"golden.{index}.state": Stored("F32", (action.state_dim,)),
+        f"golden.{index}.chunk": Stored("F32", (action.horizon, action.dim)),
+    }
+
+
+def _golden_images(index: int, config: PolicyConfig) -> dict[str, Stored]:
+    return {
+        f"golden.{index}.image.{camera.name}": Stored("U8", (camera.height, camera.width, 3))
+        for camera in config.processing.cameras
+    }
+
+
+def write(path: Path, document: Document[C], tensors: Mapping[str, NDArray[Any]]) -> str:
     """Write a policy file and return its SHA-256. The file appears whole or not at all.
 
     `tensors` must be exactly those of `stored_tensors(document)` (ValueError otherwise). BitvlaError when the disk
@@ -221,7 +242,7 @@ def write(path: Path, document: Document, tensors: Mapping[str, NDArray[Any]]) -
     layout = stored_tensors(document)
     if layout.keys() != tensors.keys():
         raise ValueError(f"tensors do not fit the policy: {sorted(layout.keys() ^ tensors.keys())[:4]}")
-    arrays = {name: _storable(name, tensors[name], stored) for name, stored in layout.items()}
+    arrays: dict[str, NDArray[Any]] = {name: _storable(name, tensors[name], stored) for name, stored in layout.items()}
     entries = _entries(layout)
     text = msgspec.json.encode(document)
     digest = _digest(text, entries, list(arrays.values()))
@@ -272,16 +293,33 @@ def _write_atomically(path: Path, parts: list[Any]) -> None:
             temporary.unlink(missing_ok=True)
 
 
-def read(path: Path, *, digest: bool | None = None) -> Bundle:
-    """Load a policy file. Header and structure are always checked, the digest by default up to 64 MB.
+def read(path: Path, *, digest: bool | None = None) -> Bundle[PolicyConfig]:
+    """Load the file of a policy. Header and structure are always checked, the digest by default up to 64 MB.
 
     Raises BitvlaError, in one line, for a file that is missing, truncated, altered, foreign, or made for another
     version of the format.
     """
-    path = Path(path)
+    return _read(Path(path), PolicyConfig, digest)
+
+
+def read_language_model(path: Path, *, digest: bool | None = None) -> Bundle[LanguageModelConfig]:
+    """Load the file of a language model; like `read`."""
+    return _read(Path(path), LanguageModelConfig, digest)
+
+
+def is_language_model(path: Path) -> bool:
+    """Does this file say that it is a language model? False for one that cannot be read."""
+    try:
+        text, *_ = _parse_header(path, _read_or_map(path)[0])
+        return "chat" in msgspec.json.decode(text, type=_Outline).config
+    except (BitvlaError, msgspec.MsgspecError, UnicodeError, RecursionError):
+        return False
+
+
+def _read(path: Path, kind: type[C], digest: bool | None) -> Bundle[C]:
     data, file = _read_or_map(path)
     text, claimed, entries, start = _parse_header(path, data)
-    document = _parse_document(path, text, len(entries))
+    document = _parse_document(path, text, kind, len(entries))
     _check_layout(path, document, entries, len(data) - start)
     if digest or (digest is None and file is None):
         _check_digest(path, claimed, _digest(text, entries, [data[start:]]))
@@ -348,34 +386,47 @@ def _check_digest(path: Path, claimed: str, actual: str) -> None:
         raise BitvlaError(f"{path} is damaged or was altered: its SHA-256 does not fit; fetch or pack it again")
 
 
-def _parse_document(path: Path, text: bytes, num_tensors: int) -> Document:
+def _parse_document(path: Path, text: bytes, kind: type[C], num_tensors: int) -> Document[C]:
     try:
-        version = msgspec.json.decode(text, type=_Version).format
-        if version != FORMAT:
+        outline = msgspec.json.decode(text, type=_Outline)
+        if outline.format != FORMAT:
             raise BitvlaError(
-                f"{path} has policy file format {version}, this bitvla reads format {FORMAT}; "
-                + ("update bitvla" if version > FORMAT else "pack it again")
+                f"{path} has policy file format {outline.format}, this bitvla reads format {FORMAT}; "
+                + ("update bitvla" if outline.format > FORMAT else "pack it again")
             )
-        document = msgspec.json.decode(text, type=Document)
+        _check_kind(path, kind, outline.config)
+        document: Document[C] = msgspec.json.decode(text, type=Document[kind])  # type: ignore[valid-type]
     except (msgspec.MsgspecError, UnicodeError, RecursionError) as error:
         raise BitvlaError(f"{path} is damaged: policy document: {error}") from None
+    config = document.config
     try:
-        check(document.config)
+        check(config)
     except BitvlaError as error:
         raise BitvlaError(f"{path}: {error}") from None
-    layers = document.config.vision.num_layers + document.config.language.num_layers
-    if max(layers, document.config.action.head_blocks, len(document.golden)) > num_tensors:
-        raise BitvlaError(f"{path} is damaged: {layers} layers described, only {num_tensors} tensors present")
-    if document.config.precision != "ternary":
-        raise BitvlaError(f"{path} describes a {document.config.precision} precision policy; policy files are ternary")
+    depths = [config.language.num_layers, len(document.golden)]
+    if isinstance(config, PolicyConfig):
+        depths += [config.vision.num_layers + config.language.num_layers, config.action.head_blocks]
+    if max(depths) > num_tensors:
+        raise BitvlaError(f"{path} is damaged: {max(depths)} layers described, only {num_tensors} tensors present")
+    if config.precision != "ternary":
+        raise BitvlaError(f"{path} describes a {config.precision} precision policy; policy files are ternary")
     return document
 
 
-class _Version(msgspec.Struct):
+class _Outline(msgspec.Struct):
     format: int
+    config: dict[str, msgspec.Raw] = {}
 
 
-def _check_layout(path: Path, document: Document, entries: Mapping[str, Mapping[str, Any]], size: int) -> None:
+def _check_kind(path: Path, kind: type[Any], config: Mapping[str, Any]) -> None:
+    """Only a language model has a chat template, only a policy has actions."""
+    if kind is PolicyConfig and "chat" in config:
+        raise BitvlaError(f"{path} is a language model, not a policy; use it with: bitvla chat {path}")
+    if kind is LanguageModelConfig and "action" in config:
+        raise BitvlaError(f"{path} is a policy, which acts and does not chat; bitvla chat needs a language model")
+
+
+def _check_layout(path: Path, document: Document[C], entries: Mapping[str, Mapping[str, Any]], size: int) -> None:
     """Compare the header with what the policy's configuration asks for; name the first difference."""
     expected = stored_tensors(document)
     for names, problem in ((expected.keys() - entries.keys(), "lacks"), (entries.keys() - expected.keys(), "has")):

@@ -23,6 +23,7 @@ from bitvla.errors import BitvlaError
 
 STAGES = ("finetune", "distill")
 MATRICES: dict[str, Any] = {"float32": "F32", "bfloat16": "BF16", "int8": "I8"}
+KINDS = ("libero", "language", "language-bf16")
 PROTOCOLS = ("openpi", "lerobot", "gr00t")
 GO_ON = "run the same command to go on where it stopped"
 NOTHING_LEFT = "nothing half-written was left behind"
@@ -97,12 +98,22 @@ def _make_checkpoint(args: argparse.Namespace) -> Any:
     with display.progress("writing") as progress:
         return make_checkpoint(
             args.out,
+            kind=args.kind,
             reduced=args.reduced,
             views=args.views,
             seed=args.seed,
             statistics=args.statistics,
             progress=progress,
         )
+
+
+def _chat(args: argparse.Namespace) -> Any:
+    from bitvla.runtime import chat
+    from bitvla.runtime.language import Sampler
+
+    sampler = Sampler(args.temperature, args.top_p, args.seed)
+    run = chat.answer if args.json else chat.chat
+    return run(args.model, args.prompt, max_tokens=args.max_tokens, sampler=sampler, threads=args.threads)
 
 
 def _verify(args: argparse.Namespace) -> Any:
@@ -253,6 +264,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     _add_making(add)
     _add_running(add)
+    _add_writing(add)
     _add_serving(add)
     _add_measuring(add)
     return parser
@@ -329,6 +341,14 @@ def _add_making(add: _Add) -> None:
         "make-checkpoint runs/random --reduced",
     )
     make_checkpoint.add_argument("out", type=Path, metavar="OUT", help="folder to write (full size: 6.5 GB)")
+    make_checkpoint.add_argument(
+        "--kind",
+        choices=KINDS,
+        default=KINDS[0],
+        metavar="KIND",
+        help="a LIBERO fine-tune, or BitNet's language model, packed or in bfloat16: "
+        f"{' | '.join(KINDS)} (default: {KINDS[0]})",
+    )
     make_checkpoint.add_argument("--reduced", action="store_true", help="small layers, published layout and tokens")
     make_checkpoint.add_argument("--views", type=_count, default=2, metavar="N", help="cameras, 1 to 3 (default: 2)")
     make_checkpoint.add_argument("--seed", type=_seed, default=0, help="another number, other weights (default: 0)")
@@ -395,6 +415,35 @@ def _add_running(add: _Add) -> None:
         help="records of `bitvla eval`; the first is the subject",
     )
     report.add_argument("out", type=Path, metavar="OUT.html", help="report to write, one file with everything in it")
+
+
+def _add_writing(add: _Add) -> None:
+    """A language model that writes."""
+    chat = add(
+        _chat,
+        "talk to a language model",
+        'chat model.safetensors --prompt "What is a robot?"',
+        "the answer was not finished",
+    )
+    chat.add_argument("model", type=Path, metavar="MODEL", help="file of a language model, which `bitvla pack` wrote")
+    chat.add_argument("--prompt", metavar="TEXT", help="what to answer (default: what is typed, turn after turn)")
+    chat.add_argument("--max-tokens", type=_count, default=256, metavar="N", help="of an answer (default: 256)")
+    chat.add_argument(
+        "--temperature",
+        type=float,
+        default=0.0,
+        metavar="T",
+        help="0: the likeliest token (default); more: more chance",
+    )
+    chat.add_argument(
+        "--top-p",
+        type=float,
+        default=1.0,
+        metavar="P",
+        help="choose among the likeliest, up to this share (default: 1)",
+    )
+    chat.add_argument("--seed", type=_seed, default=0, help="another number, other choices (default: 0)")
+    chat.add_argument("--threads", type=_count, metavar="N", help="threads of the kernels (default: all cores)")
 
 
 def _add_serving(add: _Add) -> None:

@@ -7,6 +7,7 @@ values of `PolicyConfig`. Nothing about a robot (cameras, statistics, rates, uni
 from __future__ import annotations
 
 import tomllib
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -15,6 +16,7 @@ import msgspec
 from bitvla.errors import BitvlaError
 
 T = TypeVar("T")
+Model = TypeVar("Model", bound="PolicyConfig | LanguageModelConfig")
 
 
 class Record(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -152,27 +154,50 @@ class PolicyConfig(Record, frozen=True, kw_only=True, forbid_unknown_fields=True
     precision: Literal["full", "ternary"] = "ternary"
 
 
-def check(config: PolicyConfig) -> PolicyConfig:
+class ChatConfig(Record, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How a conversation becomes tokens: `begin` once, then `turn` for each thing the user says.
+
+    A stop token ends an answer; the first one is put where an answer was cut short.
+    """
+
+    begin: str
+    turn: str
+    stop_tokens: tuple[str, ...]
+
+
+class LanguageModelConfig(Record, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A BitNet language model. Its head is its embedding."""
+
+    name: str
+    language: LanguageConfig
+    chat: ChatConfig
+    precision: Literal["ternary"] = "ternary"
+
+
+def check(config: Model) -> Model:
     """Return `config`, or raise BitvlaError naming the first value that cannot be right."""
     _check_sizes(config)
+    if isinstance(config, LanguageModelConfig):
+        _check_rules("language model", [
+            *_language_rules(config.language),
+            (not config.language.bidirectional, "language.bidirectional is true; only a causal decoder writes text"),
+            (config.chat.turn.count("{prompt}") == 1, "chat.turn must hold {prompt} once"),
+            (len(config.chat.stop_tokens) > 0, "chat.stop_tokens is empty: no answer would end"),
+        ])  # fmt: skip
+        return config
     vision, language, action, processing = config.vision, config.language, config.action, config.processing
     rules = [
         (vision.image_size % vision.patch_size == 0, f"vision.image_size {vision.image_size} is not a multiple of "
          f"vision.patch_size {vision.patch_size}"),
         (vision.hidden_size % vision.num_heads == 0, f"vision.hidden_size {vision.hidden_size} is not a multiple of "
          f"vision.num_heads {vision.num_heads}"),
-        (language.hidden_size % (2 * language.num_heads) == 0, f"language.hidden_size {language.hidden_size} does not "
-         f"give an even head size for language.num_heads {language.num_heads}"),
-        (language.num_heads % language.num_kv_heads == 0, f"language.num_heads {language.num_heads} is not a multiple "
-         f"of language.num_kv_heads {language.num_kv_heads}"),
         (1 <= processing.execute_horizon <= action.horizon, f"processing.execute_horizon "
          f"{processing.execute_horizon} is not within 1 and action.horizon {action.horizon}"),
         (0 < processing.image.crop_area <= 1, f"processing.image.crop_area {processing.image.crop_area} is not in "
          "(0, 1]"),
         (language.max_positions > action.num_slots + vision.num_patches * len(processing.cameras) + 2,
          f"language.max_positions {language.max_positions} has no room for images, slots and an instruction"),
-        (language.rope_theta > 0 and language.rms_norm_eps > 0 and vision.layer_norm_eps > 0,
-         "language.rope_theta, language.rms_norm_eps and vision.layer_norm_eps must be positive"),
+        (vision.layer_norm_eps > 0, f"vision.layer_norm_eps {vision.layer_norm_eps} is not positive"),
         (processing.image.std > 0, f"processing.image.std {processing.image.std} is not positive"),
         (processing.image.jpeg_quality is None or 1 <= processing.image.jpeg_quality <= 100,
          f"processing.image.jpeg_quality {processing.image.jpeg_quality} is not within 1 and 100"),
@@ -187,9 +212,7 @@ def check(config: PolicyConfig) -> PolicyConfig:
         (processing.prompt.image_token not in processing.prompt.template,
          f"processing.prompt.template holds {processing.prompt.image_token}; {{images}} stands for all of them"),
     ]  # fmt: skip
-    for holds, message in rules:
-        if not holds:
-            raise BitvlaError(f"policy configuration: {message}")
+    _check_rules("policy", _language_rules(language) + rules)
     for name, statistics, size in (
         ("state", processing.state, action.state_dim),
         ("action", processing.action, action.dim),
@@ -198,9 +221,28 @@ def check(config: PolicyConfig) -> PolicyConfig:
     return config
 
 
-def _check_sizes(config: PolicyConfig) -> None:
-    sections = {"vision": config.vision, "language": config.language, "action": config.action}
-    sections |= {f"camera '{camera.name}'": camera for camera in config.processing.cameras}
+def _language_rules(language: LanguageConfig) -> list[tuple[bool, str]]:
+    return [
+        (language.hidden_size % (2 * language.num_heads) == 0, f"language.hidden_size {language.hidden_size} does not "
+         f"give an even head size for language.num_heads {language.num_heads}"),
+        (language.num_heads % language.num_kv_heads == 0, f"language.num_heads {language.num_heads} is not a multiple "
+         f"of language.num_kv_heads {language.num_kv_heads}"),
+        (language.rope_theta > 0 and language.rms_norm_eps > 0,
+         "language.rope_theta and language.rms_norm_eps must be positive"),
+    ]  # fmt: skip
+
+
+def _check_rules(kind: str, rules: Iterable[tuple[bool, str]]) -> None:
+    for holds, message in rules:
+        if not holds:
+            raise BitvlaError(f"{kind} configuration: {message}")
+
+
+def _check_sizes(config: PolicyConfig | LanguageModelConfig) -> None:
+    sections: dict[str, Record] = {"language": config.language}
+    if isinstance(config, PolicyConfig):
+        sections |= {"vision": config.vision, "action": config.action}
+        sections |= {f"camera '{camera.name}'": camera for camera in config.processing.cameras}
     for section, value in sections.items():
         for field in value.__struct_fields__:
             size = getattr(value, field)

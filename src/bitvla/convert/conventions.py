@@ -7,7 +7,7 @@ gripper).
 
 from __future__ import annotations
 
-from bitvla.config import Camera, ImageProcessing, ProcessingConfig, PromptConfig, Statistics
+from bitvla.config import Camera, ChatConfig, ImageProcessing, ProcessingConfig, PromptConfig, Statistics
 
 # Rows of the text embedding. After 128,010 tokens of Llama 3 come <|image_pad|>, <proprio_pad> and the action tokens.
 FINETUNE_VOCABULARY = 128264  # 252 action tokens
@@ -29,6 +29,16 @@ TEMPLATE = (
     "<|begin_of_text|>System: A chat between a curious human and an artificial intelligence assistant. "
     "The assistant gives helpful, detailed, and polite answers to the human's questions.<|eot_id|>"
     "User: {images}<proprio_pad>What action should the robot take to {instruction}?<|eot_id|>Assistant: "
+)
+
+# BitNet b1.58 2B4T, without the tokens for images, state and actions. The chat template of its tokenizer_config.json,
+# with the system prompt of BitVLA.
+LANGUAGE_VOCABULARY = 128256
+LANGUAGE_TOKEN_IDS = {token: TOKEN_IDS[token] for token in ("<|begin_of_text|>", "<|end_of_text|>", "<|eot_id|>")}
+CHAT = ChatConfig(
+    begin=TEMPLATE[: TEMPLATE.index("User: ")],
+    turn="User: {prompt}<|eot_id|>Assistant: ",
+    stop_tokens=("<|eot_id|>", "<|end_of_text|>"),
 )
 
 # The third-person image comes first, then those of the wrists.

@@ -1,7 +1,8 @@
-"""A LIBERO fine-tune of random weights, in exactly the published layout: to try everything without the real weights.
+"""Checkpoints of random weights, in exactly the published layouts: to try everything without the real weights.
 
-Shapes, names, dtypes, files and token ids are those of `hongyuw/ft-bitvla-bitsiglipL-224px-libero_spatial-bf16`, the
-statistics those of its training data; what the policy does is nonsense. Written shard by shard, so that memory stays
+Shapes, names, dtypes, files and token ids are those of `hongyuw/ft-bitvla-bitsiglipL-224px-libero_spatial-bf16`, with
+the statistics of its training data, or those of `microsoft/bitnet-b1.58-2B-4T`, packed or in bfloat16. What such a
+policy does, and what such a language model writes, is nonsense. Written shard by shard, so that memory stays
 small, and from a seed, so that it is the same everywhere.
 """
 
@@ -11,24 +12,27 @@ import json
 import os
 import shutil
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import lru_cache
 from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 import numpy as np
 from numpy.typing import NDArray
 from safetensors import SafetensorError
 
-from bitvla.bundle import TensorSpec, action_specs, to_bfloat16
+from bitvla.bundle import TensorSpec, action_specs, to_bfloat16, to_float32
 from bitvla.config import ActionConfig, LanguageConfig, VisionConfig
 from bitvla.convert import conventions
 from bitvla.convert.official import expected_tensors
 from bitvla.convert.source import Progress, read_json
-from bitvla.convert.weights import SIDE_FILES
+from bitvla.convert.weights import SIDE_FILES, pack_rows
 from bitvla.errors import BitvlaError
+from bitvla.quantization import ternarize
+
+Kind = Literal["libero", "language", "language-bf16"]
 
 SHARD_BYTES = 1 << 30
 STEP = 10000  # in the names of the side files; what the published ones were trained for
@@ -80,6 +84,7 @@ _SPLIT = (
 def make_checkpoint(
     out: Path,
     *,
+    kind: Kind = "libero",
     reduced: bool = False,
     layers: int | None = None,
     views: int = conventions.LIBERO_VIEWS,
@@ -89,10 +94,11 @@ def make_checkpoint(
 ) -> dict[str, Any]:
     """Write a checkpoint of random weights into the folder `out` and return a summary.
 
-    Full size is 6.4 GB; `reduced` keeps images, vocabulary and layout, and makes everything else small; `layers` leaves
-    that many layers in the tower and in the decoder. `views` is the number of cameras it claims to have been trained
-    with, `statistics` a dataset_statistics.json to use instead of LIBERO-Spatial's. BitvlaError where `out` is not
-    empty; it appears whole or not at all.
+    `kind` is a LIBERO fine-tune, or a language model whose weights are packed ("language") or latent
+    ("language-bf16"). Full size is 6.4, 1.2 or 4.8 GB; `reduced` keeps images, vocabulary and layout, and makes
+    everything else small; `layers` leaves that many layers in the tower and in the decoder. For a fine-tune, `views` is
+    the number of cameras it claims to have been trained with, `statistics` a dataset_statistics.json to use instead of
+    LIBERO-Spatial's. BitvlaError where `out` is not empty; it appears whole or not at all.
     """
     out = Path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -107,10 +113,15 @@ def make_checkpoint(
     temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
     try:
         temporary.mkdir(parents=True)
-        for name, content in _descriptions(vision, language, views).items():
+        if kind == "libero":
+            files = _descriptions(vision, language, views) | {"dataset_statistics.json": tables}
+            _write_fine_tune(temporary, vision, language, seed, progress)
+        else:
+            language = msgspec.structs.replace(language, vocab_size=conventions.LANGUAGE_VOCABULARY)
+            files = _language_descriptions(language, packed=kind == "language")
+            _write_language_model(temporary, language, seed, progress, packed=kind == "language")
+        for name, content in files.items():
             _write_json(temporary / name, content)
-        _write_json(temporary / "dataset_statistics.json", tables)
-        _write_weights(temporary, vision, language, seed, progress)
         os.replace(temporary, out)
     except (OSError, SafetensorError, RuntimeError) as error:  # PyTorch reports a full disk as a RuntimeError
         reason = str(error).splitlines()[0]
@@ -118,7 +129,7 @@ def make_checkpoint(
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     sizes = [path.stat().st_size for path in out.iterdir()]
-    return {"path": str(out), "bytes": sum(sizes), "files": len(sizes), "views": views, "seed": seed}
+    return {"path": str(out), "bytes": sum(sizes), "files": len(sizes), "kind": kind, "seed": seed}
 
 
 def _reduced() -> tuple[VisionConfig, LanguageConfig]:
@@ -151,12 +162,11 @@ def _normal_table() -> NDArray[np.float32]:
     return np.random.default_rng(0).standard_normal(1 << 16, dtype=np.float32)
 
 
-def _write_weights(
+def _write_fine_tune(
     out: Path, vision: VisionConfig, language: LanguageConfig, seed: int, progress: Progress | None
 ) -> None:
-    """The backbone in safetensors files of about a gigabyte with their index, the rest in PyTorch files beside it."""
+    """The backbone in safetensors files, the rest in PyTorch files beside it."""
     import torch
-    from safetensors.torch import save_file
 
     backbone = expected_tensors("libero", vision, language)
     beside = action_specs(ActionConfig(head_hidden_size=language.hidden_size), language.hidden_size)
@@ -174,13 +184,40 @@ def _write_weights(
         specs = {tensor: spec for tensor, spec in beside.items() if tensor.startswith(prefix)}
         state = {f"module.{key.removeprefix(prefix)}": random(key, spec).to(dtype) for key, spec in specs.items()}
         torch.save(state, out / f"{name}--{STEP}_checkpoint.pt")
-    shards = _shards(backbone)
+    _write_backbone(out, backbone, lambda name: {name: random(name, backbone[name])})
+
+
+def _write_language_model(
+    out: Path, language: LanguageConfig, seed: int, progress: Progress | None, *, packed: bool
+) -> None:
+    import torch
+
+    specs, done = expected_tensors("language", VisionConfig(), language), count(1)
+
+    def random(name: str) -> dict[str, Any]:
+        values = _random(name, specs[name], seed)
+        if progress:
+            progress(next(done), len(specs), name)
+        if not packed or specs[name].kind != "ternary":
+            return {name: torch.from_numpy(values).view(torch.bfloat16)}
+        codes, scale = ternarize(to_float32(values))
+        return {name: torch.from_numpy(pack_rows(codes)), f"{name}_scale": torch.tensor([scale]).bfloat16()}
+
+    _write_backbone(out, specs, random)
+
+
+def _write_backbone(out: Path, specs: Mapping[str, TensorSpec], tensors: Callable[[str], dict[str, Any]]) -> None:
+    """Safetensors files of about a gigabyte, with their index; `tensors` makes those of one weight."""
+    from safetensors.torch import save_file
+
+    shards, size = _shards(specs), 0
     index: dict[str, str] = {}
     for number, names in enumerate(shards, 1):
         file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        save_file({name: random(name, backbone[name]) for name in names}, out / file, {"format": "pt"})
-        index |= dict.fromkeys(names, file)
-    size = sum(_bytes(spec) for spec in backbone.values())
+        shard = {key: tensor for name in names for key, tensor in tensors(name).items()}
+        save_file(shard, out / file, {"format": "pt"})
+        index |= dict.fromkeys(shard, file)
+        size += sum(tensor.nbytes for tensor in shard.values())
     _write_json(out / "model.safetensors.index.json", {"metadata": {"total_size": size}, "weight_map": index})
 
 
@@ -209,7 +246,7 @@ def _descriptions(vision: VisionConfig, language: LanguageConfig, views: int) ->
         "bos_token": "<|begin_of_text|>", "eos_token": "<|end_of_text|>", "pad_token": "<|pad|>",
         "additional_special_tokens": _special_tokens()[10:],
     }  # fmt: skip
-    return {
+    return _tokenizer_files(special, _special_tokens()) | {
         "config.json": {
             "architectures": ["BitVLAForActionPrediction"],
             "model_type": "bitvla",
@@ -223,18 +260,7 @@ def _descriptions(vision: VisionConfig, language: LanguageConfig, views: int) ->
             "tie_word_embeddings": False,
             "torch_dtype": "bfloat16",
             "vocab_size": language.vocab_size,
-            "text_config": {
-                "model_type": "BitNet",
-                "vocab_size": language.vocab_size,
-                "hidden_size": language.hidden_size,
-                "intermediate_size": language.intermediate_size,
-                "num_hidden_layers": language.num_layers,
-                "num_attention_heads": language.num_heads,
-                "num_key_value_heads": language.num_kv_heads,
-                "max_position_embeddings": language.max_positions,
-                "rms_norm_eps": language.rms_norm_eps,
-                "rope_theta": language.rope_theta,
-            },
+            "text_config": {"model_type": "BitNet"} | _text_config(language),
             "vision_config": {
                 "model_type": "siglip_vision_model",
                 "image_size": vision.image_size,
@@ -268,13 +294,50 @@ def _descriptions(vision: VisionConfig, language: LanguageConfig, views: int) ->
             "num_additional_image_tokens": 0,
             "vision_feature_select_strategy": "full",
         },
-        "special_tokens_map.json": special,
-        "tokenizer_config.json": special | {"tokenizer_class": "PreTrainedTokenizerFast"},
-        "tokenizer.json": _tokenizer(),
     }
 
 
-def _tokenizer() -> dict[str, Any]:
+def _language_descriptions(language: LanguageConfig, *, packed: bool) -> dict[str, Any]:
+    config = {
+        "architectures": ["BitNetForCausalLM"],
+        "model_type": "bitnet",
+        "hidden_act": "relu2",
+        "tie_word_embeddings": True,
+        "torch_dtype": "bfloat16",
+    } | _text_config(language)
+    if packed:
+        config["quantization_config"] = {
+            "quant_method": "bitnet",
+            "linear_class": "autobitlinear",
+            "quantization_mode": "offline",
+        }
+    special = {"bos_token": "<|begin_of_text|>", "eos_token": "<|eot_id|>"}
+    return {"config.json": config} | _tokenizer_files(special, _llama_tokens())
+
+
+def _text_config(language: LanguageConfig) -> dict[str, Any]:
+    return {
+        "vocab_size": language.vocab_size,
+        "hidden_size": language.hidden_size,
+        "intermediate_size": language.intermediate_size,
+        "num_hidden_layers": language.num_layers,
+        "num_attention_heads": language.num_heads,
+        "num_key_value_heads": language.num_kv_heads,
+        "max_position_embeddings": language.max_positions,
+        "rms_norm_eps": language.rms_norm_eps,
+        "rope_theta": language.rope_theta,
+    }
+
+
+def _tokenizer_files(special: dict[str, Any], tokens: list[str]) -> dict[str, Any]:
+    return {
+        "special_tokens_map.json": special,
+        "tokenizer_config.json": special | {"tokenizer_class": "PreTrainedTokenizerFast"},
+        "tokenizer.json": _tokenizer(tokens),
+    }
+
+
+def _tokenizer(special_tokens: list[str]) -> dict[str, Any]:
     """A tokenizer with Llama 3's way of cutting text and its ids for bytes and for `WORDS`.
 
     Words it does not know become bytes; the other entries are fillers that no text reaches.
@@ -292,7 +355,7 @@ def _tokenizer() -> dict[str, Any]:
         "truncation": None,
         "padding": None,
         "added_tokens": [
-            {"id": first_special + offset, "content": token} | flags for offset, token in enumerate(_special_tokens())
+            {"id": first_special + offset, "content": token} | flags for offset, token in enumerate(special_tokens)
         ],
         "normalizer": None,
         "pre_tokenizer": {
@@ -339,6 +402,13 @@ def _special_tokens() -> list[str]:
     ]  # fmt: skip
     actions = conventions.FINETUNE_VOCABULARY - conventions.FIRST_ACTION_ID
     return [*llama, "<|image_pad|>", "<proprio_pad>", *(f"<action_{index}>" for index in range(actions))]
+
+
+def _llama_tokens() -> list[str]:
+    """The 256 special tokens of Llama 3, in the order of their ids."""
+    tokens = [f"<|reserved_special_token_{index}|>" for index in range(251)]
+    named = ["<|start_header_id|>", "<|end_header_id|>", tokens[4], "<|eot_id|>"]
+    return ["<|begin_of_text|>", "<|end_of_text|>", *tokens[:4], *named, *tokens[5:]]
 
 
 def _write_json(path: Path, content: Any) -> None:

@@ -6,8 +6,9 @@ A LIBERO fine-tune (`hongyuw/ft-bitvla-bitsiglipL-224px-libero_*-bf16`) is a fol
     action_head--N_checkpoint.pt, proprio_projector--N_checkpoint.pt
     dataset_statistics.json, tokenizer.json
 
-Base models have no action head. They are recognised and checked in full, and cannot be packed yet: the runtime has no
-language head.
+A language model (`microsoft/bitnet-b1.58-2B-4T`, packed, or `-bf16`) is a folder with config.json, model.safetensors
+and tokenizer.json. Other base models have neither an action head nor, here, a language head: they are recognised,
+checked in full, and refused.
 """
 
 from __future__ import annotations
@@ -23,7 +24,16 @@ from tokenizers import Tokenizer
 
 import bitvla
 from bitvla.bundle import TensorSpec, action_specs, decoder_specs, vision_specs
-from bitvla.config import ActionConfig, LanguageConfig, PolicyConfig, Statistics, VisionConfig, check, from_dict
+from bitvla.config import (
+    ActionConfig,
+    LanguageConfig,
+    LanguageModelConfig,
+    PolicyConfig,
+    Statistics,
+    VisionConfig,
+    check,
+    from_dict,
+)
 from bitvla.convert import conventions
 from bitvla.convert.source import Golden, Source, check_names, read_json, sha256
 from bitvla.convert.weights import SIDE_FILES, Weights, backbone_folder, find_weights, side_file
@@ -41,7 +51,6 @@ _BASE_MODELS: dict[Kind, str] = {
     "full-precision tower": "a vision-language base model with a full-precision tower "
     "(hongyuw/bitvla-siglipL-224px-bf16)",
     "pretrained": "the pre-trained base model with discrete action tokens (lxsy/bitvla-bf16)",
-    "language": "a language model (BitNet b1.58 2B4T)",
 }
 _HUB_FILES = ["*.json", "*.safetensors", "*.pt"]  # also in lora_adapter/
 _INSTRUCTION = "pick up the black bowl and place it on the plate"
@@ -56,6 +65,12 @@ _COMPUTED: dict[tuple[str, ...], Any] = {
     ("vision_config", "hidden_act"): "gelu_pytorch_tanh",
     ("text_config", "attention_bias"): False,
     ("text_config", "rope_scaling"): None,
+}
+_COMPUTED_TEXT: dict[tuple[str, ...], Any] = {
+    ("hidden_act",): "relu2",
+    ("tie_word_embeddings",): True,
+    ("attention_bias",): False,
+    ("rope_scaling",): None,
 }
 _TEXT_FIELDS = {
     "vocab_size": "vocab_size", "hidden_size": "hidden_size", "intermediate_size": "intermediate_size",
@@ -173,7 +188,7 @@ def open_official(folder: Path, views: int | None = None, statistics: str | None
 
     `views` is the number of cameras it was trained with: 1, 2 or 3, by default what config.json says under
     `num_images_in_input`, or 2. `statistics` is the key in dataset_statistics.json, needed where it has several.
-    Raises BitvlaError for a base model, which no policy file can hold yet.
+    Both are refused for a language model. Raises BitvlaError for other base models, which no file can hold yet.
     """
     origin = backbone_folder(folder) / "config.json"
     raw, weights = read_json(origin), find_weights(folder)
@@ -181,18 +196,21 @@ def open_official(folder: Path, views: int | None = None, statistics: str | None
     vision, language = _read_sizes(origin, raw, kind)
     _check_vocabulary(weights, kind, language)
     backbone = expected_tensors(kind, vision, language)
+    if kind == "language":
+        if views or statistics:
+            raise BitvlaError(f"{folder} is a language model: it has no views and no statistics; leave them out")
+        return _language_source(folder, raw, language, weights, backbone)
     if kind != "libero":
         check_tensors(weights, backbone)
         raise BitvlaError(
             f"{folder} is {_BASE_MODELS[kind]}: it has no action head, so it is not a policy; pack a fine-tune of it"
         )
-    text, tokenizer = _read_tokenizer(folder / "tokenizer.json")
+    text, tokenizer = _read_tokenizer(folder / "tokenizer.json", conventions.TOKEN_IDS)
     key, state, action = _read_statistics(folder / "dataset_statistics.json", statistics)
     config = _policy_config(f"bitvla-{key}", vision, language, state, action, _views(folder, raw, views))
     _check_policy(folder, config, tokenizer)
     check_tensors(weights, backbone | action_specs(config.action, language.hidden_size))
-    files = [*weights.files, folder / "dataset_statistics.json", folder / "tokenizer.json"]
-    digests = {path.relative_to(folder).as_posix(): sha256(path) for path in sorted(files)}
+    digests = _digests(folder, [*weights.files, folder / "dataset_statistics.json", folder / "tokenizer.json"])
     return Source(
         config=config,
         tokenizer=text,
@@ -200,13 +218,57 @@ def open_official(folder: Path, views: int | None = None, statistics: str | None
         provenance={"checkpoint": {"kind": kind, "statistics": key, "files": digests}},
         sha256=hashlib.sha256(msgspec.json.encode(digests)).hexdigest(),
         tensor=weights.read,
+        ternary=weights.ternary,
         matrix_dtype="BF16",
     )
 
 
+def _language_source(
+    folder: Path,
+    raw: Mapping[str, Any],
+    language: LanguageConfig,
+    weights: Weights,
+    expected: Mapping[str, TensorSpec],
+) -> Source:
+    """A language model, which has no action head and no golden traces."""
+    text, _ = _read_tokenizer(folder / "tokenizer.json", conventions.LANGUAGE_TOKEN_IDS)
+    config = LanguageModelConfig(name="bitnet", language=language, chat=conventions.CHAT)
+    try:
+        check(config)
+    except BitvlaError as error:
+        raise BitvlaError(f"{folder}: {error}") from None
+    check_tensors(weights, expected)
+    _check_packing(folder, raw)
+    digests = _digests(folder, [*weights.files, folder / "tokenizer.json"])
+    return Source(
+        config=config,
+        tokenizer=text,
+        golden=Golden([], []),
+        provenance={"checkpoint": {"kind": "language", "files": digests}},
+        sha256=hashlib.sha256(msgspec.json.encode(digests)).hexdigest(),
+        tensor=lambda name: weights.read(name.removeprefix("language_model.")),
+        ternary=lambda name: weights.ternary(name.removeprefix("language_model.")),
+        matrix_dtype="BF16",
+    )
+
+
+def _check_packing(folder: Path, raw: Mapping[str, Any]) -> None:
+    """Only one of the two ways to pack multiplies by the scale; the older one divides."""
+    packing = _section(raw, "quantization_config")
+    if packing and packing.get("linear_class") != "autobitlinear":
+        raise BitvlaError(
+            f"{folder / 'config.json'}: quantization_config.linear_class is {packing.get('linear_class')!r}; only "
+            "'autobitlinear' can be read, the one of microsoft/bitnet-b1.58-2B-4T"
+        )
+
+
+def _digests(folder: Path, files: list[Path]) -> dict[str, str]:
+    return {path.relative_to(folder).as_posix(): sha256(path) for path in sorted(files)}
+
+
 def _read_sizes(origin: Path, raw: Mapping[str, Any], kind: Kind) -> tuple[VisionConfig, LanguageConfig]:
     """The network's sizes in our names; what config.json does not say is as published."""
-    for (*sections, field), computed in _COMPUTED.items():
+    for (*sections, field), computed in (_COMPUTED_TEXT if kind == "language" else _COMPUTED).items():
         section = _section(raw, *sections)
         if field in section and section[field] != computed:
             raise BitvlaError(
@@ -243,11 +305,11 @@ def _check_vocabulary(weights: Weights, kind: Kind, language: LanguageConfig) ->
         )
 
 
-def _read_tokenizer(path: Path) -> tuple[str, Tokenizer]:
+def _read_tokenizer(path: Path, token_ids: Mapping[str, int]) -> tuple[str, Tokenizer]:
     """The tokenizer and its text, without the blanks and line breaks of its file."""
     text = msgspec.json.encode(read_json(path)).decode()
     tokenizer = parse_tokenizer(text)
-    for token, token_id in conventions.TOKEN_IDS.items():
+    for token, token_id in token_ids.items():
         found = tokenizer.token_to_id(token)
         if found != token_id:
             state = "lacks the special token" if found is None else f"gives the id {found} to"

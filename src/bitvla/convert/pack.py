@@ -1,4 +1,4 @@
-"""A checkpoint -> a policy file: latent weights become ternary codes, tensor by tensor.
+"""A checkpoint -> a file of a policy or of a language model: latent weights become ternary codes, tensor by tensor.
 
 The golden observations of the checkpoint are played through the packed policy, and its chunks are stored: `verify`
 replays them on every machine. Where the checkpoint says what the PyTorch network answered, the two are compared, and
@@ -28,14 +28,14 @@ from bitvla.bundle import (
     to_float32,
     write,
 )
-from bitvla.config import PolicyConfig
+from bitvla.config import LanguageModelConfig, PolicyConfig
 from bitvla.convert import official
 from bitvla.convert.source import Golden, Progress, Source
 from bitvla.convert.training import open_training
 from bitvla.errors import BitvlaError
 from bitvla.processing.vectors import normalize
 from bitvla.quantization import pack as pack_codes
-from bitvla.quantization import quantize_activations, ternarize
+from bitvla.quantization import quantize_activations
 from bitvla.runtime.policy import Policy
 
 # Full-precision matrices of up to this many bytes are stored as trained. Rounding them to bfloat16 moves activations by
@@ -81,9 +81,10 @@ def pack(
         )
     matrix_dtype = matrix_dtype or source.matrix_dtype or _matrix_dtype(source.config)
     tensors = _pack_tensors(source, matrix_dtype, progress)
-    document = Document(
+    config = msgspec.structs.replace(source.config, precision="ternary")
+    document: Document[Any] = Document(
         format=FORMAT,
-        config=msgspec.structs.replace(source.config, precision="ternary"),
+        config=config,
         matrix_dtype=matrix_dtype,
         tokenizer=source.tokenizer,
         golden=tuple(observation["instruction"] for observation in source.golden.observations),
@@ -96,7 +97,9 @@ def pack(
             }
         },
     )
-    parity = _play_golden(document, tensors, source.golden, compare=not rounded)
+    parity = {}
+    if isinstance(config, PolicyConfig):
+        parity = _play_golden(document, tensors, source.golden, compare=not rounded)
     digest = write(out, document, tensors)
     return {"path": str(out), "sha256": digest, "file_bytes": out.stat().st_size} | parity
 
@@ -112,7 +115,7 @@ def _open(checkpoint: str | os.PathLike[str], views: int | None, statistics: str
     return open_training(folder)
 
 
-def _matrix_dtype(config: PolicyConfig) -> MatrixDtype:
+def _matrix_dtype(config: PolicyConfig | LanguageModelConfig) -> MatrixDtype:
     values = sum(
         math.prod(spec.shape) for spec in tensor_specs(config).values() if spec.kind in ("matrix", "embedding")
     )
@@ -123,13 +126,12 @@ def _pack_tensors(source: Source, matrix_dtype: MatrixDtype, progress: Progress 
     specs = tensor_specs(source.config)
     tensors: dict[str, NDArray[Any]] = {}
     for index, (name, spec) in enumerate(specs.items()):
-        weight = source.tensor(name)
         if spec.kind == "ternary":
-            codes, scale = ternarize(to_float32(weight))
+            codes, scale = source.ternary(name)
             tensors[name] = pack_codes(codes)
             tensors[f"{name}_scale"] = np.array([scale], dtype=np.float32)
         else:
-            tensors |= _full_precision(name, weight, spec, matrix_dtype)
+            tensors |= _full_precision(name, source.tensor(name), spec, matrix_dtype)
         if progress:
             progress(index + 1, len(specs), name)
     return tensors
@@ -148,7 +150,7 @@ def _full_precision(
 
 
 def _play_golden(
-    document: Document, tensors: dict[str, NDArray[Any]], golden: Golden, *, compare: bool
+    document: Document[PolicyConfig], tensors: dict[str, NDArray[Any]], golden: Golden, *, compare: bool
 ) -> dict[str, Any]:
     """Add the golden traces to `tensors` and say how far the packed policy is from PyTorch."""
     policy = Policy(Bundle(document, tensors, sha256=""))

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
 from bitvla.bundle import MatrixDtype
-from bitvla.config import PolicyConfig
+from bitvla.config import LanguageModelConfig, PolicyConfig
 from bitvla.errors import BitvlaError
 
 Progress = Callable[[int, int, str], None]  # tensors done, tensors in all, name of the tensor
@@ -35,17 +35,18 @@ class Golden(msgspec.Struct):
 class Source:
     """An open checkpoint. `config.precision` says what its linear layers were trained with.
 
-    `tensor` reads one tensor by its name in `bitvla.bundle.tensor_specs`, as float32, or as bfloat16 seen as uint16.
-    `matrix_dtype` is how full-precision matrices should be stored, None for the choice by size. `sha256` is over the
-    weights.
+    `tensor` reads one tensor by its name in `bitvla.bundle.tensor_specs`, as float32, or as bfloat16 seen as uint16;
+    `ternary` the codes and the scale of a ternary weight. `matrix_dtype` is how full-precision matrices should be
+    stored, None for the choice by size. `sha256` is over the weights.
     """
 
-    config: PolicyConfig
+    config: PolicyConfig | LanguageModelConfig
     tokenizer: str
     golden: Golden
     provenance: dict[str, Any]
     sha256: str
     tensor: Callable[[str], NDArray[Any]]
+    ternary: Callable[[str], tuple[NDArray[np.int8], np.float32]]
     matrix_dtype: MatrixDtype | None = None
 
 

@@ -22,6 +22,7 @@ from bitvla.convert.source import (
     sha256,
 )
 from bitvla.errors import BitvlaError
+from bitvla.quantization import ternarize
 
 
 def open_training(checkpoint: Path) -> Source:
@@ -37,6 +38,7 @@ def open_training(checkpoint: Path) -> Source:
         provenance=read_json(checkpoint / "provenance.json"),
         sha256=sha256(weights),
         tensor=lambda name: _read_weight(weights, name, specs[name]),
+        ternary=lambda name: ternarize(_read_weight(weights, name, specs[name])),
     )
 
 

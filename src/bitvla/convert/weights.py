@@ -14,8 +14,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from bitvla.bundle import to_float32
 from bitvla.convert.source import check_finite, read_json, safetensors
 from bitvla.errors import BitvlaError
+from bitvla.quantization import ternarize
 
 SIDE_FILES = {"action_head": "action_head.", "proprio_projector": "proprio_projector."}  # and their tensors' prefix
 
@@ -56,6 +58,19 @@ class Weights:
         if values.dtype != np.uint8:
             check_finite(place.path, place.key, values)
         return values
+
+    def ternary(self, name: str) -> tuple[NDArray[np.int8], np.float32]:
+        """Ternary codes and the scale of a weight, whether it is stored packed or to be rounded."""
+        place = self.places[name]
+        if place.dtype != "U8":
+            return ternarize(to_float32(self.read(name)))
+        scale = to_float32(self.read(f"{name}_scale")).reshape(-1)
+        if scale.shape != (1,) or not 0 < scale[0] < np.inf:
+            raise BitvlaError(f"{place.path}: {name}_scale is {scale.tolist()}; it must be one positive number")
+        try:
+            return unpack_rows(self.read(name)), scale[0]
+        except ValueError as error:
+            raise BitvlaError(f"{place.path}: tensor {place.key}: {error}") from None
 
     @property
     def files(self) -> list[Path]:
@@ -99,6 +114,13 @@ def unpack_rows(packed: NDArray[np.uint8]) -> NDArray[np.int8]:
     if np.any(fields == 3):
         raise ValueError("packed weights hold the unused code 3: the data is damaged")
     return fields.astype(np.int8) - np.int8(1)
+
+
+def pack_rows(codes: NDArray[np.int8]) -> NDArray[np.uint8]:
+    """Ternary codes (4 R, K) in Microsoft's packed format, uint8 (R, K): the inverse of `unpack_rows`."""
+    fields = np.split((codes + 1).astype(np.uint8), 4)
+    packed: NDArray[Any] = fields[0] | fields[1] << 2 | fields[2] << 4 | fields[3] << 6
+    return packed
 
 
 def _weight_file(folder: Path) -> Path | None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from bitvla.bundle import Bundle, Document, TensorSpec, read, stored_tensors, tensor_specs
-from bitvla.config import Statistics, to_dict
+from bitvla.config import PolicyConfig, Statistics, to_dict
 
 PARTS = {
     "vision": "vision_tower.",
@@ -25,7 +25,7 @@ def part_of(tensor: str) -> str:
     return next(part for part, prefix in PARTS.items() if tensor.startswith(prefix))
 
 
-def bytes_by_part(document: Document) -> dict[str, int]:
+def bytes_by_part(document: Document[PolicyConfig]) -> dict[str, int]:
     """Bytes in the file of each part's tensors."""
     total = dict.fromkeys(PARTS, 0)
     for name, stored in stored_tensors(document).items():
@@ -38,7 +38,7 @@ def inspect(path: Path) -> dict[str, Any]:
     return describe(read(Path(path)))
 
 
-def describe(bundle: Bundle) -> dict[str, Any]:
+def describe(bundle: Bundle[PolicyConfig]) -> dict[str, Any]:
     document, config = bundle.document, bundle.config
     specs = tensor_specs(config)
     parameters = sum(math.prod(spec.shape) for spec in specs.values())
@@ -73,7 +73,7 @@ def describe(bundle: Bundle) -> dict[str, Any]:
     }
 
 
-def _by_part(document: Document, specs: dict[str, TensorSpec]) -> dict[str, dict[str, Any]]:
+def _by_part(document: Document[PolicyConfig], specs: dict[str, TensorSpec]) -> dict[str, dict[str, Any]]:
     sizes = bytes_by_part(document)
     parts: dict[str, dict[str, Any]] = {
         part: {"parameters": 0, "ternary": 0, "bytes": size} for part, size in sizes.items()
@@ -85,7 +85,7 @@ def _by_part(document: Document, specs: dict[str, TensorSpec]) -> dict[str, dict
     return parts
 
 
-def _by_precision(document: Document, specs: dict[str, TensorSpec]) -> dict[str, dict[str, Any]]:
+def _by_precision(document: Document[PolicyConfig], specs: dict[str, TensorSpec]) -> dict[str, dict[str, Any]]:
     """Parameters, bytes and bits a weight of each storage format; padding and scales are counted as ternary."""
     stored = stored_tensors(document)
     formats: dict[str, dict[str, Any]] = {}

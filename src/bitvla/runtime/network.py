@@ -7,7 +7,7 @@ and used again, so a call in steady state allocates nothing large. M rows (token
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -16,11 +16,13 @@ from numpy.typing import NDArray
 
 import bitvla._native as native
 from bitvla.bundle import Bundle
+from bitvla.config import LanguageConfig, PolicyConfig
 from bitvla.errors import BitvlaError
 from bitvla.processing.prompt import Prompt
 from bitvla.quantization import padded
 
 Floats = NDArray[np.float32]
+Record = Callable[[str, NDArray[Any]], None]  # sees hidden states by name
 
 # Tokens that pass the feed-forward part of a layer together: its two wide buffers are the largest of all. Unpacking the
 # weights anew for every block costs less than 2 %.
@@ -137,14 +139,126 @@ class Workspace:
         return sum(flat.nbytes for flat in self._flat.values())
 
 
+class Cache:
+    """The keys and values that a causal decoder has computed for `length` of at most `capacity` tokens."""
+
+    def __init__(self, language: LanguageConfig, capacity: int) -> None:
+        shape = (language.num_layers, capacity, language.num_kv_heads * language.head_dim)
+        self.keys, self.values = (np.empty(shape, np.float32) for _ in range(2))
+        self.capacity, self.length = capacity, 0
+        self._language = language
+
+    def grown(self, capacity: int) -> Cache:
+        """A copy with room for `capacity` tokens, or this one where it has that already."""
+        if capacity <= self.capacity:
+            return self
+        grown = Cache(self._language, capacity)
+        grown.keys[:, : self.length] = self.keys[:, : self.length]
+        grown.values[:, : self.length] = self.values[:, : self.length]
+        grown.length = self.length
+        return grown
+
+
+class Decoder:
+    """The BitNet decoder of policies and of language models: hidden states in, hidden states out."""
+
+    def __init__(self, language: LanguageConfig, bundle: Bundle[Any], workspace: Workspace) -> None:
+        self.language, self.workspace = language, workspace
+        tensors = bundle.tensors
+        ternary = partial(_stored_ternary, tensors)
+        hidden, key_size = language.hidden_size, language.num_kv_heads * language.head_dim
+        inner = language.intermediate_size
+        self.embedding_rows = partial(bundle.rows, "language_model.model.embed_tokens.weight")
+        self.layers = [
+            DecoderLayer(
+                input_layernorm=tensors[f"{layer}input_layernorm.weight"],
+                q_proj=ternary(f"{layer}self_attn.q_proj", hidden, hidden),
+                k_proj=ternary(f"{layer}self_attn.k_proj", key_size, hidden),
+                v_proj=ternary(f"{layer}self_attn.v_proj", key_size, hidden),
+                attn_sub_norm=tensors[f"{layer}self_attn.attn_sub_norm.weight"],
+                o_proj=ternary(f"{layer}self_attn.o_proj", hidden, hidden),
+                post_attention_layernorm=tensors[f"{layer}post_attention_layernorm.weight"],
+                gate_proj=ternary(f"{layer}mlp.gate_proj", inner, hidden),
+                up_proj=ternary(f"{layer}mlp.up_proj", inner, hidden),
+                ffn_sub_norm=tensors[f"{layer}mlp.ffn_sub_norm.weight"],
+                down_proj=ternary(f"{layer}mlp.down_proj", hidden, inner),
+            )
+            for layer in (f"language_model.model.layers.{index}." for index in range(language.num_layers))
+        ]
+        self.norm: Floats = tensors["language_model.model.norm.weight"]
+        self.cos, self.sin = rotary_table(language.max_positions, language.head_dim, language.rope_theta)
+
+    def run(self, x: Floats, answers: slice, cache: Cache | None = None, record: Record | None = None) -> Floats:
+        """Embeddings (M, H), which are used up -> final hidden states (answers, H) of those of their rows.
+
+        With a cache the tokens follow those in it, and join them.
+        """
+        language, start = self.language, cache.length if cache else 0
+        length, head_dim, eps = len(x), language.head_dim, language.rms_norm_eps
+        scale, key_size = head_dim**-0.5, language.num_kv_heads * head_dim
+        q = self.workspace.floats("q", length, language.hidden_size)
+        narrow = self.workspace.quantized(length, language.hidden_size)
+        if cache is None:
+            k, v = (self.workspace.floats(name, length, key_size) for name in ("k", "v"))
+
+        if record:
+            record("decoder.0", x.copy())
+        rows = slice(0, length)
+        for index, layer in enumerate(self.layers):
+            if cache:
+                k, v = cache.keys[index, : start + length], cache.values[index, : start + length]
+            native.rms_norm_quantize(x, layer.input_layernorm, eps, *narrow)
+            _ternary(narrow, layer.k_proj, k[start:])
+            _ternary(narrow, layer.v_proj, v[start:])
+            native.rope(k[start:], self.cos, self.sin, start, language.num_kv_heads)
+            if layer is self.layers[-1]:  # from here on only the answers are needed
+                rows = answers
+                x, q = x[rows], q[rows]
+            _ternary(narrow.rows(rows), layer.q_proj, q)
+            native.rope(q, self.cos, self.sin, start + rows.start, language.num_heads)
+            narrow = narrow.rows(slice(0, len(x)))
+            # A causal query is the last that its keys serve.
+            seen = length if language.bidirectional else start + rows.stop
+            native.attention(  # in place: every block of queries is copied before its answers are written
+                q, k[:seen], v[:seen], language.num_heads, language.num_kv_heads, scale,
+                not language.bidirectional, q,
+            )  # fmt: skip
+            native.rms_norm_quantize(q, layer.attn_sub_norm, eps, *narrow)
+            _ternary(narrow, layer.o_proj, x, accumulate=True)
+            for block in range(0, len(x), FEED_FORWARD_BLOCK):
+                self._feed_forward(x[block : block + FEED_FORWARD_BLOCK], layer)
+            if record:
+                record(f"decoder.{index + 1}", x.copy())
+        if cache:
+            cache.length += length
+        out = self.workspace.floats("answers", len(x), language.hidden_size)
+        native.rms_norm(x, self.norm, eps, out)
+        if record:
+            record("answers", out.copy())
+        return out
+
+    def _feed_forward(self, x: Floats, layer: DecoderLayer) -> None:
+        """Add the feed-forward part of a decoder layer to a block of tokens (M, H)."""
+        language, tokens = self.language, len(x)
+        eps, inner = language.rms_norm_eps, language.intermediate_size
+        gate, up = (self.workspace.floats(name, tokens, inner) for name in ("gate", "up"))
+        narrow = self.workspace.quantized(tokens, language.hidden_size)
+        native.rms_norm_quantize(x, layer.post_attention_layernorm, eps, *narrow)
+        _ternary(narrow, layer.gate_proj, gate)
+        _ternary(narrow, layer.up_proj, up)
+        wide = self.workspace.quantized(tokens, inner)  # over the narrow codes, which are used up
+        native.relu2_gate_norm_quantize(gate, up, layer.ffn_sub_norm, eps, *wide)
+        _ternary(wide, layer.down_proj, x, accumulate=True)
+
+
 class Network:
     """From patches, a plan and a normalised state to normalised actions. `record`, when set, sees hidden states."""
 
-    def __init__(self, bundle: Bundle) -> None:
+    def __init__(self, bundle: Bundle[PolicyConfig]) -> None:
         config, tensors = bundle.config, bundle.tensors
         self.config = config
         self.workspace = Workspace()
-        self.record: Callable[[str, NDArray[Any]], None] | None = None
+        self.record: Record | None = None
 
         def vector(name: str) -> Floats:
             return tensors[name]
@@ -156,11 +270,8 @@ class Network:
         def norm(name: str) -> Norm:
             return Norm(tensors[f"{name}.weight"], tensors[f"{name}.bias"])
 
-        def ternary(name: str, rows: int, columns: int) -> Ternary:
-            scale = float(tensors[f"{name}.weight_scale"][0])
-            return Ternary(tensors[f"{name}.weight"], rows, columns, scale, tensors.get(f"{name}.bias"))
-
-        vision, language = config.vision, config.language
+        ternary = partial(_stored_ternary, tensors)
+        vision = config.vision
         tower = "vision_tower.vision_model."
         self.patch_embedding = linear(f"{tower}embeddings.patch_embedding")
         self.position_embedding = vector(f"{tower}embeddings.position_embedding.weight")
@@ -179,26 +290,7 @@ class Network:
         ]
         self.connector = [linear(f"multi_modal_projector.linear_{index}") for index in (1, 2)]
 
-        hidden, key_size = language.hidden_size, language.num_kv_heads * language.head_dim
-        self._embedding_rows = partial(bundle.rows, "language_model.model.embed_tokens.weight")
-        self.decoder_layers = [
-            DecoderLayer(
-                input_layernorm=vector(f"{layer}input_layernorm.weight"),
-                q_proj=ternary(f"{layer}self_attn.q_proj", hidden, hidden),
-                k_proj=ternary(f"{layer}self_attn.k_proj", key_size, hidden),
-                v_proj=ternary(f"{layer}self_attn.v_proj", key_size, hidden),
-                attn_sub_norm=vector(f"{layer}self_attn.attn_sub_norm.weight"),
-                o_proj=ternary(f"{layer}self_attn.o_proj", hidden, hidden),
-                post_attention_layernorm=vector(f"{layer}post_attention_layernorm.weight"),
-                gate_proj=ternary(f"{layer}mlp.gate_proj", language.intermediate_size, hidden),
-                up_proj=ternary(f"{layer}mlp.up_proj", language.intermediate_size, hidden),
-                ffn_sub_norm=vector(f"{layer}mlp.ffn_sub_norm.weight"),
-                down_proj=ternary(f"{layer}mlp.down_proj", hidden, language.intermediate_size),
-            )
-            for layer in (f"language_model.model.layers.{index}." for index in range(language.num_layers))
-        ]
-        self.norm = vector("language_model.model.norm.weight")
-        self.cos, self.sin = rotary_table(language.max_positions, language.head_dim, language.rope_theta)
+        self.decoder = Decoder(config.language, bundle, self.workspace)
         self.proprio_projector = [linear(f"proprio_projector.fc{index}") for index in (1, 2)]
         head = "action_head.model."
         self.head_norms = [norm(f"{head}layer_norm{index}") for index in (1, 2)]
@@ -220,7 +312,7 @@ class Network:
         return Plan(
             length=length,
             text_positions=text,
-            text=self._embedding_rows(ids[text]),
+            text=self.decoder.embedding_rows(ids[text]),
             image_positions=np.flatnonzero(ids == prompt.image_id),
             proprio_positions=np.flatnonzero(ids == prompt.proprio_id),
             slots=slice(length - 1 - slots, length - 1),
@@ -269,54 +361,7 @@ class Network:
 
     def think(self, sequence: Plan, features: Floats, state: Floats) -> Floats:
         """Image tokens and a normalised state (state_dim,) -> final hidden states at the answers (slots, H)."""
-        language, length = self.config.language, sequence.length
-        hidden, head_dim = language.hidden_size, language.head_dim
-        scale, eps = head_dim**-0.5, language.rms_norm_eps
-        x = self._embed(sequence, features, state)
-        q = self.workspace.floats("q", length, hidden)
-        k, v = (self.workspace.floats(name, length, language.num_kv_heads * head_dim) for name in ("k", "v"))
-        narrow = self.workspace.quantized(length, hidden)
-
-        self._recorded("decoder.0", x)
-        rows = slice(0, length)
-        for index, layer in enumerate(self.decoder_layers):
-            native.rms_norm_quantize(x, layer.input_layernorm, eps, *narrow)
-            _ternary(narrow, layer.k_proj, k)
-            _ternary(narrow, layer.v_proj, v)
-            native.rope(k, self.cos, self.sin, 0, language.num_kv_heads)
-            if layer is self.decoder_layers[-1]:  # from here on only the answers are needed
-                rows = sequence.answers
-                x, q = x[rows], q[rows]
-            _ternary(narrow.rows(rows), layer.q_proj, q)
-            native.rope(q, self.cos, self.sin, rows.start, language.num_heads)
-            narrow = narrow.rows(slice(0, len(x)))
-            seen = length if language.bidirectional else rows.stop  # a causal query is the last that its keys serve
-            native.attention(  # in place: every block of queries is copied before its answers are written
-                q, k[:seen], v[:seen], language.num_heads, language.num_kv_heads, scale,
-                not language.bidirectional, q,
-            )  # fmt: skip
-            native.rms_norm_quantize(q, layer.attn_sub_norm, eps, *narrow)
-            _ternary(narrow, layer.o_proj, x, accumulate=True)
-            for start in range(0, len(x), FEED_FORWARD_BLOCK):
-                self._feed_forward(x[start : start + FEED_FORWARD_BLOCK], layer)
-            self._recorded(f"decoder.{index + 1}", x)
-        answers = self.workspace.floats("answers", len(x), hidden)
-        native.rms_norm(x, self.norm, eps, answers)
-        self._recorded("answers", answers)
-        return answers
-
-    def _feed_forward(self, x: Floats, layer: DecoderLayer) -> None:
-        """Add the feed-forward part of a decoder layer to a block of tokens (M, H)."""
-        language, tokens = self.config.language, len(x)
-        eps, inner = language.rms_norm_eps, language.intermediate_size
-        gate, up = (self.workspace.floats(name, tokens, inner) for name in ("gate", "up"))
-        narrow = self.workspace.quantized(tokens, language.hidden_size)
-        native.rms_norm_quantize(x, layer.post_attention_layernorm, eps, *narrow)
-        _ternary(narrow, layer.gate_proj, gate)
-        _ternary(narrow, layer.up_proj, up)
-        wide = self.workspace.quantized(tokens, inner)  # over the narrow codes, which are used up
-        native.relu2_gate_norm_quantize(gate, up, layer.ffn_sub_norm, eps, *wide)
-        _ternary(wide, layer.down_proj, x, accumulate=True)
+        return self.decoder.run(self._embed(sequence, features, state), sequence.answers, record=self.record)
 
     def act(self, answers: Floats) -> Floats:
         """Final hidden states (slots, H) -> normalised actions (horizon, dim), a new array."""
@@ -360,6 +405,11 @@ class Network:
     def _recorded(self, name: str, values: NDArray[Any]) -> None:
         if self.record is not None:
             self.record(name, values.copy())
+
+
+def _stored_ternary(tensors: Mapping[str, NDArray[Any]], name: str, rows: int, columns: int) -> Ternary:
+    scale = float(tensors[f"{name}.weight_scale"][0])
+    return Ternary(tensors[f"{name}.weight"], rows, columns, scale, tensors.get(f"{name}.bias"))
 
 
 def _layer_norm_quantize(x: Floats, norm: Norm, eps: float, out: Quantized) -> None:

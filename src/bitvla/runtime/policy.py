@@ -12,7 +12,7 @@ from tokenizers import Tokenizer
 
 import bitvla._native as native
 from bitvla.bundle import Bundle, read
-from bitvla.config import to_dict
+from bitvla.config import PolicyConfig, to_dict
 from bitvla.errors import BitvlaError
 from bitvla.processing.images import crop_resized, to_patches, to_pixels
 from bitvla.processing.observation import check_observation
@@ -37,7 +37,7 @@ class Policy:
     `timings` holds the milliseconds that each part of the last call took, by the names in `PARTS`.
     """
 
-    def __init__(self, bundle: Bundle) -> None:
+    def __init__(self, bundle: Bundle[PolicyConfig]) -> None:
         self.bundle = bundle
         self.config = bundle.config
         self._prompt: Prompt | None = self._read_prompt()  # now, so that a wrong tokenizer is refused at load

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 import bitvla._native as native
 from bitvla.quantization import BLOCK
-from bitvla.runtime.network import DecoderLayer, Network, Quantized, Ternary, VisionLayer, Workspace
+from bitvla.runtime.network import Decoder, DecoderLayer, Linear, Network, Quantized, Ternary, VisionLayer, Workspace
 
 _log = logging.getLogger("bitvla")
 
@@ -22,7 +22,7 @@ TOKENS = 3
 _TILES = 4  # of each matrix: the last ones, which hold its tail
 
 
-def choose_isa(network: Network) -> str:
+def choose_isa(network: Network | Decoder) -> str:
     """Check the instruction set in use and keep it, or warn and fall back to the next one that agrees with scalar."""
     available = list(native.available())
     for isa in available[available.index(native.isa()) :]:
@@ -41,7 +41,7 @@ def choose_isa(network: Network) -> str:
     return "scalar"
 
 
-def mismatches(network: Network, isa: str) -> list[str]:
+def mismatches(network: Network | Decoder, isa: str) -> list[str]:
     """The names of the kernels whose results under `isa` differ from the scalar ones. Leaves the set in use alone."""
     if isa == "scalar":
         return []
@@ -57,19 +57,27 @@ def mismatches(network: Network, isa: str) -> list[str]:
     return list(dict.fromkeys(wrong))
 
 
-def _results(network: Network) -> Iterator[tuple[str, NDArray[Any]]]:
+def _results(network: Network | Decoder) -> Iterator[tuple[str, NDArray[Any]]]:
     """Kernel name and output, always the same ones in the same order."""
     random = np.random.default_rng(0)
-    vision, decoder = network.vision_layers[0], network.decoder_layers[0]
-    for layer in _distinct_shapes(vision, decoder):
+    decoder = network if isinstance(network, Decoder) else network.decoder
+    layers: list[VisionLayer | DecoderLayer] = [decoder.layers[0]]
+    if isinstance(network, Network):
+        layers.insert(0, network.vision_layers[0])
+    for layer in _distinct_shapes(*layers):
         yield from _ternary_results(layer, random)
-    yield from _vision_results(network, vision, random)
-    yield from _decoder_results(network, decoder, random)
-    first = network.head_layers[0]
-    x = _floats(random, first.weight.shape[1])
-    out = np.zeros((TOKENS, len(first.weight)), np.float32)
-    native.linear(x, first.weight, first.bias, out, row_scales=first.scales)
-    yield "linear", out
+    if isinstance(network, Network):
+        yield from _vision_results(network, network.vision_layers[0], random)
+    yield from _decoder_results(decoder, random)
+    if isinstance(network, Network):
+        yield "linear", _linear_result(network.head_layers[0], random)
+
+
+def _linear_result(layer: Linear, random: np.random.Generator) -> NDArray[np.float32]:
+    out = np.zeros((TOKENS, len(layer.weight)), np.float32)
+    x = _floats(random, layer.weight.shape[1])
+    native.linear(x, layer.weight, layer.bias, out, row_scales=layer.scales)
+    return out
 
 
 def _distinct_shapes(*layers: VisionLayer | DecoderLayer) -> list[Ternary]:
@@ -115,10 +123,8 @@ def _vision_results(
     yield "attention", out
 
 
-def _decoder_results(
-    network: Network, layer: DecoderLayer, random: np.random.Generator
-) -> Iterator[tuple[str, NDArray[Any]]]:
-    language = network.config.language
+def _decoder_results(decoder: Decoder, random: np.random.Generator) -> Iterator[tuple[str, NDArray[Any]]]:
+    language, layer = decoder.language, decoder.layers[0]
     x, eps = _floats(random, language.hidden_size), language.rms_norm_eps
     quantized = Workspace().quantized(*x.shape)
     native.rms_norm_quantize(x, layer.input_layernorm, eps, *quantized)
@@ -128,7 +134,7 @@ def _decoder_results(
     native.relu2_gate_norm_quantize(gate, up, layer.ffn_sub_norm, eps, *quantized)
     yield from _named("relu2_gate_norm_quantize", quantized)
     keys = _floats(random, language.num_kv_heads * language.head_dim)
-    native.rope(x, network.cos, network.sin, 1, language.num_heads)
+    native.rope(x, decoder.cos, decoder.sin, 1, language.num_heads)
     yield "rope", x
     out = np.zeros_like(x)
     native.attention(x, keys, keys, language.num_heads, language.num_kv_heads, language.head_dim**-0.5, True, out)

@@ -11,10 +11,12 @@ from typing import Any
 import numpy as np
 
 import bitvla._native as native
-from bitvla.bundle import Bundle, read, tensor_specs
+from bitvla.bundle import Bundle, is_language_model, read, read_language_model, tensor_specs
 from bitvla.config import PolicyConfig
 from bitvla.errors import BitvlaError
 from bitvla.quantization import unpack
+from bitvla.runtime.language import LanguageModel
+from bitvla.runtime.network import Decoder, Network
 from bitvla.runtime.policy import Policy
 from bitvla.runtime.selftest import mismatches
 
@@ -24,12 +26,12 @@ SCALAR_WEIGHTS = 10**8
 
 
 def verify(path: Path) -> dict[str, Any]:
-    """Check a policy file on this machine: {"path", "passed", "checks": [{"check", "passed", "detail"}]}.
+    """Check a file on this machine: {"path", "passed", "checks": [{"check", "passed", "detail"}]}.
 
     Structure, digest, weights and statistics of the file; then every instruction set of this processor is compared
     with the scalar one on the policy's shapes, and must answer each golden trace with the same bits, on one thread
     and on all. Checks that need a readable file are left out where it is not, as is replaying with the scalar kernels
-    for policies of more than `SCALAR_WEIGHTS`.
+    for policies of more than `SCALAR_WEIGHTS`. A language model has neither statistics nor golden traces.
     """
     checks: list[dict[str, Any]] = []
 
@@ -43,7 +45,10 @@ def verify(path: Path) -> dict[str, Any]:
 
     before, threads = native.isa(), native.num_threads()
     try:
-        _verify(Path(path), passes, threads)
+        if is_language_model(Path(path)):
+            _verify_language_model(Path(path), passes)
+        else:
+            _verify(Path(path), passes, threads)
     finally:
         native.set_isa(before)
         native.set_num_threads(threads)
@@ -51,7 +56,7 @@ def verify(path: Path) -> dict[str, Any]:
 
 
 def _verify(path: Path, passes: Callable[[str, Callable[[], str]], bool], threads: int) -> None:
-    if not passes("structure", lambda: _structure(path)):
+    if not passes("structure", lambda: _structure(read(path, digest=False))):
         return
     bundle = read(path, digest=False)
     passes("digest", lambda: f"SHA-256 {read(path, digest=True).sha256}")
@@ -61,9 +66,22 @@ def _verify(path: Path, passes: Callable[[str, Callable[[], str]], bool], thread
         return
     policy = Policy(bundle)
     for isa in native.available():
-        passes(f"kernels {isa}", partial(_kernels, policy, isa))
+        passes(f"kernels {isa}", partial(_kernels, policy.network, isa))
     for isa in _replaying(bundle.config):
         passes(f"golden traces {isa}", partial(_golden, policy, isa, threads))
+
+
+def _verify_language_model(path: Path, passes: Callable[[str, Callable[[], str]], bool]) -> None:
+    if not passes("structure", lambda: _structure(read_language_model(path, digest=False))):
+        return
+    bundle = read_language_model(path, digest=False)
+    passes("digest", lambda: f"SHA-256 {read_language_model(path, digest=True).sha256}")
+    passes("weights", lambda: _weights(bundle))
+    if not passes("load", lambda: f"runs on {LanguageModel(bundle).isa} kernels"):
+        return
+    decoder = LanguageModel(bundle).decoder
+    for isa in native.available():
+        passes(f"kernels {isa}", partial(_kernels, decoder, isa))
 
 
 def _replaying(config: PolicyConfig) -> list[str]:
@@ -73,7 +91,7 @@ def _replaying(config: PolicyConfig) -> list[str]:
     return available if weights <= SCALAR_WEIGHTS else [isa for isa in available if isa != "scalar"] or available
 
 
-def golden_traces(bundle: Bundle) -> Iterator[tuple[dict[str, Any], np.ndarray]]:
+def golden_traces(bundle: Bundle[PolicyConfig]) -> Iterator[tuple[dict[str, Any], np.ndarray]]:
     """The golden observations of a policy file, each with the chunk that must come out."""
     for index, instruction in enumerate(bundle.document.golden):
         images = {
@@ -87,12 +105,11 @@ def golden_traces(bundle: Bundle) -> Iterator[tuple[dict[str, Any], np.ndarray]]
         )
 
 
-def _structure(path: Path) -> str:
-    bundle = read(path, digest=False)
+def _structure(bundle: Bundle[Any]) -> str:
     return f"format {bundle.document.format}, {len(bundle.tensors)} tensors as the configuration asks"
 
 
-def _weights(bundle: Bundle) -> str:
+def _weights(bundle: Bundle[Any]) -> str:
     counts = np.zeros(3, dtype=np.int64)
     for name, spec in tensor_specs(bundle.config).items():
         tensor = bundle.tensors[name]
@@ -114,23 +131,23 @@ def _finite(tensor: np.ndarray) -> bool:
     return bool(np.isfinite(tensor).all())
 
 
-def _statistics(bundle: Bundle) -> str:
+def _statistics(bundle: Bundle[PolicyConfig]) -> str:
     processing = bundle.config.processing  # their values were checked when the file was read
     state, action = processing.state.names, processing.action.names
     return f"{len(state)} state and {len(action)} action bounds, none missing or constant"
 
 
-def _load(bundle: Bundle) -> str:
+def _load(bundle: Bundle[PolicyConfig]) -> str:
     policy = Policy(bundle)
     cameras = ", ".join(camera.name for camera in bundle.config.processing.cameras)
     return f"cameras {cameras}; runs on {policy.isa} kernels"
 
 
-def _kernels(policy: Policy, isa: str) -> str:
-    wrong = mismatches(policy.network, isa)
+def _kernels(network: Network | Decoder, isa: str) -> str:
+    wrong = mismatches(network, isa)
     if wrong:
         raise BitvlaError(f"differ from the scalar kernels: {', '.join(wrong)}")
-    return "the reference" if isa == "scalar" else "the same bits as the scalar kernels on the policy's shapes"
+    return "the reference" if isa == "scalar" else "the same bits as the scalar kernels on the shapes of this file"
 
 
 def _golden(policy: Policy, isa: str, threads: int) -> str:

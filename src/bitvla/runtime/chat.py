@@ -1,0 +1,61 @@
+"""Talking to a language model in a terminal: one prompt, or turn after turn."""
+
+from __future__ import annotations
+
+import statistics
+import sys
+from pathlib import Path
+from typing import Any
+
+from bitvla.errors import BitvlaError
+from bitvla.runtime.language import Conversation, LanguageModel, Sampler
+
+
+def chat(
+    source: Path, prompt: str | None = None, *, max_tokens: int = 256, sampler: Sampler, threads: int | None = None
+) -> None:
+    """Answer `prompt` on standard output as it is written; without one, what the user types, until the end of it."""
+    conversation = Conversation(LanguageModel.load(source, threads))
+    if prompt is None and not sys.stdin.isatty():
+        prompt = sys.stdin.read()
+    if prompt is not None:
+        _print_answer(conversation, prompt, max_tokens, sampler)
+        return
+    while True:
+        try:
+            prompt = input("> ")
+        except EOFError:
+            print()
+            return
+        try:
+            _print_answer(conversation, prompt, max_tokens, sampler)
+        except BitvlaError as error:  # such a prompt is not a reason to end the conversation
+            print(f"error: {error}", file=sys.stderr)
+
+
+def answer(
+    source: Path, prompt: str | None = None, *, max_tokens: int = 256, sampler: Sampler, threads: int | None = None
+) -> dict[str, Any]:
+    """The answer to `prompt`, or to standard input, as a record: the text, its tokens, and milliseconds."""
+    conversation = Conversation(LanguageModel.load(source, threads))
+    prompt = sys.stdin.read() if prompt is None else prompt
+    text = "".join(conversation.say(prompt, max_tokens=max_tokens, sampler=sampler))
+    first, *others = conversation.milliseconds
+    return {
+        "prompt": prompt,
+        "answer": text,
+        "prompt_tokens": len(conversation.ids) - 1 - len(others),
+        "answer_tokens": 1 + len(others),
+        "ended": conversation.ended,
+        "prompt_ms": first,
+        "ms_a_token": statistics.median(others) if others else None,
+    }
+
+
+def _print_answer(conversation: Conversation, prompt: str, max_tokens: int, sampler: Sampler) -> None:
+    pieces = conversation.say(prompt, max_tokens=max_tokens, sampler=sampler)
+    try:
+        for piece in pieces:
+            print(piece, end="", flush=True)
+    finally:  # also where the user interrupts
+        print(flush=True)

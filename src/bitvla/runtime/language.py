@@ -1,0 +1,167 @@
+"""A language model that writes: a prompt in, text out token by token. NumPy and native kernels only."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from tokenizers import Tokenizer
+from tokenizers.decoders import DecodeStream
+
+import bitvla._native as native
+from bitvla.bundle import Bundle, read_language_model
+from bitvla.config import LanguageModelConfig
+from bitvla.errors import BitvlaError
+from bitvla.runtime.network import Cache, Decoder, Floats, Workspace
+from bitvla.runtime.policy import parse_tokenizer
+from bitvla.runtime.selftest import choose_isa
+
+PREFILL_BLOCK = 512  # tokens of a prompt that pass the decoder together: a long prompt needs no more memory
+
+
+class Sampler:
+    """Chooses tokens. Greedy at temperature 0; else from the likeliest tokens whose probabilities reach `top_p`.
+
+    The same seed makes the same choices. Raises BitvlaError for a temperature below 0 or `top_p` outside (0, 1].
+    """
+
+    def __init__(self, temperature: float = 0.0, top_p: float = 1.0, seed: int = 0) -> None:
+        if not 0 <= temperature < np.inf:
+            raise BitvlaError(f"the temperature is {temperature}; give 0 for the likeliest token, or more")
+        if not 0 < top_p <= 1:
+            raise BitvlaError(f"top_p is {top_p}; give a share of the probability, above 0 and at most 1")
+        self._temperature, self._top_p = temperature, top_p
+        self._random = np.random.default_rng(seed)
+
+    def choose(self, logits: Floats) -> int:
+        """One token for logits (V,)."""
+        if self._temperature == 0:
+            return int(np.argmax(logits))
+        # Differences first: a small temperature must not overflow.
+        weights = np.exp((logits.astype(np.float64) - logits.max()) / self._temperature)
+        kept = np.arange(len(weights)) if self._top_p == 1 else _likeliest(weights, self._top_p)
+        reached = np.cumsum(weights[kept])
+        return int(kept[np.searchsorted(reached[:-1], self._random.random() * reached[-1], side="right")])
+
+
+class LanguageModel:
+    """A loaded language model. Not for use by several threads at once: its buffers are used again by every call."""
+
+    def __init__(self, bundle: Bundle[LanguageModelConfig]) -> None:
+        self.bundle, self.config = bundle, bundle.config
+        self.tokenizer = _read_tokenizer(bundle)
+        self.stop_ids = [self._special(token) for token in self.config.chat.stop_tokens]
+        self.decoder = Decoder(self.config.language, bundle, Workspace())
+        self.isa = choose_isa(self.decoder)
+        self._head: NDArray[np.uint16] = bundle.tensors["language_model.model.embed_tokens.weight"]
+
+    @classmethod
+    def load(cls, path: Path, threads: int | None = None) -> LanguageModel:
+        """Load the file of a language model. BitvlaError where it is missing, damaged or a policy."""
+        if threads is not None:
+            native.set_num_threads(threads)
+        return cls(read_language_model(Path(path)))
+
+    def generate(self, prompt: str, *, max_tokens: int = 256, sampler: Sampler | None = None) -> Iterator[str]:
+        """The answer to one prompt, piece by piece as it is written: a conversation of one turn."""
+        return Conversation(self).say(prompt, max_tokens=max_tokens, sampler=sampler)
+
+    def logits(self, ids: Iterable[int], cache: Cache) -> Floats:
+        """Read tokens after those in `cache` -> logits (V,) of the token that follows; valid until the next call.
+
+        Raises BitvlaError where there are none, or more than the cache has room for.
+        """
+        tokens = np.fromiter(ids, np.int64)
+        if not 0 < len(tokens) <= cache.capacity - cache.length:
+            raise BitvlaError(f"{len(tokens)} tokens after {cache.length}; there is room for 1 to {cache.capacity}")
+        for start in range(0, len(tokens), PREFILL_BLOCK):
+            block = tokens[start : start + PREFILL_BLOCK]
+            state = self.decoder.run(self.decoder.embedding_rows(block), slice(len(block) - 1, len(block)), cache)
+        logits = self.decoder.workspace.floats("logits", 1, len(self._head))
+        native.linear(state, self._head, None, logits)
+        return logits[0]
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a text, whose special tokens count as such."""
+        ids: list[int] = self.tokenizer.encode(text, add_special_tokens=False).ids
+        return ids
+
+    def _special(self, token: str) -> int:
+        token_id = self.tokenizer.token_to_id(token)
+        if token_id is None:
+            raise BitvlaError(f"the tokenizer lacks the special token {token}: it belongs to another model")
+        return int(token_id)
+
+
+class Conversation:
+    """Turns of a user and answers of a model; what was said stays in the cache and is not computed again.
+
+    `ids` holds every token so far; the last may not be in the cache yet. `milliseconds` says how long each token of the
+    last answer took; the first one has the reading of the prompt in it.
+    """
+
+    def __init__(self, model: LanguageModel) -> None:
+        self._model = model
+        self.ids: list[int] = model.encode(model.config.chat.begin)
+        self.milliseconds: list[float] = []
+        self._cache = Cache(model.config.language, 0)
+
+    @property
+    def ended(self) -> bool:
+        """Did the model end its last answer itself? Otherwise it was cut short."""
+        return self.ids[-1] in self._model.stop_ids
+
+    def say(self, prompt: str, *, max_tokens: int = 256, sampler: Sampler | None = None) -> Iterator[str]:
+        """The model's answer, piece by piece, of at most `max_tokens` tokens.
+
+        Raises BitvlaError for a prompt that is empty, holds special tokens, or does not fit into the context.
+        """
+        ids = self._turn(prompt)
+        if not self.ended:
+            ids.insert(0, self._model.stop_ids[0])
+        most = self._model.config.language.max_positions
+        needed = len(self.ids) + len(ids)
+        if needed >= most:
+            raise BitvlaError(f"the conversation has {needed} tokens, the model was built for {most}; begin a new one")
+        self.ids += ids
+        self._cache = self._cache.grown(min(most, needed + max_tokens))
+        return self._answer(max_tokens, sampler or Sampler())
+
+    def _turn(self, prompt: str) -> list[int]:
+        if not prompt.strip():
+            raise BitvlaError("the prompt is empty; say something to the model")
+        reserved = set(self._model.tokenizer.get_added_tokens_decoder())
+        if reserved & set(self._model.encode(prompt)):
+            raise BitvlaError(f"the prompt contains reserved tokens ({prompt.strip()[:60]!r}); remove them")
+        return self._model.encode(self._model.config.chat.turn.replace("{prompt}", prompt.strip()))
+
+    def _answer(self, max_tokens: int, sampler: Sampler) -> Iterator[str]:
+        text = DecodeStream(skip_special_tokens=True)
+        self.milliseconds = []
+        for _ in range(min(max_tokens, self._cache.capacity - len(self.ids))):
+            start = time.perf_counter()
+            chosen = sampler.choose(self._model.logits(self.ids[self._cache.length :], self._cache))
+            self.milliseconds.append(1e3 * (time.perf_counter() - start))
+            self.ids.append(chosen)
+            if chosen in self._model.stop_ids:
+                return
+            if piece := text.step(self._model.tokenizer, chosen):  # None within a character of several bytes
+                yield piece
+
+
+def _likeliest(weights: NDArray[np.float64], share: float) -> NDArray[np.int64]:
+    """The fewest tokens that have this share of all weights, the likeliest first."""
+    order = np.argsort(-weights, kind="stable")
+    reached = np.cumsum(weights[order])
+    return order[: 1 + int(np.searchsorted(reached, share * reached[-1]))]
+
+
+def _read_tokenizer(bundle: Bundle[LanguageModelConfig]) -> Tokenizer:
+    tokenizer = parse_tokenizer(bundle.document.tokenizer)
+    size, rows = tokenizer.get_vocab_size(with_added_tokens=True), bundle.config.language.vocab_size
+    if size > rows:
+        raise BitvlaError(f"the tokenizer has {size} tokens, the embedding only {rows} rows: it is of another model")
+    return tokenizer
