@@ -3,21 +3,28 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import math
 import os
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
+from rich.console import Console
 
+from bitvla.config import ActionConfig, Statistics
 from bitvla.convert import conventions
 from bitvla.errors import BitvlaError
+from bitvla.evaluate.rollout import evaluate
 from bitvla.sim import libero
 from bitvla.sim.base import make_simulator
 from bitvla.sim.libero import PROTOCOLS, Libero, LiberoProcessError
+from fakes import line_config
 
 SERVER = Path(libero.__file__).with_name("server.py")
 
@@ -189,3 +196,83 @@ def test_a_protocol_is_for_libero_only(tmp_path):
     done = subprocess.run([*command, "--protocol", "lerobot"], capture_output=True, text=True, check=False)
     assert done.returncode == 1
     assert "--protocol is for --env libero" in done.stderr
+
+
+def bounds(names):
+    n = len(names)
+    return Statistics(names=names, units=("1",) * n, low=(-1.0,) * n, high=(1.0,) * n, mask=(True,) * n)
+
+
+class Ahead:
+    """A policy for LIBERO that goes ahead, eight actions at a time."""
+
+    def __init__(self):
+        processing = conventions.libero_processing(bounds(Libero.state_names), bounds(Libero.action_names), views=2)
+        self.config = msgspec.structs.replace(line_config(), action=ActionConfig(), processing=processing)
+
+    def reset(self):
+        pass
+
+    def info(self):
+        return {"instruction_set": "python"}
+
+    def act(self, observation):
+        return np.tile(np.eye(7, dtype=np.float32)[0], (8, 1))
+
+
+def test_a_simulator_that_dies_costs_no_episode_and_counts_none_twice(tmp_path):
+    script, mark = tmp_path / "world.py", tmp_path / "died"
+    dies = (
+        f"        mark = pathlib.Path({str(mark)!r})\n"
+        "        if self.asked[1] == 1 and not mark.exists():\n"
+        "            mark.touch()\n"
+        "            import os\n"
+        "            os.kill(os.getpid(), 9)\n"
+    )
+    step = "    def step(self, action):\n"
+    script.write_text(WORLD.replace(step, step + dies))
+    env = partial(Libero, python=Path(sys.executable), server=script)
+    out = tmp_path / "result.json"
+    result = evaluate(
+        Ahead, env=env, suite="libero_goal/2", episodes=3, processes=1, out=out, console=Console(quiet=True)
+    )
+    assert mark.exists()
+    assert [episode.seed for episode in result.episodes] == [0, 1, 2]
+    assert (result.errors, result.total.successes) == (0, 3)
+    written = json.loads(out.read_text())
+    assert written["protocol"]["benchmark_protocol"] == "official"
+    assert written["protocol"]["max_steps"] == 300
+    assert written["versions"]["libero/world"] == "1"
+
+
+def installed():
+    try:
+        return libero.find_python()
+    except BitvlaError:
+        return None
+
+
+@pytest.mark.libero
+@pytest.mark.slow
+@pytest.mark.skipif(installed() is None, reason="LIBERO is not installed: make libero")
+def test_the_real_benchmark_follows_the_conventions():
+    with Libero() as simulator:
+        assert len(simulator.tasks("libero_spatial")) == 10
+        simulator.reset("libero_spatial/0", 0)
+        first, objects = simulator.observe(), simulator.environment_state()
+        assert first["instruction"].startswith("pick up the black bowl between the plate and the ramekin")
+        # Upside down: the base of the robot, which the camera faces, is at the bottom and gray; the table is not.
+        assert np.ptp(first["images"]["full"][-4:].mean(axis=(0, 1))) < 10
+        assert np.ptp(first["images"]["full"][:4].mean(axis=(0, 1))) > 10
+        before = simulator.state()
+        for _ in range(5):
+            assert not simulator.step(np.array([0, 0, -1, 0, 0, 0, 1], np.float32))
+        after = simulator.state()
+        assert before[2] - after[2] > 0.03  # down
+        assert after[6] - after[7] < before[6] - before[7]  # 1 closes the fingers
+        simulator.reset("libero_spatial/0", 1)
+        assert not np.allclose(simulator.environment_state(), objects, atol=1e-3)
+        simulator.reset("libero_spatial/0", 0)
+        assert np.array_equal(simulator.environment_state(), objects)
+        again = simulator.observe()
+        assert all(np.array_equal(again["images"][name], first["images"][name]) for name in simulator.cameras)

@@ -63,6 +63,8 @@ class Simulation:
                 f"{suite}/{number} lists {len(self._initial)} initial states, there is no number {episode}"
             )
         np.random.seed([seed, episode])  # noqa: NPY002 -- LIBERO places its fixtures with the global generator
+        for robot in self._env.robots:  # a soft reset would leave the fingers' last command in force
+            robot.gripper.current_action = np.zeros(robot.gripper.dof)
         self._env.reset()
         self._observation = self._env.set_init_state(self._initial[episode])
         for _ in range(wait_steps):
