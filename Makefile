@@ -18,13 +18,16 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
 SOURCES := pyproject.toml CMakeLists.txt $(shell find csrc -type f 2>/dev/null)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check lint bench clean
+.PHONY: help setup libero demo test check lint bench clean
 
 help: ## show this list
 	@grep -E '^[a-z]+:.*## ' Makefile | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 16
 
 setup: $(VENV)/.ready-dev ## build the whole environment in .venv (training, simulator, reports, tools)
 	@echo "setup: ready; activate it with '. $(BIN)/activate', or run $(BIN)/bitvla"
+
+libero: .venv-libero/.ready ## install the LIBERO benchmark into .venv-libero (340 MB, a few minutes)
+	@echo "libero: ready; try $(BIN)/bitvla eval POLICY --env libero --suite libero_spatial --episodes 1"
 
 demo: $(VENV)/.ready-demo ## install what the demo needs (no PyTorch) and run the shipped policy in the simulator
 	@echo "demo: running the shipped policy closed loop in the simulator"
@@ -78,3 +81,13 @@ $(VENV)/.ready-dev: $(SOURCES) | $(VENV)/.ready-pip
 	@echo "setup: building the kernels and installing training, simulator, reports and tools"
 	@$(PIP) install --editable '.[dev]'
 	@touch $@ $(VENV)/.ready-demo
+
+# An environment of its own: LIBERO's pins never meet ours. Without the mark at the end it counts as not installed.
+.venv-libero/.ready: src/bitvla/sim/libero/requirements.txt
+	@scripts/system_packages.sh python venv opengl
+	@echo "libero: creating .venv-libero and installing LIBERO (a few minutes)"
+	@$(PYTHON) -m venv .venv-libero
+	@.venv-libero/bin/python -m pip --disable-pip-version-check -q install -r $<
+	@echo "libero: checking that it can be imported"
+	@.venv-libero/bin/python -I -c 'from libero.libero import benchmark' >/dev/null
+	@touch $@

@@ -221,7 +221,7 @@ def run_packed(policy: Policy, pixels: list[NDArray[np.float32]], state: NDArray
     blocks: dict[str, list[NDArray[np.int8]]] = {}
     names = {
         id(getattr(layer, field)): f"{part}.{index}.{field}"
-        for part, layers in (("vision", network.vision_layers), ("decoder", network.decoder_layers))
+        for part, layers in (("vision", network.vision_layers), ("decoder", network.decoder.layers))
         for index, layer in enumerate(layers, 1)
         for field in set(RECORDED) & set(layer._fields)
     }

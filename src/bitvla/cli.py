@@ -15,6 +15,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -137,14 +138,19 @@ def _bench(args: argparse.Namespace) -> Any:
 def _eval(args: argparse.Namespace) -> Any:
     from bitvla import display
     from bitvla.evaluate.rollout import evaluate
+    from bitvla.sim.base import make_simulator
 
+    if args.protocol and args.env != "libero":
+        raise BitvlaError(f"--protocol is for --env libero: '{args.env}' has one protocol only")
     # A result is a record: it is always kept, and an interrupted evaluation goes on from it.
     precision = "-full-precision" if args.full_precision else ""
-    default = Path("reports") / f"{args.policy.stem}-{args.suite}{precision}.json"
+    rules = f"-{args.protocol}" if args.protocol else ""
+    suite = args.suite.replace("/", "-")
+    default = Path("reports") / f"{args.policy.stem}-{suite}{rules}{precision}.json"
     out = args.json if isinstance(args.json, Path) else default
     result = evaluate(
         args.policy,
-        env=args.env,
+        env=partial(make_simulator, args.env, protocol=args.protocol) if args.protocol else args.env,
         suite=args.suite,
         episodes=args.episodes,
         first_seed=args.first_seed,
@@ -392,6 +398,7 @@ def _add_running(add: _Add) -> None:
         "--execute-horizon", type=_count, metavar="N", help="actions of a chunk to play (default: the policy's)"
     )
     evaluate.add_argument("--first-seed", type=_seed, default=0, metavar="N", help="initial state of the first episode")
+    evaluate.add_argument("--protocol", metavar="P", help="LIBERO's: official (default), lerobot or vla.cpp")
     evaluate.add_argument("--restart", action="store_true", help="do not go on from an interrupted evaluation")
 
     compare = add(
@@ -495,7 +502,7 @@ def _add_measuring(add: _Add) -> None:
 
 def _add_environment(command: argparse.ArgumentParser, episodes: str) -> None:
     command.add_argument("--env", default="metaworld", metavar="E", help="simulator (default: metaworld)")
-    command.add_argument("--suite", required=True, metavar="S", help="mt10, mt50, or one task's name")
+    command.add_argument("--suite", required=True, metavar="S", help="mt10, libero_spatial ..., or one task's name")
     command.add_argument("--episodes", type=_count, required=True, metavar="N", help=episodes)
 
 

@@ -23,7 +23,8 @@ class Protocol(Record, frozen=True, kw_only=True):
     held-out sentences (they rotate). With `groups`, the tasks of a group share one scene a seed and differ only in
     the sentence. The policy sees an observation every `execute_horizon` steps. An episode ends after `max_steps`, or
     as `stop` says: at the first step at which the environment's own predicate holds ("success"), or at which any
-    task of the group is done ("first_done").
+    task of the group is done ("first_done"). `benchmark_protocol` names the rules where a benchmark has several; its
+    own sentences are then given instead of held-out ones.
     """
 
     simulator: str
@@ -35,8 +36,9 @@ class Protocol(Record, frozen=True, kw_only=True):
     max_steps: int
     execute_horizon: int
     image_size: int
-    instructions: Literal["held-out"] = "held-out"
+    instructions: Literal["held-out", "benchmark"] = "held-out"
     stop: Literal["success", "first_done"] = "success"
+    benchmark_protocol: str | None = None
 
 
 class Job(Record, frozen=True, kw_only=True):

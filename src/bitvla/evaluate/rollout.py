@@ -114,7 +114,9 @@ def _protocol(
         max_steps=max_steps or simulator.max_steps,
         execute_horizon=horizon,
         image_size=simulator.image_size,
+        instructions="benchmark" if simulator.benchmark_protocol else "held-out",
         stop="first_done" if simulator.groups else "success",
+        benchmark_protocol=simulator.benchmark_protocol,
     )
 
 

@@ -37,6 +37,7 @@ class SimulatorFacts(Record, frozen=True, kw_only=True):
     max_steps: int
     image_size: int
     versions: dict[str, str]
+    benchmark_protocol: str | None = None
 
 
 class Worker:
@@ -61,13 +62,15 @@ class Worker:
         simulator = self._simulator
         tasks = tuple(simulator.tasks(self._suite))
         groups = getattr(simulator, "groups", None)
+        steps_of = getattr(simulator, "steps_of", None)  # where suites differ
         facts = SimulatorFacts(
             name=simulator.name,
             tasks=tasks,
             groups=tuple(groups(self._suite)) if groups and self._suite == "swap" else (),
-            max_steps=simulator.max_steps,
+            max_steps=steps_of(self._suite) if steps_of else simulator.max_steps,
             image_size=simulator.image_size,
-            versions=_versions(simulator.name),
+            versions=_versions(simulator),
+            benchmark_protocol=getattr(simulator, "benchmark_protocol", None),
         )
         with _rendering():
             simulator.reset(tasks[0], 0)
@@ -223,12 +226,14 @@ def _check_fit(policy: PolicyFacts, simulator: Simulator) -> None:
             )
 
 
-def _versions(simulator: str) -> dict[str, str]:
+def _versions(simulator: Simulator) -> dict[str, str]:
     """Versions of everything that decides what an episode looks like."""
-    packages = ("numpy", "mujoco", simulator)
-    return {"bitvla": bitvla.__version__, "python": platform.python_version()} | {
-        name: installed for name in packages if (installed := _installed(name)) is not None
-    }
+    # A simulator in an environment of its own knows them itself.
+    versions: dict[str, str] | None = getattr(simulator, "versions", None)
+    if versions is None:
+        packages = ("numpy", "mujoco", simulator.name)
+        versions = {name: installed for name in packages if (installed := _installed(name)) is not None}
+    return {"bitvla": bitvla.__version__, "python": platform.python_version()} | versions
 
 
 def _installed(package: str) -> str | None:

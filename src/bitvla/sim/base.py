@@ -70,13 +70,17 @@ class Simulator(Protocol):
 
 
 def make_simulator(name: str, **options: Any) -> Simulator:
-    """Create a simulator by name (``metaworld``); ``options`` go to its constructor.
+    """Create a simulator by name (``metaworld``, ``libero``); ``options`` go to its constructor.
 
     Raises:
         BitvlaError: unknown name, or the simulator's packages are not installed.
     """
+    if name == "libero":
+        from bitvla.sim.libero import Libero
+
+        return Libero(**options)
     if name != "metaworld":
-        raise BitvlaError(f"unknown simulator '{name}': available is 'metaworld'")
+        raise BitvlaError(f"unknown simulator '{name}': available are 'metaworld' and 'libero'")
     for package in ("metaworld", "mujoco"):
         if importlib.util.find_spec(package) is None:
             raise BitvlaError(

@@ -1,0 +1,278 @@
+"""LIBERO behind the simulator interface: protocols as data, the process, and the benchmark itself where installed."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import pytest
+from rich.console import Console
+
+from bitvla.config import ActionConfig, Statistics
+from bitvla.convert import conventions
+from bitvla.errors import BitvlaError
+from bitvla.evaluate.rollout import evaluate
+from bitvla.sim import libero
+from bitvla.sim.base import make_simulator
+from bitvla.sim.libero import PROTOCOLS, Libero, LiberoProcessError
+from fakes import line_config
+
+SERVER = Path(libero.__file__).with_name("server.py")
+
+# Speaks the protocol through the real serve(), with a world that needs no graphics: the hand moves by its commands.
+WORLD = f"""
+import importlib.util, pathlib, sys
+spec = importlib.util.spec_from_file_location("server", {str(SERVER)!r})
+server = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(server)
+
+class World:
+    def versions(self):
+        return {{"libero/world": "1"}}
+    def tasks(self, suite):
+        if not suite.startswith("libero_"):
+            raise server.RefusedError(f"unknown LIBERO suite '{{suite}}'")
+        return 10
+    def reset(self, suite, number, episode, wait_steps, seed):
+        if suite == "libero_broken":
+            1 / 0
+        self.asked = [number, episode, wait_steps, seed]
+        self.state = [0.0] * 8
+        return {{"state": self.state, "objects": self.asked[:3], "instruction": "go"}}
+    def step(self, action):
+        self.state[0] += action[0]
+        return {{"state": self.state, "objects": self.asked[:3], "success": self.state[0] > 2.5}}
+    def render(self, size):
+        full = bytes(range(256)) * (3 * size * size // 256)
+        return {{"full": full, "wrist": bytes(len(full))}}
+    def close(self):
+        pass
+
+server.serve(int(sys.argv[1]), World)
+"""
+
+
+@pytest.fixture
+def world(tmp_path):
+    script = tmp_path / "world.py"
+    script.write_text(WORLD)
+    with Libero(image_size=64, python=Path(sys.executable), server=script) as simulator:
+        yield simulator
+
+
+@pytest.mark.parametrize(
+    ("protocol", "suite", "steps"),
+    [
+        ("official", "libero_spatial", 220),
+        ("official", "libero_object", 280),
+        ("official", "libero_goal", 300),
+        ("official", "libero_10", 520),
+        ("official", "libero_90", 400),
+        ("official", "libero_goal/3", 300),
+        ("official", "libero_10_swap", 520),
+        ("official", "libero_spatial_lan", 220),
+        ("lerobot", "libero_spatial", 280),
+        ("lerobot", "libero_goal", 300),
+        ("vla.cpp", "libero_spatial", 500),
+        ("vla.cpp", "libero_10", 500),
+    ],
+)
+def test_an_episode_is_as_long_as_the_protocol_says(tmp_path, protocol, suite, steps):
+    script = tmp_path / "world.py"
+    script.write_text(WORLD)
+    with Libero(protocol=protocol, python=Path(sys.executable), server=script) as simulator:
+        assert simulator.steps_of(suite) == steps
+        assert simulator.benchmark_protocol == protocol
+
+
+def test_every_protocol_waits_ten_steps_and_has_its_own_seed():
+    assert {name: (rules.wait_steps, rules.seed) for name, rules in PROTOCOLS.items()} == {
+        "official": (10, 7),
+        "lerobot": (10, 1000),
+        "vla.cpp": (10, 42),
+    }
+
+
+def test_the_conventions_are_those_of_the_published_fine_tunes():
+    assert Libero.state_names == tuple(conventions.LIBERO_STATE)
+    assert Libero.action_names == tuple(conventions.LIBERO_ACTION)
+    assert Libero.cameras == conventions.CAMERAS[2]
+    assert server().DUMMY_ACTION == (0, 0, 0, 0, 0, 0, -1)
+
+
+def server():
+    spec = importlib.util.spec_from_file_location("server", SERVER)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize(
+    ("quaternion", "expected"),
+    [
+        ((0, 0, 0, 1), (0, 0, 0)),
+        ((0, 0, 0, -1.0000001), (0, 0, 0)),
+        ((1, 0, 0, 0), (math.pi, 0, 0)),
+        ((0, 0, math.sin(0.25), math.cos(0.25)), (0, 0, 0.5)),
+        # The opposite sign is the same rotation, but another vector: policies were trained without a choice of sign.
+        ((0, 0, -math.sin(0.25), -math.cos(0.25)), (0, 0, -(2 * math.pi - 0.5))),
+    ],
+)
+def test_a_rotation_is_an_axis_times_an_angle_without_a_choice_of_sign(quaternion, expected):
+    assert np.allclose(server().axis_angle(quaternion), expected)
+
+
+def test_an_episode_runs_in_the_other_process(world):
+    world.reset("libero_goal/3", 7)
+    assert world.environment_state().tolist() == [3, 7, 10]
+    seen = world.observe()
+    assert seen["images"]["full"].shape == (64, 64, 3)
+    assert seen["images"]["full"][0, 0].tolist() == [0, 1, 2]
+    assert seen["instruction"] == "go"
+    assert [world.step(np.eye(7)[0] * 9) for _ in range(3)] == [False, False, True]  # clipped to 1 a step
+    assert world.state()[0] == 3
+    assert world.outcome() == {"success": True, "steps": 3, "done": []}
+    world.reset("libero_goal/3", 8)
+    assert world.outcome() == {"success": False, "steps": 0, "done": []}
+
+
+@pytest.mark.parametrize(
+    ("call", "reason"),
+    [
+        (lambda world: world.tasks("mt10"), "unknown LIBERO suite 'mt10'"),
+        (lambda world: world.tasks("libero_goal/10"), "libero_goal has 0 to 9"),
+        (lambda world: world.reset("libero_goal/1", 50), "lists 50 initial states"),
+        (lambda world: world.reset("libero_goal/1", 0, ambiguous=True), "no ambiguous scenes"),
+        (lambda world: world.observe(), "call reset"),
+        (lambda world: world.reset("libero_goal/1", 0) or world.step(np.zeros(4)), "seven finite numbers"),
+        (lambda world: world.reset("libero_goal/1", 0) or world.step(np.full(7, np.nan)), "seven finite numbers"),
+        (lambda world: Libero(protocol="mine"), "available are official, lerobot, vla.cpp"),
+        (lambda world: Libero(image_size=4), "choose 16 to 640"),
+    ],
+)
+def test_a_bad_request_is_refused_with_a_reason(world, call, reason):
+    with pytest.raises(BitvlaError, match=reason):
+        call(world)
+
+
+def test_a_failure_inside_the_benchmark_is_not_the_users(world):
+    with pytest.raises(LiberoProcessError, match="failed in reset: ZeroDivisionError"):
+        world.reset("libero_broken/1", 0)
+
+
+def test_a_killed_simulator_is_an_error_that_says_so(world):
+    world.reset("libero_goal/1", 0)
+    os.kill(world.pid, signal.SIGKILL)
+    with pytest.raises(LiberoProcessError, match="was ended by SIGKILL"):
+        world.step(np.zeros(7))
+    world.close()
+    world.close()
+
+
+def test_a_process_that_cannot_start_gives_its_last_words(tmp_path):
+    script = tmp_path / "broken.py"
+    script.write_text("import no_such_package")
+    with pytest.raises(LiberoProcessError, match=r"ended with status 1.*no_such_package"):
+        Libero(python=Path(sys.executable), server=script)
+
+
+def test_without_the_environment_the_error_says_how_to_get_it(tmp_path, monkeypatch):
+    monkeypatch.setenv("BITVLA_LIBERO", str(tmp_path))
+    with pytest.raises(BitvlaError, match="run `make libero`"):
+        make_simulator("libero")
+
+
+def test_a_protocol_is_for_libero_only(tmp_path):
+    command = [sys.executable, "-m", "bitvla", "eval", "no.safetensors", "--suite", "mt10", "--episodes", "1"]
+    done = subprocess.run([*command, "--protocol", "lerobot"], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "--protocol is for --env libero" in done.stderr
+
+
+def bounds(names):
+    n = len(names)
+    return Statistics(names=names, units=("1",) * n, low=(-1.0,) * n, high=(1.0,) * n, mask=(True,) * n)
+
+
+class Ahead:
+    """A policy for LIBERO that goes ahead, eight actions at a time."""
+
+    def __init__(self):
+        processing = conventions.libero_processing(bounds(Libero.state_names), bounds(Libero.action_names), views=2)
+        self.config = msgspec.structs.replace(line_config(), action=ActionConfig(), processing=processing)
+
+    def reset(self):
+        pass
+
+    def info(self):
+        return {"instruction_set": "python"}
+
+    def act(self, observation):
+        return np.tile(np.eye(7, dtype=np.float32)[0], (8, 1))
+
+
+def test_a_simulator_that_dies_costs_no_episode_and_counts_none_twice(tmp_path):
+    script, mark = tmp_path / "world.py", tmp_path / "died"
+    dies = (
+        f"        mark = pathlib.Path({str(mark)!r})\n"
+        "        if self.asked[1] == 1 and not mark.exists():\n"
+        "            mark.touch()\n"
+        "            import os\n"
+        "            os.kill(os.getpid(), 9)\n"
+    )
+    step = "    def step(self, action):\n"
+    script.write_text(WORLD.replace(step, step + dies))
+    env = partial(Libero, python=Path(sys.executable), server=script)
+    out = tmp_path / "result.json"
+    result = evaluate(
+        Ahead, env=env, suite="libero_goal/2", episodes=3, processes=1, out=out, console=Console(quiet=True)
+    )
+    assert mark.exists()
+    assert [episode.seed for episode in result.episodes] == [0, 1, 2]
+    assert (result.errors, result.total.successes) == (0, 3)
+    written = json.loads(out.read_text())
+    assert written["protocol"]["benchmark_protocol"] == "official"
+    assert written["protocol"]["max_steps"] == 300
+    assert written["versions"]["libero/world"] == "1"
+
+
+def installed():
+    try:
+        return libero.find_python()
+    except BitvlaError:
+        return None
+
+
+@pytest.mark.libero
+@pytest.mark.slow
+@pytest.mark.skipif(installed() is None, reason="LIBERO is not installed: make libero")
+def test_the_real_benchmark_follows_the_conventions():
+    with Libero() as simulator:
+        assert len(simulator.tasks("libero_spatial")) == 10
+        simulator.reset("libero_spatial/0", 0)
+        first, objects = simulator.observe(), simulator.environment_state()
+        assert first["instruction"].startswith("pick up the black bowl between the plate and the ramekin")
+        # Upside down: the base of the robot, which the camera faces, is at the bottom and gray; the table is not.
+        assert np.ptp(first["images"]["full"][-4:].mean(axis=(0, 1))) < 10
+        assert np.ptp(first["images"]["full"][:4].mean(axis=(0, 1))) > 10
+        before = simulator.state()
+        for _ in range(5):
+            assert not simulator.step(np.array([0, 0, -1, 0, 0, 0, 1], np.float32))
+        after = simulator.state()
+        assert before[2] - after[2] > 0.03  # down
+        assert after[6] - after[7] < before[6] - before[7]  # 1 closes the fingers
+        simulator.reset("libero_spatial/0", 1)
+        assert not np.allclose(simulator.environment_state(), objects, atol=1e-3)
+        simulator.reset("libero_spatial/0", 0)
+        assert np.array_equal(simulator.environment_state(), objects)
+        again = simulator.observe()
+        assert all(np.array_equal(again["images"][name], first["images"][name]) for name in simulator.cameras)
