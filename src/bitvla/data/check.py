@@ -641,7 +641,8 @@ def _shift(reference: NDArray[Any], image: NDArray[Any]) -> float:
     Hines 1975). A peak counts only if most edges changed and moving back makes the pictures more alike: other things
     before the camera do not move it.
     """
-    if _edge_change(reference, image) < STATIC_PIXELS:
+    before = _edge_change(reference, image)
+    if before < STATIC_PIXELS:
         return 0.0
     window = np.outer(np.hanning(THUMBNAIL), np.hanning(THUMBNAIL))
     a, b = (np.fft.rfft2((x - np.mean(x)) * window) for x in (reference.astype(float), image.astype(float)))
@@ -651,10 +652,8 @@ def _shift(reference: NDArray[Any], image: NDArray[Any]) -> float:
     dy, dx = (i - THUMBNAIL if i > THUMBNAIL // 2 else i for i in (dy, dx))
     if max(abs(dy), abs(dx)) > THUMBNAIL // 4:
         return 0.0
-    back = np.roll(image.astype(float), (-dy, -dx), axis=(0, 1))
-    inside = slice(THUMBNAIL // 4, -THUMBNAIL // 4)
-    before, after = (np.abs(x - reference)[inside, inside].mean() for x in (image.astype(float), back))
-    return float(np.hypot(dy, dx)) / THUMBNAIL if after < 0.7 * before else 0.0
+    after = _edge_change(reference, np.roll(image, (-dy, -dx), axis=(0, 1)))
+    return float(np.hypot(dy, dx)) / THUMBNAIL if after < before / 2 else 0.0
 
 
 def _broken_video(
