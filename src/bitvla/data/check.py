@@ -20,7 +20,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 from PIL import Image
-from scipy.cluster.vq import kmeans2
+from scipy.cluster.vq import kmeans2, vq
 from scipy.stats import spearmanr
 
 from bitvla.data.lerobot import IMAGE_PREFIX, read_episodes, read_info, read_table, read_video
@@ -760,11 +760,15 @@ def _coverage(dataset: _Dataset, table: _Table, findings: list[Finding]) -> Cove
     frame = pd.DataFrame(points)
     tasks = _tasks(dataset) if "env_task" in dataset.episodes else [""] * len(points)
     relative = (frame - frame.groupby(np.array(tasks)).transform("mean")).to_numpy()
-    spread = relative.std(axis=0)
+    # Recoveries begin far from where a robot is switched on; they would be a cluster of their own.
+    usual = ~dataset.episodes.get("recovery", pd.Series(np.zeros(len(points)))).to_numpy(bool)
+    if usual.sum() < 10:
+        usual[:] = True
+    spread = relative[usual].std(axis=0)
     relative = relative[:, spread > CONSTANT] / spread[spread > CONSTANT]
     if not relative.shape[1]:
         return None
-    labels = _cluster(relative)
+    labels = _cluster(relative, usual)
     sizes = np.bincount(labels)
     findings += [
         Finding(
@@ -786,9 +790,12 @@ def _coverage(dataset: _Dataset, table: _Table, findings: list[Finding]) -> Cove
     )
 
 
-def _cluster(points: Floats) -> NDArray[np.int64]:
-    """k-means with the number of clusters that the index of Calinski and Harabasz (1974) likes best."""
-    best, labels = -np.inf, np.zeros(len(points), np.int64)
+def _cluster(everything: Floats, usual: NDArray[np.bool_]) -> NDArray[np.int64]:
+    """k-means of the usual points, with the number of clusters that the index of Calinski and Harabasz (1974) likes
+    best; the others join the nearest.
+    """
+    points = everything[usual]
+    best, labels = -np.inf, np.zeros(len(everything), np.int64)
     for count in range(2, min(MAX_CLUSTERS, len(points) // 5) + 1):
         try:
             centers, candidate = kmeans2(points, count, minit="++", rng=0, missing="raise")
@@ -798,7 +805,7 @@ def _cluster(points: Floats) -> NDArray[np.int64]:
         between = float(((centers[candidate] - points.mean(axis=0)) ** 2).sum())
         score = between / (count - 1) / max(within / (len(points) - count), 1e-12)
         if score > best:
-            best, labels = score, candidate.astype(np.int64)
+            best, labels = score, vq(everything, centers)[0].astype(np.int64)
     return labels
 
 
