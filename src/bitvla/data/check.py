@@ -44,7 +44,7 @@ DRIFT = 0.5  # rank correlation of luminance with the episode's number
 RECOVERIES = 0.10  # share of the episodes; recordings of this project hold 20 %
 IMBALANCE = 5.0  # most over least episodes of a task
 THIN_CLUSTER = 0.02  # share of the episodes
-MAX_CLUSTERS, HELD_OUT = 10, 0.10
+MIN_CLUSTERS, MAX_CLUSTERS, HELD_OUT = 5, 12, 0.10  # enough that one is about a tenth
 THUMBNAIL, BLOCK, REFERENCES = 64, 8, 25
 
 
@@ -748,7 +748,7 @@ def _drift(camera: str, luminance: Floats, findings: list[Finding]) -> None:
 
 
 def _coverage(dataset: _Dataset, table: _Table, findings: list[Finding]) -> Coverage | None:
-    """Clusters of where episodes begin, relative to the mean of their task, so that none of them is just a task."""
+    """Clusters of where episodes begin, in deviations from their task's mean, so that none of them is just a task."""
     keys = [key for key in dataset.vectors if key != "action"]
     starts = [
         [values for key in keys if (values := table.starts[key][i]) is not None] for i in range(len(table.lengths))
@@ -759,13 +759,14 @@ def _coverage(dataset: _Dataset, table: _Table, findings: list[Finding]) -> Cove
     points = np.stack([np.concatenate(parts) for parts in starts])
     frame = pd.DataFrame(points)
     tasks = _tasks(dataset) if "env_task" in dataset.episodes else [""] * len(points)
-    relative = (frame - frame.groupby(np.array(tasks)).transform("mean")).to_numpy()
     # Recoveries begin far from where a robot is switched on; they would be a cluster of their own.
     usual = ~dataset.episodes.get("recovery", pd.Series(np.zeros(len(points)))).to_numpy(bool)
     if usual.sum() < 10:
         usual[:] = True
-    spread = relative[usual].std(axis=0)
-    relative = relative[:, spread > CONSTANT] / spread[spread > CONSTANT]
+    by_task = frame.where(pd.Series(usual), axis=0).groupby(np.array(tasks))
+    spread = by_task.transform("std")
+    relative = ((frame - by_task.transform("mean")) / spread.where(spread > CONSTANT)).fillna(0.0).to_numpy()
+    relative = relative[:, relative.any(axis=0)]
     if not relative.shape[1]:
         return None
     labels = _cluster(relative, usual)
@@ -796,14 +797,15 @@ def _cluster(everything: Floats, usual: NDArray[np.bool_]) -> NDArray[np.int64]:
     """
     points = everything[usual]
     best, labels = -np.inf, np.zeros(len(everything), np.int64)
-    for count in range(2, min(MAX_CLUSTERS, len(points) // 5) + 1):
+    most = min(MAX_CLUSTERS, len(points) // 5)
+    for count in range(min(MIN_CLUSTERS, most), most + 1):
         try:
             centers, candidate = kmeans2(points, count, minit="++", rng=0, missing="raise")
         except Exception:  # scipy's ClusterError: a cluster stayed empty, so there are fewer
             continue
         within = float(((points - centers[candidate]) ** 2).sum())
         between = float(((centers[candidate] - points.mean(axis=0)) ** 2).sum())
-        score = between / (count - 1) / max(within / (len(points) - count), 1e-12)
+        score = between / max(1, count - 1) / max(within / (len(points) - count), 1e-12)
         if score > best:
             best, labels = score, vq(everything, centers)[0].astype(np.int64)
     return labels
