@@ -20,7 +20,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 from PIL import Image
-from scipy.cluster.vq import kmeans2
+from scipy.cluster.vq import kmeans2, vq
 from scipy.stats import spearmanr
 
 from bitvla.data.lerobot import IMAGE_PREFIX, read_episodes, read_info, read_table, read_video
@@ -44,7 +44,7 @@ DRIFT = 0.5  # rank correlation of luminance with the episode's number
 RECOVERIES = 0.10  # share of the episodes; recordings of this project hold 20 %
 IMBALANCE = 5.0  # most over least episodes of a task
 THIN_CLUSTER = 0.02  # share of the episodes
-MAX_CLUSTERS, HELD_OUT = 10, 0.10
+MIN_CLUSTERS, MAX_CLUSTERS, HELD_OUT = 5, 12, 0.10  # enough that one is about a tenth
 THUMBNAIL, BLOCK, REFERENCES = 64, 8, 25
 
 
@@ -641,7 +641,8 @@ def _shift(reference: NDArray[Any], image: NDArray[Any]) -> float:
     Hines 1975). A peak counts only if most edges changed and moving back makes the pictures more alike: other things
     before the camera do not move it.
     """
-    if _edge_change(reference, image) < STATIC_PIXELS:
+    before = _edge_change(reference, image)
+    if before < STATIC_PIXELS:
         return 0.0
     window = np.outer(np.hanning(THUMBNAIL), np.hanning(THUMBNAIL))
     a, b = (np.fft.rfft2((x - np.mean(x)) * window) for x in (reference.astype(float), image.astype(float)))
@@ -651,10 +652,8 @@ def _shift(reference: NDArray[Any], image: NDArray[Any]) -> float:
     dy, dx = (i - THUMBNAIL if i > THUMBNAIL // 2 else i for i in (dy, dx))
     if max(abs(dy), abs(dx)) > THUMBNAIL // 4:
         return 0.0
-    back = np.roll(image.astype(float), (-dy, -dx), axis=(0, 1))
-    inside = slice(THUMBNAIL // 4, -THUMBNAIL // 4)
-    before, after = (np.abs(x - reference)[inside, inside].mean() for x in (image.astype(float), back))
-    return float(np.hypot(dy, dx)) / THUMBNAIL if after < 0.7 * before else 0.0
+    after = _edge_change(reference, np.roll(image, (-dy, -dx), axis=(0, 1)))
+    return float(np.hypot(dy, dx)) / THUMBNAIL if after < before / 2 else 0.0
 
 
 def _broken_video(
@@ -749,7 +748,7 @@ def _drift(camera: str, luminance: Floats, findings: list[Finding]) -> None:
 
 
 def _coverage(dataset: _Dataset, table: _Table, findings: list[Finding]) -> Coverage | None:
-    """Clusters of where episodes begin, relative to the mean of their task, so that none of them is just a task."""
+    """Clusters of where episodes begin, in deviations from their task's mean, so that none of them is just a task."""
     keys = [key for key in dataset.vectors if key != "action"]
     starts = [
         [values for key in keys if (values := table.starts[key][i]) is not None] for i in range(len(table.lengths))
@@ -760,12 +759,17 @@ def _coverage(dataset: _Dataset, table: _Table, findings: list[Finding]) -> Cove
     points = np.stack([np.concatenate(parts) for parts in starts])
     frame = pd.DataFrame(points)
     tasks = _tasks(dataset) if "env_task" in dataset.episodes else [""] * len(points)
-    relative = (frame - frame.groupby(np.array(tasks)).transform("mean")).to_numpy()
-    spread = relative.std(axis=0)
-    relative = relative[:, spread > CONSTANT] / spread[spread > CONSTANT]
+    # Recoveries begin far from where a robot is switched on; they would be a cluster of their own.
+    usual = ~dataset.episodes.get("recovery", pd.Series(np.zeros(len(points)))).to_numpy(bool)
+    if usual.sum() < 10:
+        usual[:] = True
+    by_task = frame.where(pd.Series(usual), axis=0).groupby(np.array(tasks))
+    spread = by_task.transform("std")
+    relative = ((frame - by_task.transform("mean")) / spread.where(spread > CONSTANT)).fillna(0.0).to_numpy()
+    relative = relative[:, relative.any(axis=0)]
     if not relative.shape[1]:
         return None
-    labels = _cluster(relative)
+    labels = _cluster(relative, usual)
     sizes = np.bincount(labels)
     findings += [
         Finding(
@@ -787,19 +791,23 @@ def _coverage(dataset: _Dataset, table: _Table, findings: list[Finding]) -> Cove
     )
 
 
-def _cluster(points: Floats) -> NDArray[np.int64]:
-    """k-means with the number of clusters that the index of Calinski and Harabasz (1974) likes best."""
-    best, labels = -np.inf, np.zeros(len(points), np.int64)
-    for count in range(2, min(MAX_CLUSTERS, len(points) // 5) + 1):
+def _cluster(everything: Floats, usual: NDArray[np.bool_]) -> NDArray[np.int64]:
+    """k-means of the usual points, with the number of clusters that the index of Calinski and Harabasz (1974) likes
+    best; the others join the nearest.
+    """
+    points = everything[usual]
+    best, labels = -np.inf, np.zeros(len(everything), np.int64)
+    most = min(MAX_CLUSTERS, len(points) // 5)
+    for count in range(min(MIN_CLUSTERS, most), most + 1):
         try:
             centers, candidate = kmeans2(points, count, minit="++", rng=0, missing="raise")
         except Exception:  # scipy's ClusterError: a cluster stayed empty, so there are fewer
             continue
         within = float(((points - centers[candidate]) ** 2).sum())
         between = float(((centers[candidate] - points.mean(axis=0)) ** 2).sum())
-        score = between / (count - 1) / max(within / (len(points) - count), 1e-12)
+        score = between / max(1, count - 1) / max(within / (len(points) - count), 1e-12)
         if score > best:
-            best, labels = score, candidate.astype(np.int64)
+            best, labels = score, vq(everything, centers)[0].astype(np.int64)
     return labels
 
 
