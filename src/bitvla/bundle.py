@@ -13,7 +13,6 @@ machine. Any safetensors reader opens it.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import math
 import mmap
@@ -29,6 +28,7 @@ from numpy.typing import NDArray
 
 from bitvla.config import ActionConfig, LanguageConfig, LanguageModelConfig, PolicyConfig, VisionConfig, check
 from bitvla.errors import BitvlaError
+from bitvla.files import write_whole
 from bitvla.quantization import BLOCK, padded
 
 FORMAT = 1
@@ -248,7 +248,7 @@ def write(path: Path, document: Document[C], tensors: Mapping[str, NDArray[Any]]
     digest = _digest(text, entries, list(arrays.values()))
     header = msgspec.json.encode({"__metadata__": {"bitvla": text.decode(), "sha256": digest}} | entries)
     header += b" " * (-(8 + len(header)) % _ALIGNMENT)
-    _write_atomically(path, [len(header).to_bytes(8, "little"), header, *(a.data for a in arrays.values())])
+    write_whole(path, len(header).to_bytes(8, "little"), header, *(a.data for a in arrays.values()))
     return digest
 
 
@@ -274,23 +274,6 @@ def _digest(text: bytes, entries: Mapping[str, Mapping[str, Any]], data: list[An
     for part in data:
         digest.update(part)
     return digest.hexdigest()
-
-
-def _write_atomically(path: Path, parts: list[Any]) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as file:
-            for part in parts:
-                file.write(part)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        raise BitvlaError(f"cannot write {path}: {error.strerror}; free some space or choose another place") from None
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
 
 
 def read(path: Path, *, digest: bool | None = None) -> Bundle[PolicyConfig]:

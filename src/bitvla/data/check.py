@@ -7,7 +7,6 @@ a camera. Every threshold is a constant below, and every finding names what it w
 from __future__ import annotations
 
 import json
-import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -25,6 +24,7 @@ from scipy.stats import spearmanr
 
 from bitvla.data.lerobot import IMAGE_PREFIX, read_episodes, read_info, read_table, read_video
 from bitvla.errors import BitvlaError
+from bitvla.files import write_whole
 
 Grade = Literal["error", "warning", "note"]
 Progress = Callable[[int, int, str], None]
@@ -171,13 +171,7 @@ def split(checkup: Checkup) -> dict[str, list[int]]:
 def write_split(checkup: Checkup, path: Path) -> Path:
     """Write `split` as JSON; the file appears whole or not at all."""
     text = json.dumps(split(checkup), indent=1)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text(text)
-        os.replace(temporary, path)
-    except OSError as error:
-        raise BitvlaError(f"cannot write {path}: {error.strerror}; choose another place") from None
+    write_whole(path, text.encode())
     return path
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import os
 import re
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from markupsafe import Markup
 from matplotlib.figure import Figure
 
 from bitvla.data.check import CAMERA_SHIFT, Checkup
-from bitvla.errors import BitvlaError
+from bitvla.files import write_whole
 
 BLUE, RED, GRAY = "#2563b8", "#b3382c", "#626a78"
 
@@ -37,13 +36,7 @@ def report(checkup: Checkup, out: Path) -> Path:
             "tasks": _tasks(checkup),
         }
     page = environment.get_template("check.html.j2").render(c=checkup, **drawings)
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        temporary = out.with_suffix(".tmp")
-        temporary.write_text(page)
-        os.replace(temporary, out)
-    except OSError as error:
-        raise BitvlaError(f"cannot write {out}: {error.strerror}; choose another place") from None
+    write_whole(out, page.encode())
     return out
 
 

@@ -6,7 +6,6 @@ import errno
 import fcntl
 import io
 import os
-import tempfile
 from pathlib import Path
 from typing import TypeVar
 
@@ -15,6 +14,7 @@ import msgspec
 from bitvla.errors import BitvlaError
 from bitvla.evaluate.record import Episode, Job, Protocol, Record
 from bitvla.evaluate.result import FORMAT, Result
+from bitvla.files import write_whole
 
 T = TypeVar("T")
 
@@ -37,25 +37,6 @@ def _decode(text: bytes, kind: type[T], origin: str) -> T:
         return msgspec.json.decode(text, type=kind)
     except (msgspec.MsgspecError, UnicodeError) as error:
         raise BitvlaError(f"{origin} is not a record of this version of bitvla: {error}") from None
-
-
-def write_whole(path: Path, data: bytes) -> None:
-    """Write `data` to a temporary name, then rename. BitvlaError when the disk refuses."""
-    temporary = None
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)  # mkstemp made it private
-        os.replace(temporary, path)
-    except OSError as error:
-        raise BitvlaError(f"cannot write {path}: {error.strerror}; free some space or choose another place") from None
-    finally:
-        if temporary is not None and os.path.exists(temporary):
-            os.unlink(temporary)
 
 
 class Header(Record, frozen=True, kw_only=True):

@@ -11,9 +11,10 @@ import jinja2
 import numpy as np
 
 from bitvla.errors import BitvlaError
-from bitvla.evaluate.files import load, write_whole
+from bitvla.evaluate.files import load
 from bitvla.evaluate.record import Episode
 from bitvla.evaluate.result import Obedience, Result, compare
+from bitvla.files import write_whole
 
 FILM_BYTES = 5_500_000  # of all films together; base64 makes them a third larger
 MOVING_FILMS = 12  # more than these do not start by themselves

@@ -15,13 +15,14 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from bitvla.errors import BitvlaError
-from bitvla.evaluate.files import Header, Journal, save, write_whole
+from bitvla.evaluate.files import Header, Journal, save
 from bitvla.evaluate.policy_host import PolicySource
 from bitvla.evaluate.pool import Pool
 from bitvla.evaluate.record import Episode, Machine, PolicyFacts, Protocol, jobs
 from bitvla.evaluate.result import Result, summarize
 from bitvla.evaluate.statistics import rate_of
 from bitvla.evaluate.worker import SimulatorFacts, SimulatorSource
+from bitvla.files import write_whole
 
 ERRORS_IN_A_ROW = 5  # so many errors without one good episode: something is broken, stop
 

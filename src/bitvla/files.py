@@ -1,0 +1,31 @@
+"""Files that appear whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from pathlib import Path
+from typing import Any
+
+from bitvla.errors import BitvlaError
+
+
+def write_whole(path: Path, *parts: Any) -> None:
+    """Write `parts` (bytes or buffers), one after the other, to a temporary name, then rename.
+
+    BitvlaError when the disk refuses; an older file at `path` is then still there.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with temporary.open("wb") as file:
+            for part in parts:
+                file.write(part)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        raise BitvlaError(f"cannot write {path}: {error.strerror}; free some space or choose another place") from None
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
