@@ -9,6 +9,7 @@ import numpy as np
 from bitvla.data.lerobot import Episode, LeRobotWriter
 
 STATE_NAMES, ACTION_NAMES, HIDDEN_NAMES = ("x", "y", "z"), ("dx", "dy", "dz"), ("ox", "oy")
+KEYPOINT_NAMES = ("front.cup.u", "front.cup.v", "front.plate.u", "front.plate.v")
 SENTENCES = ("open the drawer", "push the puck")
 
 
@@ -22,6 +23,7 @@ def random_episode(index: int, length: int = 12, size: int = 16) -> Episode:
             "observation.state": state,
             "action": np.clip(0.3 * state[:, ::-1], -1, 1),
             "observation.environment_state": state[:, :2] * 2,
+            "observation.keypoints": rng.uniform(-0.2, 1.2, (length, 4)).astype(np.float32),
         },
         task=SENTENCES[index % 2],
         extra={"recovery": index % 5 == 0},
@@ -38,6 +40,7 @@ def make_writer(root: Path, size: int = 16) -> LeRobotWriter:
             "observation.state": STATE_NAMES,
             "action": ACTION_NAMES,
             "observation.environment_state": HIDDEN_NAMES,
+            "observation.keypoints": KEYPOINT_NAMES,
         },
     )
 

@@ -31,6 +31,8 @@ def test_what_is_written_is_read(written):
     for name in ("state", "action", "environment_state"):
         key = name if name == "action" else f"observation.{name}"
         assert np.array_equal(getattr(data, name), np.concatenate([episode.vectors[key] for episode in episodes]))
+    points = np.concatenate([episode.vectors["observation.keypoints"] for episode in episodes])
+    assert np.array_equal(data.keypoints, points.reshape(72, 1, 2, 2))
     assert data.task_strings == [episode.task for episode in episodes]
     assert data.episode_ranges == [(i * 12, i * 12 + 12) for i in range(6)]
     assert data.episodes["recovery"].tolist() == [True, False, False, False, False, True]

@@ -146,3 +146,30 @@ def test_a_process_ends_quietly_though_nobody_closed_the_simulator():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stderr == ""
+
+
+def test_keypoints_are_where_the_picture_shows_the_thing(simulator):
+    """The marker is the only strongly green thing in a pushing scene; both cameras must agree with its keypoint."""
+    close = make_simulator("metaworld", image_size=256)
+    goal = close.keypoint_names.index("goal")
+    checked = 0
+    for seed in range(4):
+        close.reset("push-v3", seed)
+        images, points = close.observe()["images"], close.keypoints()
+        for view, camera in enumerate(close.cameras):
+            red, green, blue = images[camera].astype(int).transpose(2, 0, 1)
+            rows, columns = np.nonzero((green - red > 60) & (green - blue > 60))
+            if len(rows) > 20:  # else it is hidden or out of view
+                centre = np.array([columns.mean() + 0.5, rows.mean() + 0.5]) / 256
+                assert np.abs(points[view, goal] - centre).max() < 0.02
+                checked += 1
+    close.close()
+    assert checked >= 6
+
+
+def test_a_thing_that_is_not_there_has_no_keypoint(simulator):
+    simulator.reset("reach-v3", 0)
+    points = simulator.keypoints()
+    assert points.shape == (2, 4, 2)
+    assert points.dtype == np.float32
+    assert np.array_equal(points[:, simulator.keypoint_names.index("object2")], np.full((2, 2), -1))

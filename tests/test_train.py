@@ -1,6 +1,7 @@
 """Training: stages, exact resume, interruption, and what is refused."""
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -18,10 +19,10 @@ from bitvla.data.lerobot import LeRobotDataset
 from bitvla.errors import BitvlaError
 from bitvla.model.policy import TorchPolicy
 from bitvla.processing.prompt import Prompt, train_tokenizer
-from bitvla.train import batches
+from bitvla.train import batches, stages
 from bitvla.train.config import Augmentation, load, policy_config
 from bitvla.train.loop import run
-from datasets import write_dataset
+from datasets import make_writer, random_episode, write_dataset
 
 POLICY = """
 [policy]
@@ -65,6 +66,7 @@ def write_config(folder: Path, policy: str = POLICY, **changes: object) -> Path:
         "save_every": 4,
         "validation_batches": 1,
         "auxiliary_weight": 0.1,
+        "keypoint_weight": 0.1,
         **changes,
     }
     path = folder / f"config-{len(list(folder.glob('config-*')))}.toml"
@@ -227,14 +229,53 @@ def test_validation_holds_out_whole_episodes_at_no_regular_distance(data, tmp_pa
     assert len({batches._held_out(episode) and episode % 10 for episode in range(2000)} - {False}) >= 9
 
 
-def windows(data: Path, folder: Path, **options: Any) -> batches.Windows:
+def windows(data: Path, folder: Path, policy: str = POLICY, **options: Any) -> batches.Windows:
     """Windows of 8 over `data` as a new policy would see them."""
-    settings = load(write_config(folder))
+    settings = load(write_config(folder, policy))
     dataset = LeRobotDataset(data)
     config = policy_config(settings.policy, dataset, "full")
     template = config.processing.prompt
     specials = [template.pad_token, "<|slot|>", template.image_token, template.proprio_token, template.stop_token]
     specials += ["<|begin_of_text|>", "<|eot_id|>"]
     prompt = Prompt(config, train_tokenizer(sorted(set(dataset.task_strings)), config.language.vocab_size, specials))
-    augmentation = Augmentation()
-    return batches.Windows(dataset, config, prompt, batch_size=8, seed=3, augmentation=augmentation, **options)
+    options = {"augmentation": Augmentation(), **options}
+    return batches.Windows(dataset, config, prompt, batch_size=8, seed=3, **options)
+
+
+@pytest.mark.parametrize("random_crop", [True, False])
+def test_keypoints_follow_the_crop(tmp_path, random_crop):
+    """A bright spot is drawn where the keypoint is; in the network's picture it must lie there still."""
+    episode = random_episode(0, size=64)
+    centres = np.linspace(20.5, 43.5, episode.length)
+    rows, columns = np.mgrid[:64, :64] + 0.5
+    spots = [200 * np.exp(-((columns - x) ** 2 + (rows - 32) ** 2) / 18) for x in centres]
+    images = np.stack([np.repeat(spot[..., None], 3, axis=-1) for spot in spots]).astype(np.uint8)
+    points = np.tile(np.array([0.5, 0.5, -1, -1], np.float32), (episode.length, 1))
+    points[:, 0] = centres / 64
+    vectors = {**episode.vectors, "observation.keypoints": points}
+    writer = make_writer(tmp_path / "spots", size=64)
+    writer.append([type(episode)({"front": images}, vectors, episode.task)])
+
+    still = Augmentation(random_crop=random_crop, brightness=0, contrast=0, saturation=0)
+    policy = POLICY.replace("image_size = 16", "image_size = 64").replace("max_positions = 64", "max_positions = 128")
+    window = windows(tmp_path / "spots", tmp_path, policy, augmentation=still)[0]
+    light = window.inputs.pixels.mean(dim=2)[:, 0].numpy() + 1  # (8, 64, 64), black is 0
+    weights = light / light.sum(axis=(1, 2), keepdims=True)
+    found = np.stack([(weights * columns).sum(axis=(1, 2)), (weights * rows).sum(axis=(1, 2))], axis=-1) / 64
+    assert np.abs(found - window.keypoints[:, 0, 0].numpy()).max() < 0.01
+    assert (window.keypoints[:, 0, 1] < 0).all()
+    assert bool((np.ptp(found[:, 1]) > 0.01) == random_crop)  # a crop that moves, moves the spot
+
+
+def test_the_keypoint_loss_knows_patch_and_place():
+    targets = torch.tensor([[[0.30, 0.80], [1.20, 0.50]]])  # on a 4 x 4 grid: column 1, row 3; the other is out of view
+    logits, places = torch.zeros(1, 2, 16), torch.zeros(1, 2, 16, 2)
+    logits[0, 0, 3 * 4 + 1] = 50
+    places[0, 0, 3 * 4 + 1] = torch.tensor([0.2, 0.2])
+    assert stages._keypoint_loss(logits, places, targets) == pytest.approx(0, abs=1e-5)
+    places[0, 0, 3 * 4 + 1, 0] += 0.5
+    assert stages._keypoint_loss(logits, places, targets) == pytest.approx(0.5 / 2, abs=1e-5)
+    logits[0, 1] = torch.randn(16)  # out of view: nothing to say
+    assert stages._keypoint_loss(logits, places, targets) == pytest.approx(0.5 / 2, abs=1e-5)
+    logits[0, 0] = 0
+    assert stages._keypoint_loss(logits, places, targets) == pytest.approx((math.log(16) + 0.5) / 2, abs=1e-5)

@@ -187,8 +187,9 @@ class LeRobotWriter:
 class LeRobotDataset:
     """A LeRobotDataset v3.0 as arrays; checked when it is opened.
 
-    Attributes (N frames): state (N, S), action (N, A) and environment_state (N, E) or None, float32;
-    episode_index, frame_index (N,) int64; episode_ranges, task_strings by episode; stats by feature.
+    Attributes (N frames): state (N, S), action (N, A) and environment_state (N, E) or None, float32; keypoints
+    (N, cameras, things, 2) or None, float32, shares of the image's width and height; episode_index, frame_index (N,)
+    int64; episode_ranges, task_strings by episode; stats by feature.
 
     Raises BitvlaError, naming the file or the episode, for anything that would silently spoil a training.
     """
@@ -208,6 +209,7 @@ class LeRobotDataset:
         self.action = self._vectors("action")
         key = "observation.environment_state"
         self.environment_state = self._vectors(key) if key in self.features else None
+        self.keypoints = self._keypoints("observation.keypoints")
         self.episode_index = self._frames["episode_index"].to_numpy()
         self.frame_index = self._frames["frame_index"].to_numpy()
         self.episode_ranges = list(
@@ -295,6 +297,17 @@ class LeRobotDataset:
             raise BitvlaError(f"'{key}' of episode {episode} in {self.root} is not finite (frame {frame})")
         return values
 
+    def _keypoints(self, key: str) -> NDArray[np.float32] | None:
+        if key not in self.features:
+            return None
+        values = self._vectors(key)
+        if values.shape[1] % (2 * len(self.cameras)):
+            raise BitvlaError(
+                f"'{key}' of {self.root} has {values.shape[1]} values; it must hold u and v of the same things in each "
+                f"of the {len(self.cameras)} cameras"
+            )
+        return values.reshape(len(values), len(self.cameras), -1, 2)
+
     def _check_episodes(self) -> None:
         expected = 0
         for i, (begin, end) in enumerate(self.episode_ranges):
@@ -309,7 +322,7 @@ def _video_feature(height: int, width: int, fps: float) -> dict[str, Any]:
         "video.height": height,
         "video.width": width,
         "video.codec": "h264",
-        "video.pix_fmt": "yuv420p",
+        "video.pix_fmt": "yuv444p",
         "video.is_depth_map": False,
         "video.fps": fps,
         "video.channels": 3,
@@ -328,7 +341,7 @@ def _write_video(path: Path, frames: Iterator[NDArray[np.uint8]], fps: float) ->
             if stream is None:
                 stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1000))
                 stream.height, stream.width = frame.shape[:2]
-                stream.pix_fmt = "yuv420p"
+                stream.pix_fmt = "yuv444p"  # half the colour would lose a marker of four pixels
                 # A key frame every two frames, so that training tools can seek; quality near the original.
                 stream.options = {"crf": "17", "g": "2", "preset": "veryfast"}
             container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")))

@@ -29,6 +29,7 @@ class Simulator(Protocol):
     state_names: tuple[str, ...]
     action_names: tuple[str, ...]
     environment_state_names: tuple[str, ...]
+    keypoint_names: tuple[str, ...]
     control_hz: float
     max_steps: int
 
@@ -58,6 +59,14 @@ class Simulator(Protocol):
 
     def environment_state(self) -> npt.NDArray[np.float32]:
         """Privileged state ``float32 (E,)``, in metres."""
+        ...
+
+    def keypoints(self) -> npt.NDArray[np.float32]:
+        """Where things are in each camera's image: ``float32 (V, K, 2)``, shares of its width and height.
+
+        (0, 0) is the upper left corner; values outside [0, 1) are out of view, (-1, -1) is a thing that is not there.
+        ``keypoint_names`` names the K things.
+        """
         ...
 
     def outcome(self) -> dict[str, Any]:

@@ -103,6 +103,7 @@ class MetaWorld:
     environment_state_names: tuple[str, ...] = tuple(
         f"{thing}_{axis}" for thing in ("object1", "object2", "goal") for axis in "xyz"
     )
+    keypoint_names: tuple[str, ...] = ("hand", "object1", "object2", "goal")
     control_hz = 80.0
     max_steps = 500
 
@@ -239,6 +240,17 @@ class MetaWorld:
         """Positions float32 (9,) in metres: object 1, object 2 (zeros when none), goal."""
         seen = self._current().observation
         return np.concatenate([seen[4:7], seen[11:14], seen[36:39]]).astype(np.float32)
+
+    def keypoints(self) -> npt.NDArray[np.float32]:
+        """Where the gripper's centre, both objects and the goal are in each image: float32 (2, 4, 2)."""
+        episode = self._current()
+        env = self._scene(episode.task).env
+        places = np.stack([env.tcp_center, *self.environment_state().reshape(3, 3)])
+        hand = env.data.body("hand").xpos
+        views = [(_corner_view(), _CORNER_FOVY), (_wrist_view(hand), _WRIST_FOVY)]
+        points = np.stack([_project(places, view, fovy) for view, fovy in views])
+        points[:, ~places.any(axis=1)] = -1
+        return points.astype(np.float32)
 
     def outcome(self) -> dict[str, Any]:
         """What was done since the reset, measured.
@@ -401,10 +413,27 @@ def _wrist_view(hand: npt.NDArray[np.float64]) -> mujoco.MjvCamera:
     camera = mujoco.MjvCamera()
     for name, value in _WRIST_VIEW.items():
         setattr(camera, name, value)
-    azimuth, elevation = np.radians(camera.azimuth), np.radians(camera.elevation)
-    forward = [np.cos(elevation) * np.cos(azimuth), np.cos(elevation) * np.sin(azimuth), np.sin(elevation)]
-    camera.lookat[:] = hand + _WRIST_OFFSET + camera.distance * np.array(forward)
+    camera.lookat[:] = hand + _WRIST_OFFSET + camera.distance * _forward(camera)
     return camera
+
+
+def _forward(camera: mujoco.MjvCamera) -> npt.NDArray[np.float64]:
+    """Unit vector of where a free camera looks."""
+    azimuth, elevation = np.radians(camera.azimuth), np.radians(camera.elevation)
+    return np.array([np.cos(elevation) * np.cos(azimuth), np.cos(elevation) * np.sin(azimuth), np.sin(elevation)])
+
+
+def _project(places: npt.NDArray[np.float64], camera: mujoco.MjvCamera, fovy: float) -> npt.NDArray[np.float64]:
+    """World positions (K, 3) in metres -> shares (K, 2) of a square image; (-1, -1) behind the camera."""
+    forward = _forward(camera)
+    right = np.cross(forward, [0.0, 0.0, 1.0])
+    right /= np.linalg.norm(right)
+    away = places - (camera.lookat - camera.distance * forward)
+    depth = away @ forward
+    half = np.maximum(depth, 1e-6) * np.tan(np.radians(fovy) / 2)
+    across, up = away @ right / half, away @ np.cross(right, forward) / half
+    points = np.stack([0.5 + across / 2, 0.5 - up / 2], axis=1)
+    return np.where(depth[:, None] > 0, points, -1.0)
 
 
 def _close_scene(scene: _Scene) -> None:

@@ -86,6 +86,12 @@ def record(
             "observation.state": simulator.state_names,
             "action": simulator.action_names,
             "observation.environment_state": simulator.environment_state_names,
+            "observation.keypoints": [
+                f"{camera}.{thing}.{axis}"
+                for camera in simulator.cameras
+                for thing in simulator.keypoint_names
+                for axis in "uv"
+            ],
         },
     )
     simulator.close()
@@ -195,9 +201,8 @@ def _attempt(simulator: Simulator, job: Job, seed: int, attempt: int) -> Episode
     frames = _demonstrate(simulator, act, rng, noise)
     if frames is None:
         return None
-    images, states, actions, privileged = frames
+    images, vectors = frames
     extra = {"env_task": job.task, "seed": start, "ambiguous": ambiguous, "recovery": recovery, "noise": noise}
-    vectors = {"observation.state": states, "action": actions, "observation.environment_state": privileged}
     return Episode(images, vectors, sentence, extra)
 
 
@@ -214,18 +219,18 @@ def _disturb(simulator: Simulator, act: Expert, rng: np.random.Generator) -> boo
 
 def _demonstrate(
     simulator: Simulator, act: Expert, rng: np.random.Generator, noise: float
-) -> tuple[dict[str, NDArray[np.uint8]], NDArray[np.float32], NDArray[np.float32], NDArray[np.float32]] | None:
+) -> tuple[dict[str, NDArray[np.uint8]], dict[str, NDArray[np.float32]]] | None:
     """Record the expert until it has held success for a while; None when it does not get there.
 
     The executed action carries noise, the recorded one is what the expert wanted: a label that corrects.
     """
     images: dict[str, list[NDArray[np.uint8]]] = {camera: [] for camera in simulator.cameras}
-    states, actions, privileged = [], [], []
+    states, actions, privileged, keypoints = [], [], [], []
     after_success = 0
     for _ in range(simulator.max_steps):
         action = act(simulator.full_observation())
         opening = simulator.full_observation()[3]
-        observed, hidden = simulator.observe(), simulator.environment_state()
+        observed, hidden, points = simulator.observe(), simulator.environment_state(), simulator.keypoints()
         executed = np.clip(action + noise * rng.standard_normal(4), -1, 1).astype(np.float32)
         after_success += bool(simulator.step(executed)) or after_success > 0
         if _moves(action, opening, simulator.full_observation()[3]):
@@ -234,18 +239,20 @@ def _demonstrate(
             states.append(observed["state"])
             actions.append(action)
             privileged.append(hidden)
+            keypoints.append(points.ravel())
         if after_success > HOLD_STEPS:
             break
         if len(actions) >= MAX_RECORDED:
             return None
     if after_success == 0 or len(actions) < HOLD_STEPS:
         return None
-    return (
-        {camera: np.stack(frames) for camera, frames in images.items()},
-        np.stack(states),
-        np.stack(actions),
-        np.stack(privileged),
-    )
+    vectors = {
+        "observation.state": np.stack(states),
+        "action": np.stack(actions),
+        "observation.environment_state": np.stack(privileged),
+        "observation.keypoints": np.stack(keypoints),
+    }
+    return {camera: np.stack(frames) for camera, frames in images.items()}, vectors
 
 
 def _moves(action: NDArray[np.float32], opening_before: float, opening_after: float) -> bool:

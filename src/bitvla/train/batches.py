@@ -6,6 +6,7 @@ would have seen, on any number of processes.
 
 from __future__ import annotations
 
+import math
 import zlib
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -34,6 +35,7 @@ class Window(NamedTuple):
     actions: Tensor  # float (B, horizon, dim), normalised
     valid: Tensor  # bool (B, horizon): False past the end of the episode
     auxiliary: Tensor  # float (B, E): standardised privileged state, E may be 0
+    keypoints: Tensor  # float (B, V, K, 2): where things are in the network's images, K may be 0
 
 
 class Windows(Dataset[Window]):
@@ -58,6 +60,8 @@ class Windows(Dataset[Window]):
         self._state = normalize(dataset.state, config.processing.state)
         self._actions = normalize(dataset.action, config.processing.action)
         self._auxiliary = _standardize(dataset)
+        nothing = np.zeros((dataset.num_frames, len(self._images), 0, 2), dtype=np.float32)
+        self._keypoints = nothing if dataset.keypoints is None else dataset.keypoints
         episodes = np.asarray(dataset.episode_index)
         self._episode = episodes
         self._episode_end = np.asarray([end for _, end in dataset.episode_ranges])
@@ -101,16 +105,31 @@ class Windows(Dataset[Window]):
             actions=torch.from_numpy(self._actions[np.minimum(steps, ends - 1)]),
             valid=torch.from_numpy(steps < ends),
             auxiliary=torch.from_numpy(self._auxiliary[frames]),
+            keypoints=torch.from_numpy(self._points(frames, changes)),
         )
+
+    def _points(self, frames: NDArray[np.int64], changes: NDArray[np.float64]) -> NDArray[np.float32]:
+        """Keypoints float32 (B, V, K, 2) where the crop of `_pixels` puts them; outside [0, 1) they are not seen."""
+        processing = self._config.processing.image
+        points, side = self._keypoints[frames], math.sqrt(processing.crop_area)
+        if processing.rotate180:
+            points = 1 - points
+        corner = (1 - side) * self._offsets(changes)[:, :, None]
+        return ((points - corner) / side).astype(np.float32)
+
+    def _offsets(self, changes: NDArray[np.float64]) -> NDArray[np.float64]:
+        """The place (B, V, 2) of each view's crop: across and down, in [0, 1)."""
+        random_crop = self._augmentation is not None and self._augmentation.random_crop
+        return changes[..., :2] if random_crop else np.full_like(changes[..., :2], 0.5)
 
     def _pixels(self, frames: NDArray[np.int64], changes: NDArray[np.float64]) -> NDArray[np.float32]:
         """float32 (B, V, 3, size, size); `changes` (B, V, 5) in [0, 1): crop's place, then the jitter."""
         processing, size = self._config.processing.image, self._config.vision.image_size
-        random_crop = self._augmentation is not None and self._augmentation.random_crop
+        offsets = self._offsets(changes)
         images = np.empty((len(frames), len(self._images), size, size, 3), dtype=np.uint8)
         for i, frame in enumerate(frames):
             for view, camera in enumerate(self._images):
-                across, down = changes[i, view, :2] if random_crop else (0.5, 0.5)
+                across, down = offsets[i, view]
                 images[i, view] = crop_resized(camera[frame], processing, size, (float(across), float(down)))
         if self._augmentation is not None:
             images = _jitter(images, self._augmentation, changes[..., 2:])

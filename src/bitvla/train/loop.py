@@ -97,8 +97,9 @@ class _Trainer:
         set_seed(config.seed)
         self.network, self.prompt, self.tokenizer = self._policy(start, sentences)
         policy = self.network.config
-        outputs = 0 if dataset.environment_state is None else dataset.environment_state.shape[1]
-        self.auxiliary = stages.AuxiliaryHead(policy.language.hidden_size, outputs)
+        positions = 0 if dataset.environment_state is None else dataset.environment_state.shape[1]
+        keypoints = 0 if dataset.keypoints is None else dataset.keypoints.shape[2]
+        self.auxiliary = stages.AuxiliaryHead(policy, positions, keypoints)
         self.average = AveragedModel(self.network, multi_avg_fn=_moving_average(config.ema_decay))
         self.optimizers = _optimizers(self.network, self.auxiliary, config)
         self.schedules = [
@@ -107,7 +108,9 @@ class _Trainer:
         ]
         self.provenance = self._provenance(start, teacher)
         self.step = self._resume()
-        self.auxiliary.requires_grad_(bool(outputs and config.auxiliary_weight))
+        # Without gradients where nothing is asked of them, as several processes demand.
+        self.auxiliary.linear.requires_grad_(bool(positions and config.auxiliary_weight))
+        self.auxiliary.points.requires_grad_(bool(keypoints and config.keypoint_weight))
         self.trained = _Trained(self.network, self.auxiliary, self._objective(teacher), config.compile)
         self.trained, *self.optimizers = self.accelerator.prepare(self.trained, *self.optimizers)
         self.average.to(self.accelerator.device)
@@ -405,7 +408,7 @@ def _learning_rate(step: int, config: TrainConfig) -> float:
 
 def _to(window: Window, device: torch.device) -> Window:
     inputs = type(window.inputs)(*(tensor.to(device) for tensor in window.inputs))
-    return Window(inputs, window.actions.to(device), window.valid.to(device), window.auxiliary.to(device))
+    return Window(inputs, *(tensor.to(device) for tensor in window[1:]))
 
 
 def _check_fits(config: Any, dataset: LeRobotDataset, start: Path) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
+from bitvla.config import PolicyConfig
 from bitvla.model.network import Batch, Output
 from bitvla.train.batches import Window
 from bitvla.train.config import TrainConfig
@@ -17,17 +19,25 @@ Objective = Callable[[Network, Window], Losses]
 
 
 class AuxiliaryHead(nn.Module):
-    """Reads privileged simulator state from the proprio token, so that the tower learns early where things are.
+    """Reads what only a simulator knows, so that the network learns early where things are.
 
-    Only a training signal: it is no part of the policy.
+    Positions of things come from the proprio token, their places in each image from the image's patches. Only a
+    training signal: it is no part of the policy.
     """
 
-    def __init__(self, hidden_size: int, outputs: int) -> None:
+    def __init__(self, policy: PolicyConfig, positions: int, keypoints: int) -> None:
         super().__init__()
-        self.linear = nn.Linear(hidden_size, outputs)
+        self.linear = nn.Linear(policy.language.hidden_size, positions)
+        self.points = nn.Linear(policy.vision.hidden_size, 3 * keypoints)
 
-    def forward(self, output: Output) -> Tensor:
+    def positions(self, output: Output) -> Tensor:
+        """Standardised privileged state (B, E)."""
         return self.linear(output.proprio_state)
+
+    def keypoints(self, output: Output) -> tuple[Tensor, Tensor]:
+        """For each image and thing: logits (B * V, K, P) of the patch it is in, its place there (B * V, K, P, 2)."""
+        scores = self.points(output.vision_states[-1]).unflatten(-1, (-1, 3)).transpose(1, 2)
+        return scores[..., 0], scores[..., 1:]
 
 
 def finetune(config: TrainConfig, auxiliary: AuxiliaryHead) -> Objective:
@@ -68,9 +78,30 @@ def _regression(output: Output, window: Window, config: TrainConfig, auxiliary: 
     losses = {"action_l1": (error * window.valid).mean()}
     losses["loss"] = losses["action_l1"]
     if config.auxiliary_weight and window.auxiliary.shape[1]:
-        losses["auxiliary"] = (auxiliary(output).float() - window.auxiliary).abs().mean()
+        losses["auxiliary"] = (auxiliary.positions(output).float() - window.auxiliary).abs().mean()
         losses["loss"] = losses["loss"] + config.auxiliary_weight * losses["auxiliary"]
+    if config.keypoint_weight and window.keypoints.shape[2]:
+        logits, places = auxiliary.keypoints(output)
+        losses["keypoints"] = _keypoint_loss(logits.float(), places.float(), window.keypoints.flatten(0, 1))
+        losses["loss"] = losses["loss"] + config.keypoint_weight * losses["keypoints"]
     return losses
+
+
+def _keypoint_loss(logits: Tensor, places: Tensor, targets: Tensor) -> Tensor:
+    """Cross-entropy of the patch that holds each thing (N, K, 2), plus its distance inside that patch in patch widths.
+
+    Things out of view count nothing; the mean is over all, as that of the actions.
+    """
+    grid = math.isqrt(logits.shape[-1])
+    seen = ((targets >= 0) & (targets < 1)).all(dim=-1)
+    cells = (targets * grid).floor().clamp(0, grid - 1)
+    patch = (cells[..., 1] * grid + cells[..., 0]).long()
+    which = nn.functional.cross_entropy(logits.flatten(0, 1), patch.flatten(), reduction="none").unflatten(
+        0, seen.shape
+    )
+    inside = places.gather(2, patch[..., None, None].expand(-1, -1, 1, 2)).squeeze(2)
+    where = (inside - (targets * grid - cells)).abs().sum(dim=-1)
+    return ((which + where) * seen).mean()
 
 
 def _alignment(student: list[Tensor], teacher: list[Tensor]) -> Tensor:

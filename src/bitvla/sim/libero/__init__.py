@@ -73,6 +73,7 @@ class Libero:
     )  # fmt: skip
     action_names: tuple[str, ...] = ("x", "y", "z", "roll", "pitch", "yaw", "gripper")
     environment_state_names: tuple[str, ...] = ()  # the objects differ from task to task
+    keypoint_names: tuple[str, ...] = ()
     control_hz = 20.0
     max_steps = 520  # of the longest suite; `steps_of` tells each
 
@@ -163,6 +164,10 @@ class Libero:
     def environment_state(self) -> npt.NDArray[np.float32]:
         """Positions x, y, z of all objects in metres, in the order of their names."""
         return np.array(self._current()["objects"], dtype=np.float32)
+
+    def keypoints(self) -> npt.NDArray[np.float32]:
+        """None are computed: float32 (2, 0, 2)."""
+        return np.zeros((len(self.cameras), 0, 2), dtype=np.float32)
 
     def outcome(self) -> dict[str, Any]:
         """``success`` (ever) and ``steps`` since the reset."""
