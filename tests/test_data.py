@@ -38,6 +38,14 @@ def test_what_is_written_is_read(written):
     assert data.episodes["recovery"].tolist() == [True, False, False, False, False, True]
 
 
+def test_an_episode_that_lacks_a_vector_is_refused(tmp_path):
+    writer, episode = make_writer(tmp_path / "d"), random_episode(0)
+    vectors = {key: values for key, values in episode.vectors.items() if key != "observation.state"}
+    with pytest.raises(BitvlaError, match="episode 0 has the vectors action, .* holds action, .*observation.state"):
+        writer.append([type(episode)(episode.images, vectors, episode.task)])
+    assert writer.num_episodes == 0
+
+
 def test_images_are_the_frames_in_order(tmp_path):
     """Smooth pictures survive the video codec nearly unchanged, so a swapped frame or channel would show."""
     ramp = np.linspace(0, 200, 32, dtype=np.uint8)

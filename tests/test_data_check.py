@@ -35,9 +35,11 @@ def episode(index, length=LENGTH, **look):
     state = (start + np.arange(length)[:, None] * velocity).astype(np.float32)
     images = np.stack([picture(position[:2], **look) for position in state])
     action = rng.uniform(-1, 1, (length, 3)).astype(np.float32)
-    vectors = {"observation.state": state, "action": action, "observation.environment_state": state[:, :2]}
+    usual = random_episode(index, length)
+    changed = {"observation.state": state, "action": action, "observation.environment_state": state[:, :2]}
+    vectors = {**usual.vectors, **changed}
     extra = {"recovery": index % 5 == 0, "env_task": ("drawer", "puck")[index % 2]}
-    return replace(random_episode(index), images={"front": images}, vectors=vectors, extra=extra)
+    return replace(usual, images={"front": images}, vectors=vectors, extra=extra)
 
 
 def write(root, change=lambda index, whole: whole, count=EPISODES):

@@ -58,7 +58,7 @@ def _data(args: argparse.Namespace) -> Any:
 
     from bitvla import display
     from bitvla.data.check import check, write_split
-    from bitvla.data.check_report import report
+    from bitvla.data.check.report import report
 
     with display.progress("checking") as progress:
         checkup = check(args.dataset, horizon=args.horizon, progress=progress)

@@ -112,6 +112,14 @@ class LeRobotWriter:
 
     def append(self, episodes: Sequence[Episode]) -> None:
         """Add `episodes` as one batch: all of them or, when anything fails, none."""
+        wanted = {key for key, feature in self._info["features"].items() if feature["dtype"] == "float32"}
+        wanted -= set(_DEFAULT_FEATURES)
+        for i, episode in enumerate(episodes):
+            if set(episode.vectors) != wanted:
+                raise BitvlaError(
+                    f"episode {self.num_episodes + i} has the vectors {', '.join(sorted(episode.vectors))}; the dataset "
+                    f"{self.root} holds {', '.join(sorted(wanted))}"
+                )
         place = {"chunk_index": self._files // _FILES_PER_CHUNK, "file_index": self._files % _FILES_PER_CHUNK}
         tasks = self._tasks(episodes)
         rows = self._episode_rows(episodes, place)

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-import jinja2
 import numpy as np
 
 from bitvla.errors import BitvlaError
@@ -15,6 +14,7 @@ from bitvla.evaluate.files import load
 from bitvla.evaluate.record import Episode
 from bitvla.evaluate.result import Obedience, Result, compare
 from bitvla.files import write_whole
+from bitvla.pages import template
 
 FILM_BYTES = 5_500_000  # of all films together; base64 makes them a third larger
 MOVING_FILMS = 12  # more than these do not start by themselves
@@ -58,20 +58,17 @@ def report(results: Path | Sequence[Path], out: Path) -> Path:
         raise BitvlaError("a report needs the record of at least one evaluation")
     subject, *others = [load(path) for path in paths]
     films, left_out = _films(subject, paths[0].parent)
-    page = (
-        _environment()
-        .get_template("report.html.j2")
-        .render(
-            r=subject,
-            films=films,
-            films_left_out=left_out,
-            moving=len(films) <= MOVING_FILMS,
-            histogram=_histogram(subject),
-            actions_per_second=actions_per_second(subject),
-            obedience=[*_obedience(subject), *(part for other in others for part in _obedience(other))],
-            comparisons=[compare(subject, other) for other in others if not other.protocol.groups],
-            open_rows=OPEN_ROWS,
-        )
+    filters = {"percent": _percent, "megabytes": _megabytes, "ms": _ms, "plain": plain_task}
+    page = template("bitvla.evaluate", "report.html.j2", **filters).render(
+        r=subject,
+        films=films,
+        films_left_out=left_out,
+        moving=len(films) <= MOVING_FILMS,
+        histogram=_histogram(subject),
+        actions_per_second=actions_per_second(subject),
+        obedience=[*_obedience(subject), *(part for other in others for part in _obedience(other))],
+        comparisons=[compare(subject, other) for other in others if not other.protocol.groups],
+        open_rows=OPEN_ROWS,
     )
     write_whole(Path(out), page.encode())
     return Path(out)
@@ -119,18 +116,6 @@ def _histogram(result: Result) -> Histogram | None:
         marks=[("p50", latency.p50), ("p95", latency.p95), ("p99", latency.p99)],
         budget_ms=1e3 * result.protocol.execute_horizon / result.policy.control_hz,
     )
-
-
-def _environment() -> jinja2.Environment:
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("bitvla.evaluate", "."),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {"percent": _percent, "megabytes": _megabytes, "ms": _ms, "plain": plain_task}
-    return environment
 
 
 def _percent(share: float, digits: int = 0) -> str:

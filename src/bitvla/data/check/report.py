@@ -7,27 +7,21 @@ import re
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import matplotlib as mpl
 import numpy as np
 from markupsafe import Markup
 from matplotlib.figure import Figure
 
-from bitvla.data.check import CAMERA_SHIFT, Checkup
+from bitvla.data.check import Checkup
+from bitvla.data.check.rules import CAMERA_SHIFT
 from bitvla.files import write_whole
+from bitvla.pages import template
 
 BLUE, RED, GRAY = "#2563b8", "#b3382c", "#626a78"
 
 
 def report(checkup: Checkup, out: Path) -> Path:
     """Write the report of `checkup` to `out` and return it. BitvlaError when `out` cannot be written."""
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("bitvla.data", "."),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
     with mpl.rc_context({"svg.fonttype": "none", "font.size": 9, "svg.hashsalt": "bitvla"}):
         drawings = {
             "lengths": _lengths(checkup),
@@ -35,7 +29,7 @@ def report(checkup: Checkup, out: Path) -> Path:
             "workspace": _workspace(checkup),
             "tasks": _tasks(checkup),
         }
-    page = environment.get_template("check.html.j2").render(c=checkup, **drawings)
+    page = template("bitvla.data.check", "report.html.j2").render(c=checkup, **drawings)
     write_whole(out, page.encode())
     return out
 

@@ -1,0 +1,74 @@
+"""A dataset on disk, read without the refusals of training."""
+
+from __future__ import annotations
+
+import json
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from bitvla.data.check import rules
+from bitvla.data.lerobot import IMAGE_PREFIX, read_episodes, read_info, read_table
+
+Floats = NDArray[np.float64]
+
+
+class Source:
+    """Where things are. Unlike `LeRobotDataset` it opens what is broken, and never holds more than two tables."""
+
+    def __init__(self, root: Path) -> None:
+        self.root, self.info = root, read_info(root)
+        self.fps = float(self.info["fps"])
+        self.features: dict[str, Any] = self.info["features"]
+        self.episodes = read_episodes(root, self.info)
+        self.cameras = [
+            key.removeprefix(IMAGE_PREFIX)
+            for key, feature in self.features.items()
+            if key.startswith(IMAGE_PREFIX) and feature["dtype"] == "video"
+        ]
+        wanted = ("observation.state", "action", "observation.environment_state")
+        self.vectors = [key for key in wanted if key in self.features]
+        self.sentences = [" ".join(tasks) for tasks in self.episodes["tasks"]]
+        try:
+            self.stats: dict[str, Any] = json.loads((root / "meta" / "stats.json").read_text())
+        except (OSError, ValueError):
+            self.stats = {}
+        self._table = lru_cache(maxsize=2)(self._read)
+
+    def _read(self, chunk: int, file: int) -> dict[int, pd.DataFrame]:
+        table = read_table(self.root / self.info["data_path"].format(chunk_index=chunk, file_index=file))
+        return {int(episode): rows for episode, rows in table.groupby("episode_index", sort=False)}
+
+    def tasks(self) -> list[str]:
+        """The task of each episode; its sentence where no task is named."""
+        column = self.episodes.get("env_task")
+        return self.sentences if column is None else [str(task) for task in column]
+
+    def rows(self, episode: int) -> pd.DataFrame | None:
+        """The frames of an episode, or None when its table does not hold them."""
+        row = self.episodes.iloc[episode]
+        return self._table(int(row["data/chunk_index"]), int(row["data/file_index"])).get(episode)
+
+    def names(self, key: str) -> list[str]:
+        feature = self.features[key]
+        return list(feature.get("names") or [str(i) for i in range(feature["shape"][0])])
+
+    def vector(self, rows: pd.DataFrame, key: str) -> Floats | None:
+        """(T, n), or None when a row is missing or has another size."""
+        size = len(self.names(key))
+        if key not in rows or any(np.shape(value) != (size,) for value in rows[key]):
+            return None
+        return np.stack(list(rows[key])).astype(np.float64)
+
+    def scale(self, key: str) -> Floats:
+        """The range of each dimension by the stored quantiles, 1 where these say nothing."""
+        size, stats = len(self.names(key)), self.stats.get(key, {})
+        low, high = stats.get("q01") or [], stats.get("q99") or []
+        if len(low) != size or len(high) != size:
+            return np.ones(size)
+        width = np.asarray(high, np.float64) - np.asarray(low, np.float64)
+        return np.where(np.isfinite(width) & (width > rules.CONSTANT), width, 1.0)
