@@ -16,10 +16,12 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 import numpy as np
-from peers_int8 import available as available_peers
+from peers_int8 import PeerProcess, available, seconds_of
 
 from bitvla import _native as native
 from bitvla.quantization import padded
@@ -43,29 +45,22 @@ STREAM_MEGABYTES = 256  # of different weights in turn: no cache keeps them
 CEILING_SECONDS = 0.02
 
 
-def seconds_of(call: Callable[[], Any], least: float = 0.02) -> float:
-    """Seconds of one call, the mean over as many as take `least` seconds."""
-    calls, start = 0, time.perf_counter()
-    while True:
-        call()
-        calls += 1
-        elapsed = time.perf_counter() - start
-        if elapsed >= least:
-            return elapsed / calls
-
-
 def measure(
-    calls: dict[str, Callable[[], Any]], ceiling: Callable[[], float], work: float, rounds: int
+    timers: dict[str, Callable[[], float]], ceiling: Callable[[], float], work: float, rounds: int
 ) -> dict[str, Any]:
-    """For each call: median seconds, rate (`work` in 1e9 units a second) and share of the ceiling around it."""
-    for call in calls.values():
-        call()
-    seconds: dict[str, list[float]] = {name: [] for name in calls}
-    shares: dict[str, list[float]] = {name: [] for name in calls}
+    """For each timer: median seconds, rate (`work` in 1e9 units a second) and share of the ceiling around it.
+
+    A timer measures and gives the seconds of one call.
+    """
+    for timer in timers.values():
+        timer()
+    seconds: dict[str, list[float]] = {name: [] for name in timers}
+    shares: dict[str, list[float]] = {name: [] for name in timers}
     ceilings = [ceiling()]
     for _ in range(rounds):
-        for name, call in calls.items():
-            taken = seconds_of(call)
+        for name, timer in timers.items():
+            taken = timer()
+            time.sleep(0.05)  # for the time that idle threads of some libraries spin
             ceilings.append(ceiling())
             seconds[name].append(taken)
             shares[name].append(work / taken / ((ceilings[-2] + ceilings[-1]) / 2))
@@ -76,7 +71,7 @@ def measure(
             "share": statistics.median(shares[name]),
             "ceiling": statistics.median(ceilings),
         }
-        for name in calls
+        for name in timers
     }
 
 
@@ -106,7 +101,7 @@ def attention_call(tokens: int, keys: int, heads: int, kv_heads: int, dim: int) 
 
 
 def run(args: argparse.Namespace) -> list[dict[str, Any]]:
-    peers = available_peers() if args.peers else {}
+    peers = available() if args.peers else []
     rows = []
 
     def add(kind: str, name: str, shape: list[int], threads: int, unit: str, result: dict[str, Any]) -> None:
@@ -125,21 +120,23 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
             return native.peak_bandwidth_gbs(0.05, STREAM_MEGABYTES, threads)
 
         for name, m, n, k in PRODUCTS if "product" in args.only else []:
-            calls: dict[str, Callable[[], Any]] = {"bitvla": ternary_call(m, n, k)}
-            calls |= {peer: make(m, n, k, threads) for peer, make in peers.items()}
-            result = measure(calls, int8_ceiling, m * n * k * 1e-9, args.rounds)
+            with ExitStack() as processes:
+                timers: dict[str, Callable[[], float]] = {"bitvla": partial(seconds_of, ternary_call(m, n, k))}
+                for peer in peers:
+                    timers[peer] = processes.enter_context(PeerProcess(peer, m, n, k, threads)).seconds
+                result = measure(timers, int8_ceiling, m * n * k * 1e-9, args.rounds)
             add("product", name, [m, n, k], threads, "GMAC/s", result)
         for name, m, n, k in VECTORS if "vector" in args.only else []:
             size = padded(n) * padded(k) / 4
             copies = int(STREAM_MEGABYTES * 1e6 / size)
-            result = measure(
-                {"bitvla": ternary_call(m, n, k, copies)}, memory_ceiling, size * copies * 1e-9, args.rounds
-            )
+            timers = {"bitvla": partial(seconds_of, ternary_call(m, n, k, copies))}
+            result = measure(timers, memory_ceiling, size * copies * 1e-9, args.rounds)
             add("vector", name, [m, n, k], threads, "GB/s", result)
         for name, *shape in ATTENTION if "attention" in args.only else []:
             tokens, keys, heads, _, dim = shape
             work = 2 * tokens * keys * heads * dim * 1e-9
-            result = measure({"bitvla": attention_call(*shape)}, int8_ceiling, work, args.rounds)
+            timers = {"bitvla": partial(seconds_of, attention_call(*shape))}
+            result = measure(timers, int8_ceiling, work, args.rounds)
             add("attention", name, shape, threads, "GMAC/s", result)
     return rows
 

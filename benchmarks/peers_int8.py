@@ -1,36 +1,74 @@
 """Matrix products of general libraries on the shapes of `kernels.py`, those that are installed.
 
-Every peer gets its weights ready-made outside the measured call, int8 peers their int8 activations too; the ternary
-kernel is measured on the same terms. None of them has a 2-bit weight, so their weights take 4 to 16 times the memory.
+Each runs in a process of its own: the threads of some spin for a while when they have nothing to do, which takes the
+cores from whoever is measured next. Every peer gets its weights ready-made outside the measured call, int8 peers their
+int8 activations too; the ternary kernel is measured on the same terms. None of them has a 2-bit weight, so their
+weights take 4 to 16 times the memory.
 """
 
 from __future__ import annotations
 
+import importlib.util
+import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from types import TracebackType
 from typing import Any
 
 import numpy as np
 
 Call = Callable[[], Any]
-Peer = Callable[[int, int, int, int], Call]  # M tokens, N rows, K columns, threads
 
 
-def available() -> dict[str, Peer]:
-    peers: dict[str, Peer] = {}
-    try:
-        import torch  # noqa: F401
-    except ImportError:
-        pass
-    else:
-        peers |= {"torch float32": _torch_float32, "torch bfloat16": _torch_bfloat16, "torch int8": _torch_int8}
-    try:
-        import onnx  # noqa: F401
-        import onnxruntime  # noqa: F401
-    except ImportError:
-        pass
-    else:
-        peers["onnxruntime int8"] = _onnxruntime_int8
-    return peers
+def available() -> list[str]:
+    """Names of the peers whose packages are installed."""
+    return [
+        peer for peer, (packages, _) in PEERS.items() if all(importlib.util.find_spec(package) for package in packages)
+    ]
+
+
+def seconds_of(call: Call, least: float = 0.02) -> float:
+    """Seconds of one call, the mean over as many as take `least` seconds."""
+    calls, start = 0, time.perf_counter()
+    while True:
+        call()
+        calls += 1
+        elapsed = time.perf_counter() - start
+        if elapsed >= least:
+            return elapsed / calls
+
+
+class PeerProcess:
+    """A peer's product of M tokens, N rows, K columns, in its own process."""
+
+    def __init__(self, peer: str, m: int, n: int, k: int, threads: int) -> None:
+        self._pool = ProcessPoolExecutor(
+            1, get_context("spawn"), initializer=_prepare, initargs=(peer, m, n, k, threads)
+        )
+
+    def seconds(self) -> float:
+        """Seconds of one product."""
+        return self._pool.submit(_measure).result()
+
+    def __enter__(self) -> PeerProcess:
+        return self
+
+    def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
+        self._pool.shutdown()
+
+
+_call: Call | None = None
+
+
+def _prepare(peer: str, m: int, n: int, k: int, threads: int) -> None:
+    global _call
+    _call = PEERS[peer][1](m, n, k, threads)
+
+
+def _measure() -> float:
+    assert _call is not None
+    return seconds_of(_call)
 
 
 def _torch_float32(m: int, n: int, k: int, threads: int) -> Call:
@@ -78,3 +116,38 @@ def _onnxruntime_int8(m: int, n: int, k: int, threads: int) -> Call:
     session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
     x = rng.integers(0, 256, (m, k)).astype(np.uint8)
     return lambda: session.run(None, {"x": x})
+
+
+def _openvino_int8(m: int, n: int, k: int, threads: int) -> Call:
+    """Its own fusion of uint8 activations and int8 weights, each times a scale, into one int8 product."""
+    import openvino as ov
+    from openvino import opset13 as ops
+
+    rng = np.random.default_rng(0)
+    x = ops.parameter([m, k], np.uint8, name="x")
+    scale = ops.constant(np.float32(0.01))
+    activations = ops.multiply(ops.convert(x, np.float32), scale)
+    stored = ops.constant(rng.integers(-1, 2, (n, k)).astype(np.int8))
+    weights = ops.multiply(ops.convert(stored, np.float32), scale)
+    model = ov.Model([ops.matmul(activations, weights, False, True)], [x], "product")
+    settings = {"INFERENCE_NUM_THREADS": threads, "NUM_STREAMS": 1, "PERFORMANCE_HINT": "LATENCY"}
+    compiled = ov.Core().compile_model(model, "CPU", settings)
+    kinds = {
+        op.get_rt_info()["layerType"].astype(str): op.get_rt_info() for op in compiled.get_runtime_model().get_ops()
+    }
+    product = kinds.get("FullyConnected") or kinds["MatMul"]
+    if "I8" not in product["primitiveType"].astype(str) and "I8" not in product["runtimePrecision"].astype(str):
+        raise RuntimeError(f"OpenVINO computes the product in {product['runtimePrecision'].astype(str)}, not in int8")
+    request = compiled.create_infer_request()
+    request.set_input_tensor(ov.Tensor(rng.integers(0, 256, (m, k)).astype(np.uint8)))
+    return request.infer
+
+
+# The packages that each needs, and what prepares its call for M tokens, N rows, K columns and a number of threads.
+PEERS: dict[str, tuple[tuple[str, ...], Callable[[int, int, int, int], Call]]] = {
+    "torch float32": (("torch",), _torch_float32),
+    "torch bfloat16": (("torch",), _torch_bfloat16),
+    "torch int8": (("torch",), _torch_int8),
+    "onnxruntime int8": (("onnx", "onnxruntime"), _onnxruntime_int8),
+    "openvino int8": (("openvino",), _openvino_int8),
+}

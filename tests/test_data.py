@@ -41,7 +41,7 @@ def test_what_is_written_is_read(written):
 def test_an_episode_that_lacks_a_vector_is_refused(tmp_path):
     writer, episode = make_writer(tmp_path / "d"), random_episode(0)
     vectors = {key: values for key, values in episode.vectors.items() if key != "observation.state"}
-    with pytest.raises(BitvlaError, match="episode 0 has the vectors action, .* holds action, .*observation.state"):
+    with pytest.raises(BitvlaError, match=r"episode 0 has the vectors action, .* holds action, .*observation\.state"):
         writer.append([type(episode)(episode.images, vectors, episode.task)])
     assert writer.num_episodes == 0
 

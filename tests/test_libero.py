@@ -276,3 +276,13 @@ def test_the_real_benchmark_follows_the_conventions():
         assert np.array_equal(simulator.environment_state(), objects)
         again = simulator.observe()
         assert all(np.array_equal(again["images"][name], first["images"][name]) for name in simulator.cameras)
+
+
+@pytest.mark.libero
+@pytest.mark.slow
+@pytest.mark.skipif(installed() is None, reason="LIBERO is not installed: make libero")
+def test_pictures_on_demand_are_those_of_the_benchmark():
+    script = Path(__file__).parent / "manual" / "check_libero_pictures.py"
+    done = subprocess.run([installed(), script], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "the same in all 12 steps" in done.stdout

@@ -114,10 +114,10 @@ class LeRobotWriter:
         """Add `episodes` as one batch: all of them or, when anything fails, none."""
         wanted = {key for key, feature in self._info["features"].items() if feature["dtype"] == "float32"}
         wanted -= set(_DEFAULT_FEATURES)
-        for i, episode in enumerate(episodes):
+        for index, episode in enumerate(episodes, start=self.num_episodes):
             if set(episode.vectors) != wanted:
                 raise BitvlaError(
-                    f"episode {self.num_episodes + i} has the vectors {', '.join(sorted(episode.vectors))}; the dataset "
+                    f"episode {index} has the vectors {', '.join(sorted(episode.vectors))}; the dataset "
                     f"{self.root} holds {', '.join(sorted(wanted))}"
                 )
         place = {"chunk_index": self._files // _FILES_PER_CHUNK, "file_index": self._files % _FILES_PER_CHUNK}
@@ -361,6 +361,7 @@ def read_video(path: Path, pixels: str = "rgb24") -> Iterator[NDArray[np.uint8]]
     """Frame after frame, uint8 (H, W, 3), or (H, W) with `pixels` "gray". BitvlaError when it cannot be decoded."""
     try:
         with av.open(str(path)) as container:
+            container.streams.video[0].thread_type = "AUTO"
             for frame in container.decode(video=0):
                 yield frame.to_ndarray(format=pixels).astype(np.uint8, copy=False)
     except (av.FFmpegError, OSError) as error:

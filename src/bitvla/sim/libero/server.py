@@ -37,6 +37,7 @@ class Simulation:
         self._env: Any = None
         self._initial: Any = None
         self._observation: dict[str, Any] = {}
+        self._sight: Any = None
 
     def versions(self) -> dict[str, str]:
         """Versions of the packages that decide what an episode looks like."""
@@ -78,8 +79,7 @@ class Simulation:
 
     def render(self, size: int) -> dict[str, bytes]:
         """RGB bytes (size, size, 3) of each camera, rows from the bottom up as OpenGL has them."""
-        sim = self._env.env.sim
-        return {ours: sim.render(size, size, camera_name=name).tobytes() for ours, name in CAMERAS.items()}
+        return self._sight.render(size)
 
     def _facts(self) -> dict[str, Any]:
         seen, inner = self._observation, self._env.env
@@ -103,6 +103,7 @@ class Simulation:
             bddl_file_name=tasks.get_task_bddl_file_path(number), use_camera_obs=False, hard_reset=False
         )
         self._env.seed(0)
+        self._sight = Sight(self._env.env)
         self._initial = tasks.get_task_init_states(number)
         self._task = (suite, number)
 
@@ -110,7 +111,40 @@ class Simulation:
         """Free the environment and its rendering context."""
         if self._env is not None:
             self._env.close()
-        self._env, self._task = None, None
+        self._env, self._sight, self._task = None, None, None
+
+
+class Sight:
+    """The benchmark's cameras, rendered later than they look.
+
+    robosuite samples its cameras in the first of the 25 physics steps of a control step. So that the pictures are the
+    same without rendering every one, the state of that moment is kept, and put back while a picture is made.
+    """
+
+    def __init__(self, env: Any) -> None:
+        import mujoco
+        from robosuite.utils.observables import Observable, sensor
+
+        self._sim, self._copy = env.sim, mujoco.mj_copyData
+        self._model = env.sim.model._model
+        self._seen, self._now = mujoco.MjData(self._model), mujoco.MjData(self._model)
+
+        @sensor(modality="image")
+        def look(_: Any) -> list[float]:
+            self._copy(self._seen, self._model, self._sim.data._data)
+            return [0.0]
+
+        env.add_observable(Observable("bitvla_sight", look, sampling_rate=env.control_freq))
+
+    def render(self, size: int) -> dict[str, bytes]:
+        """RGB bytes (size, size, 3) of each camera, rows from the bottom up."""
+        data = self._sim.data._data
+        self._copy(self._now, self._model, data)
+        self._copy(data, self._model, self._seen)
+        try:
+            return {ours: self._sim.render(size, size, camera_name=name).tobytes() for ours, name in CAMERAS.items()}
+        finally:
+            self._copy(data, self._model, self._now)
 
 
 def axis_angle(quaternion: Any) -> list[float]:
