@@ -7,25 +7,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bitvla import quantization
-from bitvla.config import (
-    ActionConfig,
-    Camera,
-    ImageProcessing,
-    LanguageConfig,
-    PolicyConfig,
-    ProcessingConfig,
-    PromptConfig,
-    Statistics,
-    VisionConfig,
-)
+from bitvla.config import ActionConfig, Camera, LanguageConfig, PolicyConfig, VisionConfig
 from bitvla.model.network import Batch, BitVLA
 from bitvla.model.ternary import TernaryLinear, quantize_activations, ternarize
+from checkpoints import processing_config
 
 IMAGE, PROPRIO = 5, 6
 
 
 def tiny_config(**changes) -> PolicyConfig:
-    statistics = Statistics(names=("a", "b", "c"), units=("m",) * 3, low=(-1.0,) * 3, high=(1.0,) * 3, mask=(True,) * 3)
     values = {
         "name": "tiny",
         "vision": VisionConfig(
@@ -42,14 +32,8 @@ def tiny_config(**changes) -> PolicyConfig:
             **changes.pop("language", {}),
         ),
         "action": ActionConfig(horizon=3, dim=3, state_dim=3, slots_per_step=2, head_hidden_size=16, head_blocks=1),
-        "processing": ProcessingConfig(
-            cameras=(Camera(name="front", height=16, width=16),),
-            image=ImageProcessing(),
-            prompt=PromptConfig(template="{images}<proprio_pad>{instruction}"),
-            state=statistics,
-            action=statistics,
-            control_hz=10,
-            execute_horizon=3,
+        "processing": processing_config(
+            cameras=(Camera(name="front", height=16, width=16),), state_dim=3, action_dim=3, execute_horizon=3
         ),
     }
     return PolicyConfig(**{**values, **changes})
