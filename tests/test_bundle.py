@@ -9,6 +9,8 @@ import errno
 import json
 import os
 import pickle
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -416,3 +418,37 @@ def test_bfloat16_rounds_to_the_nearest(values: np.ndarray) -> None:
 def test_bfloat16_ties_go_to_even() -> None:
     ties = np.array([0x3F808000, 0x3F818000], np.uint32).view(np.float32)
     assert to_bfloat16(ties).tolist() == [0x3F80, 0x3F82]
+
+
+LIMITED = """
+import resource
+from pathlib import Path
+from bitvla import bundle
+from bitvla.errors import BitvlaError
+from bitvla.runtime.network import Workspace
+bundle.READ_AT_LOAD = {read_at_load}
+pages = int(Path("/proc/self/statm").read_text().split()[0])
+resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize(),) * 2)
+try:
+    {call}
+except BitvlaError as error:
+    print(error)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="this limit is Linux's")
+@pytest.mark.parametrize(
+    ("call", "read_at_load", "said"),
+    [
+        ("bundle.read(Path({path!r}))", 0, "its weights take 0."),  # mapped
+        ("bundle.read(Path({path!r}))", 1 << 30, "its weights take 0."),  # read
+        ("Workspace().floats('up', 6912, 2560)", 0, "no memory for the buffer 'up' of 71 MB"),
+    ],
+)
+def test_a_limit_of_memory_is_named(tmp_path: Path, call: str, read_at_load: int, said: str) -> None:
+    """`ulimit -v` just above what the process has already."""
+    path = pack_random(tmp_path, tiny_config())
+    script = LIMITED.format(call=call.format(path=str(path)), read_at_load=read_at_load)
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert said in done.stdout, done.stdout + done.stderr
+    assert "ulimit -v" in done.stdout

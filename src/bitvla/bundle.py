@@ -13,6 +13,7 @@ machine. Any safetensors reader opens it.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import math
 import mmap
@@ -335,7 +336,12 @@ def _read_or_map(path: Path) -> tuple[NDArray[np.uint8], BinaryIO | None]:
             data = data[: file.readinto(data.data)]
             data.flags.writeable = False
             return data, None
-    except OSError as error:
+    except (OSError, MemoryError) as error:
+        if isinstance(error, MemoryError) or error.errno == errno.ENOMEM:
+            raise BitvlaError(
+                f"no memory for {path}: its weights take {path.stat().st_size / 1e6:.1f} MB; raise the limit of this "
+                "process (ulimit -v, or its container's) or free some memory"
+            ) from None
         raise BitvlaError(f"cannot read the policy file {path}: {error.strerror or error}") from None
 
 

@@ -129,10 +129,20 @@ class Workspace:
         if view is None:
             flat = self._flat.get(name)
             if flat is None or flat.size < rows * columns:
-                flat = self._flat[name] = np.zeros(rows * columns, dtype)
+                flat = self._flat[name] = self._memory(name, rows * columns, dtype)
                 self._views = {key: old for key, old in self._views.items() if key[0] != name}
             view = self._views[name, rows, columns] = flat[: rows * columns].reshape(rows, columns)
         return view
+
+    def _memory(self, name: str, count: int, dtype: Any) -> NDArray[Any]:
+        try:
+            return np.zeros(count, dtype)
+        except MemoryError:
+            raise BitvlaError(
+                f"no memory for the buffer '{name}' of {count * np.dtype(dtype).itemsize / 1e6:.0f} MB, beside the "
+                f"{self.nbytes / 1e6:.0f} MB of the others; raise the limit of this process (ulimit -v, or its "
+                "container's) or free some memory"
+            ) from None
 
     @property
     def nbytes(self) -> int:
