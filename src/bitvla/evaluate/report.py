@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -58,7 +58,7 @@ def report(results: Path | Sequence[Path], out: Path) -> Path:
         raise BitvlaError("a report needs the record of at least one evaluation")
     subject, *others = [load(path) for path in paths]
     films, left_out = _films(subject, paths[0].parent)
-    filters = {"percent": _percent, "megabytes": _megabytes, "ms": _ms, "plain": plain_task}
+    filters: dict[str, Callable[..., str]] = {"percent": _percent, "megabytes": _megabytes, "ms": _ms, "plain": plain_task}
     page = template("bitvla.evaluate", "report.html.j2", **filters).render(
         r=subject,
         films=films,
