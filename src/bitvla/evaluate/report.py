@@ -58,7 +58,12 @@ def report(results: Path | Sequence[Path], out: Path) -> Path:
         raise BitvlaError("a report needs the record of at least one evaluation")
     subject, *others = [load(path) for path in paths]
     films, left_out = _films(subject, paths[0].parent)
-    filters: dict[str, Callable[..., str]] = {"percent": _percent, "megabytes": _megabytes, "ms": _ms, "plain": plain_task}
+    filters: dict[str, Callable[..., str]] = {
+        "percent": _percent,
+        "megabytes": _megabytes,
+        "ms": _ms,
+        "plain": plain_task,
+    }
     page = template("bitvla.evaluate", "report.html.j2", **filters).render(
         r=subject,
         films=films,
