@@ -104,6 +104,24 @@ def test_three_stages_learn_and_make_a_policy(data, tmp_path):
     assert provenance["parents"]["init"]["provenance"]["stage"] == "distill"
 
 
+def test_localize_trains_the_tower_and_nothing_else(data, tmp_path):
+    run("localize", write_config(tmp_path, steps=1), data, tmp_path / "one")
+    run("localize", write_config(tmp_path, steps=60, learning_rate=3e-3), data, tmp_path / "many")
+    losses = losses_of(tmp_path / "many")
+    assert losses[60] < 0.95 * losses[1]
+    one, many = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "many"))
+    for name, tensor in one.items():
+        in_tower = name.startswith("vision_tower.")
+        assert in_tower or torch.equal(tensor, many[name]), name
+    moved = {name for name, tensor in one.items() if not torch.equal(tensor, many[name])}
+    assert any("patch_embedding" in name for name in moved) and any("layers.1." in name for name in moved)
+
+    config = write_config(tmp_path, policy="", steps=1)
+    run("finetune", config, data, tmp_path / "policy", init=tmp_path / "many")
+    provenance = json.loads((tmp_path / "policy" / "provenance.json").read_text())
+    assert provenance["parents"]["init"]["provenance"]["stage"] == "localize"
+
+
 def test_golden_answers_are_those_of_the_saved_network(data, tmp_path):
     run("finetune", write_config(tmp_path, steps=4), data, tmp_path / "out")
     golden = load_file(tmp_path / "out" / "golden.safetensors")
@@ -183,6 +201,7 @@ def test_another_configuration_does_not_continue_a_run(data, tmp_path):
         ("finetune", {"batch_size": 0}, "batch_size must be positive"),
         ("finetune", {"precision": "int3"}, "int3"),
         ("distill", {}, "needs a full-precision teacher"),
+        ("localize", {"keypoint_weight": 0}, "needs keypoint_weight above 0"),
         ("align", {}, "unknown stage 'align'"),
     ],
 )
@@ -227,6 +246,18 @@ def test_validation_holds_out_whole_episodes_at_no_regular_distance(data, tmp_pa
     assert sorted([*held_out, *trained]) == list(range(dataset.num_frames))
     assert not set(dataset.episode_index[held_out]) & set(dataset.episode_index[trained])
     assert len({batches._held_out(episode) and episode % 10 for episode in range(2000)} - {False}) >= 9
+
+
+def test_balanced_tasks_are_seen_equally_often(tmp_path):
+    writer = make_writer(tmp_path / "uneven")
+    writer.append([random_episode(0, length=30), random_episode(1, length=5), random_episode(3, length=7)])
+    sentence = LeRobotDataset(tmp_path / "uneven").task_strings
+    for balanced, expected in ((True, [30, 30]), (False, [30, 12])):
+        whole = windows(tmp_path / "uneven", tmp_path, balance_tasks=balanced)
+        assert whole.num_frames == sum(expected)
+        episodes = whole._episode[whole._frames]
+        assert [sum(sentence[e] == s for e in episodes) for s in (sentence[0], sentence[1])] == expected
+        assert len(set(whole._frames.tolist())) == 42  # none is lost
 
 
 def windows(data: Path, folder: Path, policy: str = POLICY, **options: Any) -> batches.Windows:

@@ -22,7 +22,7 @@ from typing import Any, NoReturn
 from bitvla import __version__
 from bitvla.errors import BitvlaError
 
-STAGES = ("finetune", "distill")
+STAGES = ("localize", "finetune", "distill")
 MATRICES: dict[str, Any] = {"float32": "F32", "bfloat16": "BF16", "int8": "I8"}
 KINDS = ("libero", "language", "language-bf16")
 PROTOCOLS = ("openpi", "lerobot", "gr00t")

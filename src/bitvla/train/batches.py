@@ -51,6 +51,7 @@ class Windows(Dataset[Window]):
         seed: int,
         augmentation: Augmentation | None,
         split: str = "train",
+        balance_tasks: bool = False,
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
@@ -67,6 +68,8 @@ class Windows(Dataset[Window]):
         self._episode_end = np.asarray([end for _, end in dataset.episode_ranges])
         held_out = np.array([_held_out(episode) for episode in range(len(dataset.episode_ranges))])[episodes]
         self._frames = np.flatnonzero(held_out if split == "validation" else ~held_out)
+        if balance_tasks:
+            self._frames = _balanced(self._frames, _task_of_frames(dataset))
         self._token_ids = _left_padded([prompt.ids(text) for text in dataset.task_strings], prompt.pad_id)
         self._pad_id = prompt.pad_id
 
@@ -167,13 +170,24 @@ def _standardize(dataset: LeRobotDataset) -> NDArray[np.float32]:
     values = dataset.environment_state
     if values is None:
         return np.zeros((dataset.num_frames, 0), dtype=np.float32)
-    columns = dataset.episodes
-    tasks = columns["env_task"] if "env_task" in columns else np.asarray(dataset.task_strings)
-    _, task = np.unique(np.asarray(tasks, dtype=str), return_inverse=True)
-    task = task[dataset.episode_index]
+    task = _task_of_frames(dataset)
     means = np.stack([values[task == number].mean(axis=0) for number in range(task.max() + 1)])
     away = values - means[task]
     return (away / np.maximum(away.std(axis=0), 1e-3)).astype(np.float32)
+
+
+def _task_of_frames(dataset: LeRobotDataset) -> NDArray[np.int64]:
+    """Numbers (N,) of the tasks of all frames: the simulator's tasks, or else the sentences."""
+    columns = dataset.episodes
+    tasks = columns["env_task"] if "env_task" in columns else np.asarray(dataset.task_strings)
+    _, task = np.unique(np.asarray(tasks, dtype=str), return_inverse=True)
+    return task[dataset.episode_index]
+
+
+def _balanced(frames: NDArray[np.int64], task: NDArray[np.int64]) -> NDArray[np.int64]:
+    """`frames` with those of the shorter tasks repeated until every task has as many."""
+    groups = [frames[task[frames] == number] for number in np.unique(task[frames])]
+    return np.concatenate([np.resize(group, max(map(len, groups))) for group in groups])
 
 
 def _left_padded(sequences: list[NDArray[np.int64]], pad_id: int) -> NDArray[np.int64]:

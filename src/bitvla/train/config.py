@@ -70,6 +70,7 @@ class TrainConfig(Record, frozen=True, kw_only=True, forbid_unknown_fields=True)
     # Heads that are thrown away: privileged positions read from the proprio token, places in the image from patches.
     auxiliary_weight: float = 0.0
     keypoint_weight: float = 0.0
+    balance_tasks: bool = False  # every task equally often, however long its episodes are
     augmentation: Augmentation = msgspec.field(default_factory=Augmentation)
     log_every: int = 20
     save_every: int = 500

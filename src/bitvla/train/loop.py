@@ -39,7 +39,7 @@ from bitvla.train.batches import Window, Windows, batches
 from bitvla.train.config import TrainConfig, load, policy_config
 
 STATE_FILE = "training_state.pt"
-STAGES = ("finetune", "distill")
+STAGES = ("localize", "finetune", "distill")
 GOLDEN_OBSERVATIONS = 2
 
 
@@ -56,7 +56,7 @@ def run(
     """Train a policy and return a summary (steps, losses, checkpoint folder).
 
     Args:
-        stage: "finetune", or "distill" which needs `teacher`.
+        stage: "localize", "finetune", or "distill" which needs `teacher`.
         config_path: TOML file of a `TrainConfig`.
         data: root of a LeRobotDataset v3.
         out: folder of the run. If it holds an unfinished run of the same settings, that run goes on.
@@ -111,7 +111,9 @@ class _Trainer:
         # Without gradients where nothing is asked of them, as several processes demand.
         self.auxiliary.linear.requires_grad_(bool(positions and config.auxiliary_weight))
         self.auxiliary.points.requires_grad_(bool(keypoints and config.keypoint_weight))
-        self.trained = _Trained(self.network, self.auxiliary, self._objective(teacher), config.compile)
+        self.part = self._part(self.network)
+        self.objective = self._objective(teacher)
+        self.trained = _Trained(self.part, self.auxiliary, self.objective, config.compile)
         self.trained, *self.optimizers = self.accelerator.prepare(self.trained, *self.optimizers)
         self.average.to(self.accelerator.device)
         self._last_log: tuple[int, float] | None = None
@@ -181,7 +183,17 @@ class _Trainer:
         prompt = Prompt(config, tokenizer)
         return BitVLA(config, prompt.image_id, prompt.proprio_id), prompt, tokenizer
 
+    def _part(self, network: BitVLA) -> torch.nn.Module:
+        """What this stage trains."""
+        return network.vision_tower if self.stage == "localize" else network
+
     def _objective(self, teacher: Path | None) -> stages.Objective:
+        if self.stage == "localize":
+            if not (self.config.keypoint_weight and self.dataset.keypoints is not None):
+                raise BitvlaError(
+                    f"stage 'localize' needs keypoint_weight above 0 and observation.keypoints in {self.dataset.root}"
+                )
+            return stages.localize(self.auxiliary)
         if self.stage == "finetune":
             return stages.finetune(self.config, self.auxiliary)
         assert teacher is not None
@@ -200,6 +212,7 @@ class _Trainer:
             seed=self.config.seed,
             augmentation=self.config.augmentation if split == "train" else None,
             split=split,
+            balance_tasks=self.config.balance_tasks,
             **shard,
         )
 
@@ -283,8 +296,8 @@ class _Trainer:
         windows = self._windows("validation")
         if windows.num_frames == 0 or self.config.validation_batches == 0:
             return {}
-        averaged = self._averaged().eval()
-        plain = stages.finetune(self.config, self.auxiliary)
+        averaged = self._part(self._averaged().eval())
+        plain = self.objective if self.stage == "localize" else stages.finetune(self.config, self.auxiliary)
         with self.accelerator.autocast():
             rows = [
                 plain(averaged, _to(windows[i], self.accelerator.device)) for i in range(self.config.validation_batches)
@@ -354,7 +367,7 @@ class _Trained(torch.nn.Module):
     """Everything that has gradients, called with a window: what is wrapped when there are several processes."""
 
     def __init__(
-        self, network: BitVLA, auxiliary: stages.AuxiliaryHead, objective: stages.Objective, compiles: bool
+        self, network: torch.nn.Module, auxiliary: stages.AuxiliaryHead, objective: stages.Objective, compiles: bool
     ) -> None:
         super().__init__()
         self.network, self.auxiliary = network, auxiliary

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from bitvla.config import PolicyConfig
-from bitvla.model.network import Batch, Output
+from bitvla.model.network import Output
 from bitvla.train.batches import Window
 from bitvla.train.config import TrainConfig
 
 Losses = dict[str, Tensor]  # by name; "loss" is the one that is minimised
-Network = Callable[[Batch], Output]  # a BitVLA, compiled or not
+Network = Callable[..., Any]  # a BitVLA or its vision tower, compiled or not
 Objective = Callable[[Network, Window], Losses]
 
 
@@ -34,10 +35,20 @@ class AuxiliaryHead(nn.Module):
         """Standardised privileged state (B, E)."""
         return self.linear(output.proprio_state)
 
-    def keypoints(self, output: Output) -> tuple[Tensor, Tensor]:
-        """For each image and thing: logits (B * V, K, P) of the patch it is in, its place there (B * V, K, P, 2)."""
-        scores = self.points(output.vision_states[-1]).unflatten(-1, (-1, 3)).transpose(1, 2)
+    def keypoints(self, patches: Tensor) -> tuple[Tensor, Tensor]:
+        """From states (N, P, H) of images, for each thing: logits (N, K, P) of its patch, its place there (..., 2)."""
+        scores = self.points(patches).unflatten(-1, (-1, 3)).transpose(1, 2)
         return scores[..., 0], scores[..., 1:]
+
+
+def localize(auxiliary: AuxiliaryHead) -> Objective:
+    """The vision tower alone learns where things are in each image, at a third of the cost of a step of the policy."""
+
+    def objective(tower: Network, window: Window) -> Losses:
+        loss = _keypoint_loss(*auxiliary.keypoints(tower(window.inputs.pixels.flatten(0, 1))[-1]), window.keypoints)
+        return {"loss": loss}
+
+    return objective
 
 
 def finetune(config: TrainConfig, auxiliary: AuxiliaryHead) -> Objective:
@@ -81,17 +92,17 @@ def _regression(output: Output, window: Window, config: TrainConfig, auxiliary: 
         losses["auxiliary"] = (auxiliary.positions(output).float() - window.auxiliary).abs().mean()
         losses["loss"] = losses["loss"] + config.auxiliary_weight * losses["auxiliary"]
     if config.keypoint_weight and window.keypoints.shape[2]:
-        logits, places = auxiliary.keypoints(output)
-        losses["keypoints"] = _keypoint_loss(logits.float(), places.float(), window.keypoints.flatten(0, 1))
+        losses["keypoints"] = _keypoint_loss(*auxiliary.keypoints(output.vision_states[-1]), window.keypoints)
         losses["loss"] = losses["loss"] + config.keypoint_weight * losses["keypoints"]
     return losses
 
 
 def _keypoint_loss(logits: Tensor, places: Tensor, targets: Tensor) -> Tensor:
-    """Cross-entropy of the patch that holds each thing (N, K, 2), plus its distance inside that patch in patch widths.
+    """Cross-entropy of the patch that holds each thing, plus its distance inside that patch in patch widths.
 
-    Things out of view count nothing; the mean is over all, as that of the actions.
+    Targets are (B, V, K, 2). Things out of view count nothing; the mean is over all, as that of the actions.
     """
+    logits, places, targets = logits.float(), places.float(), targets.flatten(0, 1)
     grid = math.isqrt(logits.shape[-1])
     seen = ((targets >= 0) & (targets < 1)).all(dim=-1)
     cells = (targets * grid).floor().clamp(0, grid - 1)
