@@ -127,7 +127,7 @@ static void layer_norm_row(const float* x, const float* weight, const float* bia
   }
 }
 
-// codes = round(127 x / max|x|), half to even; the padding of the last tile becomes 0.
+// codes = round(127 x / max|x|), half to even; their padding becomes 0.
 template <class F>
 static void quantize_row(const float* x, size_t width, int8_t* codes, float* scale, int32_t* sum_of_codes) {
   F largest = F::set(1e-5f);
@@ -138,6 +138,7 @@ static void quantize_row(const float* x, size_t width, int8_t* codes, float* sca
     const F v = get<F>(x + i, width - i) * inverse;
     store_codes(codes + i, min(max(v, F::set(-128.0f)), F::set(127.0f)));
   }
+  __builtin_memset(codes + padded(width), 0, code_columns(width) - padded(width));
   int32_t total = 0;
   for (size_t i = 0; i < width; ++i) total += codes[i];
   *scale = bound / 127.0f;

@@ -30,9 +30,10 @@ from numpy.typing import NDArray
 from bitvla.config import ActionConfig, LanguageConfig, LanguageModelConfig, PolicyConfig, VisionConfig, check
 from bitvla.errors import BitvlaError
 from bitvla.files import write_whole
-from bitvla.quantization import BLOCK, padded
+from bitvla.quantization import Packing, packed_shape
 
-FORMAT = 1
+FORMAT = 2
+_READABLE = (1, 2)  # format 1 had one packing of ternary weights, and no field for it
 # Files up to this size are read and hashed whenever they are loaded; larger ones are mapped, and hashed by `verify`.
 # A mapped file must not be written to while it is in use: that would end the process.
 READ_AT_LOAD = 64 << 20
@@ -78,11 +79,13 @@ C = TypeVar("C", PolicyConfig, LanguageModelConfig)
 class Document(msgspec.Struct, Generic[C], frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Everything about a policy, or a language model, that is not a tensor.
 
-    `golden` holds the instruction of each golden trace; language models have none.
+    `packing` is that of the ternary weights. `golden` holds the instruction of each golden trace; language models have
+    none.
     """
 
     format: int
     config: C
+    packing: Packing = "2bit"
     matrix_dtype: MatrixDtype
     tokenizer: str
     golden: tuple[str, ...]
@@ -204,7 +207,7 @@ def stored_tensors(document: Document[C]) -> dict[str, Stored]:
     for name, spec in tensor_specs(config).items():
         if spec.kind == "ternary":
             rows, columns = spec.shape
-            packed[name] = Stored("U8", (padded(rows) // BLOCK, padded(columns) // BLOCK, 64))
+            packed[name] = Stored("U8", packed_shape(rows, columns, document.packing))
             floats[f"{name}_scale"] = Stored("F32", (1,))
         elif spec.kind == "matrix" and document.matrix_dtype == "I8":
             codes[name] = Stored("I8", spec.shape)
@@ -378,9 +381,9 @@ def _check_digest(path: Path, claimed: str, actual: str) -> None:
 def _parse_document(path: Path, text: bytes, kind: type[C], num_tensors: int) -> Document[C]:
     try:
         outline = msgspec.json.decode(text, type=_Outline)
-        if outline.format != FORMAT:
+        if outline.format not in _READABLE:
             raise BitvlaError(
-                f"{path} has policy file format {outline.format}, this bitvla reads format {FORMAT}; "
+                f"{path} has policy file format {outline.format}, this bitvla reads formats 1 to {FORMAT}; "
                 + ("update bitvla" if outline.format > FORMAT else "pack it again")
             )
         _check_kind(path, kind, outline.config)

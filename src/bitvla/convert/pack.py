@@ -34,8 +34,8 @@ from bitvla.convert.source import Golden, Progress, Source
 from bitvla.convert.training import open_training
 from bitvla.errors import BitvlaError
 from bitvla.processing.vectors import normalize
+from bitvla.quantization import Packing, quantize_activations
 from bitvla.quantization import pack as pack_codes
-from bitvla.quantization import quantize_activations
 from bitvla.runtime.policy import Policy
 
 # Full-precision matrices of up to this many bytes are stored as trained. Rounding them to bfloat16 moves activations by
@@ -53,6 +53,7 @@ def pack(
     out: Path,
     *,
     round_full_precision: bool = False,
+    packing: Packing = "2bit",
     matrix_dtype: MatrixDtype | None = None,
     views: int | None = None,
     statistics: str | None = None,
@@ -65,7 +66,8 @@ def pack(
     set whose statistics to use; see `bitvla.convert.official`.
 
     `round_full_precision` accepts a checkpoint trained in full precision and rounds it to ternary without training: an
-    ablation, not a good policy. `matrix_dtype` is how full-precision matrices are stored: float32, exactly as trained,
+    ablation, not a good policy. `packing` is how ternary weights are stored, which changes no result: in 2 bits, or in
+    base 3, a fifth smaller. `matrix_dtype` is how full-precision matrices are stored: float32, exactly as trained,
     bfloat16, half the size, or int8, a quarter; by default as the checkpoint has them, and float32 up to `EXACT_UP_TO`
     bytes of them.
 
@@ -80,11 +82,12 @@ def pack(
             "(bitvla train distill), or round it without training, which costs most of its skill (--round)"
         )
     matrix_dtype = matrix_dtype or source.matrix_dtype or _matrix_dtype(source.config)
-    tensors = _pack_tensors(source, matrix_dtype, progress)
+    tensors = _pack_tensors(source, packing, matrix_dtype, progress)
     config = msgspec.structs.replace(source.config, precision="ternary")
     document: Document[Any] = Document(
         format=FORMAT,
         config=config,
+        packing=packing,
         matrix_dtype=matrix_dtype,
         tokenizer=source.tokenizer,
         golden=tuple(observation["instruction"] for observation in source.golden.observations),
@@ -122,13 +125,15 @@ def _matrix_dtype(config: PolicyConfig | LanguageModelConfig) -> MatrixDtype:
     return "F32" if 4 * values <= EXACT_UP_TO else "BF16"
 
 
-def _pack_tensors(source: Source, matrix_dtype: MatrixDtype, progress: Progress | None) -> dict[str, NDArray[Any]]:
+def _pack_tensors(
+    source: Source, packing: Packing, matrix_dtype: MatrixDtype, progress: Progress | None
+) -> dict[str, NDArray[Any]]:
     specs = tensor_specs(source.config)
     tensors: dict[str, NDArray[Any]] = {}
     for index, (name, spec) in enumerate(specs.items()):
         if spec.kind == "ternary":
             codes, scale = source.ternary(name)
-            tensors[name] = pack_codes(codes)
+            tensors[name] = pack_codes(codes, packing)
             tensors[f"{name}_scale"] = np.array([scale], dtype=np.float32)
         else:
             tensors |= _full_precision(name, source.tensor(name), spec, matrix_dtype)

@@ -7,7 +7,7 @@ and used again, so a call in steady state allocates nothing large. M rows (token
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -19,7 +19,7 @@ from bitvla.bundle import Bundle
 from bitvla.config import LanguageConfig, PolicyConfig
 from bitvla.errors import BitvlaError
 from bitvla.processing.prompt import Prompt
-from bitvla.quantization import padded
+from bitvla.quantization import Packing, code_columns
 
 Floats = NDArray[np.float32]
 Record = Callable[[str, NDArray[Any]], None]  # sees hidden states by name
@@ -34,6 +34,7 @@ class Ternary(NamedTuple):
     """A packed linear layer from `columns` to `rows` values."""
 
     packed: NDArray[np.uint8]
+    packing: Packing
     rows: int
     columns: int
     scale: float
@@ -60,7 +61,7 @@ class Linear(NamedTuple):
 
 
 class Quantized(NamedTuple):
-    """Activations as codes int8 (M, K padded), a scale float32 (M,) and a sum of codes int32 (M,) for each token."""
+    """Activations as codes int8 (M, code_columns(K)), a scale float32 (M,) and a sum of codes int32 (M,) for each token."""
 
     codes: NDArray[np.int8]
     scales: Floats
@@ -119,7 +120,7 @@ class Workspace:
 
     def quantized(self, rows: int, columns: int) -> Quantized:
         return Quantized(
-            self._view("codes", rows, padded(columns), np.int8),
+            self._view("codes", rows, code_columns(columns), np.int8),
             self._view("scales", rows, 1, np.float32)[:, 0],
             self._view("sums", rows, 1, np.int32)[:, 0],
         )
@@ -175,7 +176,7 @@ class Decoder:
     def __init__(self, language: LanguageConfig, bundle: Bundle[Any], workspace: Workspace) -> None:
         self.language, self.workspace = language, workspace
         tensors = bundle.tensors
-        ternary = partial(_stored_ternary, tensors)
+        ternary = partial(_stored_ternary, bundle)
         hidden, key_size = language.hidden_size, language.num_kv_heads * language.head_dim
         inner = language.intermediate_size
         self.embedding_rows = partial(bundle.rows, "language_model.model.embed_tokens.weight")
@@ -280,7 +281,7 @@ class Network:
         def norm(name: str) -> Norm:
             return Norm(tensors[f"{name}.weight"], tensors[f"{name}.bias"])
 
-        ternary = partial(_stored_ternary, tensors)
+        ternary = partial(_stored_ternary, bundle)
         vision = config.vision
         tower = "vision_tower.vision_model."
         self.patch_embedding = linear(f"{tower}embeddings.patch_embedding")
@@ -417,9 +418,10 @@ class Network:
             self.record(name, values.copy())
 
 
-def _stored_ternary(tensors: Mapping[str, NDArray[Any]], name: str, rows: int, columns: int) -> Ternary:
+def _stored_ternary(bundle: Bundle[Any], name: str, rows: int, columns: int) -> Ternary:
+    tensors, packing = bundle.tensors, bundle.document.packing
     scale = float(tensors[f"{name}.weight_scale"][0])
-    return Ternary(tensors[f"{name}.weight"], rows, columns, scale, tensors.get(f"{name}.bias"))
+    return Ternary(tensors[f"{name}.weight"], packing, rows, columns, scale, tensors.get(f"{name}.bias"))
 
 
 def _layer_norm_quantize(x: Floats, norm: Norm, eps: float, out: Quantized) -> None:
@@ -428,8 +430,9 @@ def _layer_norm_quantize(x: Floats, norm: Norm, eps: float, out: Quantized) -> N
 
 def _ternary(x: Quantized, layer: Ternary, out: Floats, *, accumulate: bool = False) -> None:
     native.ternary_linear(
-        *x, layer.packed, layer.rows, layer.columns, layer.scale, layer.bias, out, accumulate=accumulate
-    )
+        *x, layer.packed, layer.rows, layer.columns, layer.scale, layer.bias, out,
+        accumulate=accumulate, packing=layer.packing,
+    )  # fmt: skip
 
 
 def rotary_table(positions: int, head_dim: int, theta: float) -> tuple[Floats, Floats]:

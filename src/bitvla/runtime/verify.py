@@ -106,7 +106,8 @@ def golden_traces(bundle: Bundle[PolicyConfig]) -> Iterator[tuple[dict[str, Any]
 
 
 def _structure(bundle: Bundle[Any]) -> str:
-    return f"format {bundle.document.format}, {len(bundle.tensors)} tensors as the configuration asks"
+    document = bundle.document
+    return f"format {document.format}, {document.packing}, {len(bundle.tensors)} tensors as the configuration asks"
 
 
 def _weights(bundle: Bundle[Any]) -> str:
@@ -115,7 +116,7 @@ def _weights(bundle: Bundle[Any]) -> str:
         tensor = bundle.tensors[name]
         if spec.kind == "ternary":
             try:
-                codes = unpack(tensor, *spec.shape)
+                codes = unpack(tensor, *spec.shape, bundle.document.packing)
             except ValueError as error:
                 raise BitvlaError(f"{name}: {error}") from None
             counts += np.bincount(codes.ravel().view(np.uint8) + np.uint8(1), minlength=3)
