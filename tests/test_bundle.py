@@ -287,10 +287,20 @@ def with_document(content: bytes, **changes: Any) -> bytes:
 
 
 def test_formats_of_other_versions_are_named(content: bytes, scratch: Path) -> None:
-    scratch.write_bytes(with_document(content, format=2, new_field=1))
-    assert "format 2, this bitvla reads format 1; update bitvla" in refused(scratch, digest=False)
+    scratch.write_bytes(with_document(content, format=3, new_field=1))
+    assert "format 3, this bitvla reads formats 1 to 2; update bitvla" in refused(scratch, digest=False)
     scratch.write_bytes(with_document(content, format=0))
     assert "pack it again" in refused(scratch, digest=False)
+
+
+def test_format_1_is_read(content: bytes, scratch: Path) -> None:
+    """It had no field for the packing of ternary weights."""
+    header, data = header_of(content)
+    document = header["__metadata__"]["bitvla"]
+    document["format"] = 1
+    del document["packing"]
+    scratch.write_bytes(assemble(header, data))
+    assert read(scratch, digest=False).document.packing == "2bit"
 
 
 def test_altered_statistics_are_found(content: bytes, scratch: Path) -> None:

@@ -85,7 +85,20 @@ def test_damaged_weights_are_named(path: Path, tmp_path: Path) -> None:
     packed[0, 0, 0] |= 3
     wrong = failed(rewritten(path, tmp_path / "policy", **{Q_PROJ: packed}))
     assert Q_PROJ in wrong["weights"]
-    assert "code 3" in wrong["weights"]
+    assert "unused code" in wrong["weights"]
+
+
+def test_a_policy_in_base_3_is_verified_and_inspected(path: Path, tmp_path: Path) -> None:
+    dense = pack_random(tmp_path, tiny_config(), packing="base3")
+    assert failed(dense) == {}
+    assert inspect(dense)["packing"] == "base3"
+    bits = [inspect(file)["precision"]["ternary"]["bits_per_parameter"] for file in (dense, path)]
+    assert 1.6 < bits[0] < bits[1]
+    packed = read(dense).tensors[Q_PROJ].copy()
+    packed[0, 0, 0] = 20  # no number has this byte
+    assert f"{Q_PROJ}: packed weights hold an unused code" in failed(
+        rewritten(dense, tmp_path / "damaged", **{Q_PROJ: packed})
+    )["weights"]
 
 
 @pytest.mark.parametrize("matrix_dtype", ["F32", "BF16"])

@@ -201,6 +201,7 @@ struct Dot {
 #pragma GCC unroll 4
         for (int m = 0; m < kM; ++m) c[m] = _mm256_setzero_si256();
         for (size_t b = b0; b < smaller(b0 + kSafeBlocks, blocks); ++b) {
+          if (half == 0) prefetch(packed + b * kBlockBytes);
           __m256i w[kSteps];
           codes_of<kPacking>(packed + b * kBlockBytes + half * 32, w);
 #pragma GCC unroll 4

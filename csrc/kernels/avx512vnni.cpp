@@ -160,6 +160,7 @@ struct Dot {
       for (int p = 0; p < 4; ++p) c[m][p] = _mm512_setzero_si512();
     }
     for (size_t b = 0; b < blocks; ++b) {
+      prefetch(packed + b * kBlockBytes);
       const __m512i v = _mm512_loadu_si512(packed + b * kBlockBytes);
       __m512i w[4];
 #pragma GCC unroll 4
@@ -199,6 +200,7 @@ struct Dot {
         for (int i = 0; i < kChains; ++i) now[m][i] = next[m][i] = _mm512_setzero_si512();
       }
       for (size_t b = b0; b < smaller(b0 + kExact, blocks); ++b) {
+        prefetch(packed + b * kBlockBytes);
         __m512i x = _mm512_loadu_si512(packed + b * kBlockBytes);
 #pragma GCC unroll 5
         for (int p = 0; p < 5; ++p) {

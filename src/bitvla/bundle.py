@@ -96,7 +96,8 @@ class Document(msgspec.Struct, Generic[C], frozen=True, kw_only=True, forbid_unk
 class Bundle(Generic[C]):
     """A policy or a language model in memory. Tensors by name; bfloat16 is seen as uint16. `sha256` identifies it.
 
-    One that is mapped keeps its file open; `offsets` says where in that each tensor begins.
+    One that is mapped keeps its file open; `offsets` says where in that each tensor begins. Its document has no
+    tokenizer, whose text would take megabytes: `tokenizer` reads it again.
     """
 
     document: Document[C]
@@ -109,6 +110,13 @@ class Bundle(Generic[C]):
     @property
     def config(self) -> C:
         return self.document.config
+
+    def tokenizer(self) -> str:
+        """The text of its tokenizer."""
+        if self.path is None or self.file is None:
+            return self.document.tokenizer
+        text, *_ = _parse_header(self.path, self.file)
+        return msgspec.json.decode(text, type=_Tokenizer).tokenizer
 
     def rows(self, name: str, indices: NDArray[np.int64]) -> NDArray[np.float32]:
         """Rows of a matrix, float32 (n, columns); read beside the map, which would make far more of it resident."""
@@ -240,9 +248,11 @@ def _golden_images(index: int, config: PolicyConfig) -> dict[str, Stored]:
 def write(path: Path, document: Document[C], tensors: Mapping[str, NDArray[Any]]) -> str:
     """Write a policy file and return its SHA-256. The file appears whole or not at all.
 
-    `tensors` must be exactly those of `stored_tensors(document)` (ValueError otherwise). BitvlaError when the disk
-    refuses; an older file at `path` is then still there.
+    `tensors` must be exactly those of `stored_tensors(document)`, and the document must have its tokenizer (ValueError
+    otherwise). BitvlaError when the disk refuses; an older file at `path` is then still there.
     """
+    if not document.tokenizer:
+        raise ValueError("the document has no tokenizer: it is that of a mapped file")
     layout = stored_tensors(document)
     if layout.keys() != tensors.keys():
         raise ValueError(f"tensors do not fit the policy: {sorted(layout.keys() ^ tensors.keys())[:4]}")
@@ -297,7 +307,8 @@ def read_language_model(path: Path, *, digest: bool | None = None) -> Bundle[Lan
 def is_language_model(path: Path) -> bool:
     """Does this file say that it is a language model? False for one that cannot be read."""
     try:
-        text, *_ = _parse_header(path, _read_or_map(path)[0])
+        data, file = _read_or_map(path)
+        text, *_ = _parse_header(path, file or data)
         return "chat" in msgspec.json.decode(text, type=_Outline).config
     except (BitvlaError, msgspec.MsgspecError, UnicodeError, RecursionError):
         return False
@@ -305,7 +316,7 @@ def is_language_model(path: Path) -> bool:
 
 def _read(path: Path, kind: type[C], digest: bool | None) -> Bundle[C]:
     data, file = _read_or_map(path)
-    text, claimed, entries, start = _parse_header(path, data)
+    text, claimed, entries, start = _parse_header(path, file or data)
     document = _parse_document(path, text, kind, len(entries))
     _check_layout(path, document, entries, len(data) - start)
     if digest or (digest is None and file is None):
@@ -318,6 +329,8 @@ def _read(path: Path, kind: type[C], digest: bool | None) -> Bundle[C]:
     }
     _check_scales(path, tensors)
     offsets = {name: start + entry["data_offsets"][0] for name, entry in entries.items()}
+    if file:
+        document = msgspec.structs.replace(document, tokenizer="")
     return Bundle(document, tensors, claimed, path, file, offsets)
 
 
@@ -348,16 +361,28 @@ def _read_or_map(path: Path) -> tuple[NDArray[np.uint8], BinaryIO | None]:
         raise BitvlaError(f"cannot read the policy file {path}: {error.strerror or error}") from None
 
 
-def _parse_header(path: Path, data: NDArray[np.uint8]) -> tuple[bytes, str, dict[str, dict[str, Any]], int]:
-    """The document's text, the digest, the tensors' entries, and where the data starts."""
-    length = int.from_bytes(data[:8].tobytes(), "little")
-    if length > min(_MAX_HEADER, len(data) - 8):
+def _parse_header(
+    path: Path, source: BinaryIO | NDArray[np.uint8]
+) -> tuple[bytes, str, dict[str, dict[str, Any]], int]:
+    """The document's text, the digest, the tensors' entries, and where the data starts.
+
+    From the bytes of a file, or from an open one: a map would keep its pages resident.
+    """
+
+    def read(start: int, count: int) -> bytes:
+        if isinstance(source, np.ndarray):
+            return source[start : start + count].tobytes()
+        return os.pread(source.fileno(), count, start)
+
+    size = len(source) if isinstance(source, np.ndarray) else os.fstat(source.fileno()).st_size
+    length = int.from_bytes(read(0, 8), "little")
+    if length > min(_MAX_HEADER, size - 8):
         raise BitvlaError(
             f"{path} is truncated or not a safetensors file: its header would have {length} bytes, "
-            f"the file has {len(data)}"
+            f"the file has {size}"
         )
     try:
-        header = msgspec.json.decode(data[8 : 8 + length].tobytes(), type=dict[str, msgspec.Raw])
+        header = msgspec.json.decode(read(8, length), type=dict[str, msgspec.Raw])
         metadata = msgspec.json.decode(header.pop("__metadata__", b"{}"), type=dict[str, str])
         entries = {name: msgspec.to_builtins(msgspec.json.decode(raw, type=_Entry)) for name, raw in header.items()}
     except (msgspec.MsgspecError, UnicodeError, RecursionError) as error:
@@ -408,6 +433,10 @@ def _parse_document(path: Path, text: bytes, kind: type[C], num_tensors: int) ->
 class _Outline(msgspec.Struct):
     format: int
     config: dict[str, msgspec.Raw] = {}
+
+
+class _Tokenizer(msgspec.Struct):
+    tokenizer: str
 
 
 def _check_kind(path: Path, kind: type[Any], config: Mapping[str, Any]) -> None:

@@ -160,7 +160,7 @@ def _likeliest(weights: NDArray[np.float64], share: float) -> NDArray[np.int64]:
 
 
 def _read_tokenizer(bundle: Bundle[LanguageModelConfig]) -> Tokenizer:
-    tokenizer = parse_tokenizer(bundle.document.tokenizer)
+    tokenizer = parse_tokenizer(bundle.tokenizer())
     size, rows = tokenizer.get_vocab_size(with_added_tokens=True), bundle.config.language.vocab_size
     if size > rows:
         raise BitvlaError(f"the tokenizer has {size} tokens, the embedding only {rows} rows: it is of another model")
