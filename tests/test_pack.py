@@ -63,6 +63,16 @@ def test_small_policies_are_exact_and_large_ones_half(
     assert read(out).document.matrix_dtype == "BF16"
 
 
+def test_too_little_memory_is_named(checkpoint: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr("bitvla.convert.pack.pack_codes", fail)
+    with pytest.raises(BitvlaError, match=r"no memory for packing .*checkpoint, which takes 0\.\d MB; raise the limit"):
+        pack(checkpoint, out)
+    assert not out.exists()
+
+
 def test_packing_twice_gives_the_same_bytes(checkpoint: Path, tmp_path: Path) -> None:
     for name in ("one", "two"):
         pack(checkpoint, tmp_path / name)

@@ -94,7 +94,8 @@ struct RopeJob {
   size_t start;
 };
 
-// out may be q: a task copies its queries before it writes their answers.
+// One task is up to kQueryBlock rows: queries of the heads that share keys and values, head after head. out may be q: a
+// task copies its queries before it writes their answers.
 struct AttentionJob {
   const float *q, *k, *v;
   size_t q_stride, k_stride, v_stride;
@@ -104,12 +105,12 @@ struct AttentionJob {
   float* out;
   size_t out_stride;
   float* packed_k;  // [kv_heads][key_groups(keys)][dim][16]: lanes are keys
-  float* packed_v;  // [kv_heads][keys][padded(dim)]
+  float* packed_v;  // [kv_heads][keys][padded(dim)]; null where values are read in place, for which dim % 16 is 0
 };
 
 constexpr size_t kMaxColumns = size_t{1} << 18;  // of a ternary matrix: int32 sums of 64-fold codes stay exact
 constexpr size_t kMaxHeadDim = 256;
-constexpr size_t kQueryBlock = 24;               // queries of one attention task
+constexpr size_t kQueryBlock = 24;               // rows of one attention task
 constexpr size_t kKeyBlock = 128;                // keys between two updates of the running maximum
 constexpr size_t kTernaryScratch = 160 * 1024;   // bytes
 constexpr size_t kAttentionScratch = 96 * 1024;  // bytes
@@ -121,7 +122,9 @@ static constexpr size_t blocks(Packing packing, size_t cols) {
   return (cols + 4 * block_steps(packing) - 1) / (4 * block_steps(packing));
 }
 static constexpr size_t code_columns(size_t cols) { return (cols + 79) / 80 * 80; }  // whole blocks of both packings
-static constexpr size_t query_blocks(size_t queries) { return (queries + kQueryBlock - 1) / kQueryBlock; }
+static constexpr size_t query_blocks(const AttentionJob& job) {
+  return (job.heads / job.kv_heads * job.queries + kQueryBlock - 1) / kQueryBlock;
+}
 
 struct Kernels {
   const char* name;
@@ -130,7 +133,7 @@ struct Kernels {
   void (*linear)(const LinearJob&, Range rows, Range tokens);
   void (*rope)(const RopeJob&, Range tokens);
   void (*attention_pack)(const AttentionJob&, Range groups);  // of 16 keys, kv_heads * tiles(keys) in all
-  void (*attention)(const AttentionJob&, Range tasks, void* scratch);  // heads * query_blocks(queries) in all
+  void (*attention)(const AttentionJob&, Range tasks, void* scratch);  // kv_heads * query_blocks in all
   uint64_t (*dot_peak)(uint64_t iterations);  // dot products on registers only; returns the multiply-adds done
 };
 

@@ -13,7 +13,6 @@ machine. Any safetensors reader opens it.
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import math
 import mmap
@@ -28,7 +27,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bitvla.config import ActionConfig, LanguageConfig, LanguageModelConfig, PolicyConfig, VisionConfig, check
-from bitvla.errors import BitvlaError
+from bitvla.errors import BitvlaError, memory_for
 from bitvla.files import write_whole
 from bitvla.quantization import Packing, packed_shape
 
@@ -343,21 +342,17 @@ def _read_or_map(path: Path) -> tuple[NDArray[np.uint8], BinaryIO | None]:
             raise BitvlaError(f"{path} is not a policy file: it has only {path.stat().st_size} bytes")
         file = path.open("rb", buffering=0)
         size = os.fstat(file.fileno()).st_size
-        if size > READ_AT_LOAD:  # the array keeps the map alive, and the bundle the file
-            return np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), dtype=np.uint8), file
-        with file:
+        with memory_for(str(path), size):
+            if size > READ_AT_LOAD:  # the array keeps the map alive, and the bundle the file
+                return np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), dtype=np.uint8), file
             memory = np.empty(size + _ALIGNMENT, dtype=np.uint8)
+        with file:
             start = -memory.ctypes.data % _ALIGNMENT
             data = memory[start : start + size]
             data = data[: file.readinto(data.data)]
             data.flags.writeable = False
             return data, None
-    except (OSError, MemoryError) as error:
-        if isinstance(error, MemoryError) or error.errno == errno.ENOMEM:
-            raise BitvlaError(
-                f"no memory for {path}: its weights take {path.stat().st_size / 1e6:.1f} MB; raise the limit of this "
-                "process (ulimit -v, or its container's) or free some memory"
-            ) from None
+    except OSError as error:
         raise BitvlaError(f"cannot read the policy file {path}: {error.strerror or error}") from None
 
 
@@ -378,8 +373,7 @@ def _parse_header(
     length = int.from_bytes(read(0, 8), "little")
     if length > min(_MAX_HEADER, size - 8):
         raise BitvlaError(
-            f"{path} is truncated or not a safetensors file: its header would have {length} bytes, "
-            f"the file has {size}"
+            f"{path} is truncated or not a safetensors file: its header would have {length} bytes, the file has {size}"
         )
     try:
         header = msgspec.json.decode(read(8, length), type=dict[str, msgspec.Raw])

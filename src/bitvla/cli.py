@@ -134,7 +134,7 @@ def _inspect(args: argparse.Namespace) -> Any:
 def _bench(args: argparse.Namespace) -> Any:
     from bitvla.runtime.bench import bench
 
-    return bench(args.policy, threads=args.threads, repeats=args.repeats)
+    return bench(args.policy, threads=args.threads, repeats=args.repeats, views=args.views)
 
 
 def _eval(args: argparse.Namespace) -> Any:
@@ -504,7 +504,10 @@ def _add_measuring(add: _Add) -> None:
     for command in (verify, inspect, bench):
         command.add_argument("policy", type=Path, metavar="POLICY", help="policy file")
     bench.add_argument("--threads", type=_count, metavar="N", help="threads of the kernels (default: 1 to all cores)")
-    bench.add_argument("--repeats", type=_count, default=50, metavar="N", help="calls to measure (default: 50)")
+    bench.add_argument(
+        "--repeats", type=_count, default=50, metavar="N", help="calls, or tokens, to measure (default: 50)"
+    )
+    bench.add_argument("--views", type=_count, metavar="N", help="measure as if it had N cameras (default: as it has)")
     add(_doctor, "show what this machine has: instruction set, rendering, simulators, extras", "doctor")
 
 
@@ -595,7 +598,10 @@ def _explain(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror:
         return f"{error.strerror.lower()}{_where(error)}"
     if isinstance(error, MemoryError):
-        return "out of memory: close other programs, or use fewer --processes"
+        return (
+            f"out of memory{f' ({error})' if str(error) else ''}: raise the limit of this process (ulimit -v, or its "
+            "container's), close other programs, or use fewer --processes"
+        )
     text = " ".join(str(error).split())
     # The native module, when it refuses BITVLA_ISA, can only raise an ImportError.
     if isinstance(error, BitvlaError) or "BITVLA_ISA" in text:

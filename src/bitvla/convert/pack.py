@@ -23,6 +23,7 @@ from bitvla.bundle import (
     Document,
     MatrixDtype,
     TensorSpec,
+    stored_tensors,
     tensor_specs,
     to_bfloat16,
     to_float32,
@@ -32,7 +33,7 @@ from bitvla.config import LanguageModelConfig, PolicyConfig
 from bitvla.convert import official
 from bitvla.convert.source import Golden, Progress, Source
 from bitvla.convert.training import open_training
-from bitvla.errors import BitvlaError
+from bitvla.errors import BitvlaError, memory_for
 from bitvla.processing.vectors import normalize
 from bitvla.quantization import Packing, quantize_activations
 from bitvla.quantization import pack as pack_codes
@@ -82,7 +83,6 @@ def pack(
             "(bitvla train distill), or round it without training, which costs most of its skill (--round)"
         )
     matrix_dtype = matrix_dtype or source.matrix_dtype or _matrix_dtype(source.config)
-    tensors = _pack_tensors(source, packing, matrix_dtype, progress)
     config = msgspec.structs.replace(source.config, precision="ternary")
     document: Document[Any] = Document(
         format=FORMAT,
@@ -101,9 +101,11 @@ def pack(
         },
     )
     parity = {}
-    if isinstance(config, PolicyConfig):
-        parity = _play_golden(document, tensors, source.golden, compare=not rounded)
-    digest = write(out, document, tensors)
+    with memory_for(f"packing {checkpoint}", _memory(document)):
+        tensors = _pack_tensors(source, packing, matrix_dtype, progress)
+        if isinstance(config, PolicyConfig):
+            parity = _play_golden(document, tensors, source.golden, compare=not rounded)
+        digest = write(out, document, tensors)
     return {"path": str(out), "sha256": digest, "file_bytes": out.stat().st_size} | parity
 
 
@@ -116,6 +118,12 @@ def _open(checkpoint: str | os.PathLike[str], views: int | None, statistics: str
     if views or statistics:
         raise BitvlaError(f"{folder} knows its cameras and statistics; --views and --statistics are for published ones")
     return open_training(folder)
+
+
+def _memory(document: Document[Any]) -> int:
+    """Bytes that packing holds at most, about: the whole file, and its largest tensor once more, in bfloat16."""
+    largest = max(math.prod(spec.shape) for spec in tensor_specs(document.config).values())
+    return sum(stored.nbytes for stored in stored_tensors(document).values()) + 2 * largest
 
 
 def _matrix_dtype(config: PolicyConfig | LanguageModelConfig) -> MatrixDtype:

@@ -7,6 +7,7 @@ and used again, so a call in steady state allocates nothing large. M rows (token
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -17,7 +18,7 @@ from numpy.typing import NDArray
 import bitvla._native as native
 from bitvla.bundle import Bundle
 from bitvla.config import LanguageConfig, PolicyConfig
-from bitvla.errors import BitvlaError
+from bitvla.errors import BitvlaError, memory_for
 from bitvla.processing.prompt import Prompt
 from bitvla.quantization import Packing, code_columns
 
@@ -61,7 +62,7 @@ class Linear(NamedTuple):
 
 
 class Quantized(NamedTuple):
-    """Activations as codes int8 (M, code_columns(K)), a scale float32 (M,) and a sum of codes int32 (M,) for each token."""
+    """Activations: codes int8 (M, code_columns(K)); a scale float32 (M,) and a sum of codes int32 (M,) a token."""
 
     codes: NDArray[np.int8]
     scales: Floats
@@ -130,20 +131,12 @@ class Workspace:
         if view is None:
             flat = self._flat.get(name)
             if flat is None or flat.size < rows * columns:
-                flat = self._flat[name] = self._memory(name, rows * columns, dtype)
+                size = rows * columns * np.dtype(dtype).itemsize
+                with memory_for(f"the buffer '{name}'", size):
+                    flat = self._flat[name] = np.zeros(rows * columns, dtype)
                 self._views = {key: old for key, old in self._views.items() if key[0] != name}
             view = self._views[name, rows, columns] = flat[: rows * columns].reshape(rows, columns)
         return view
-
-    def _memory(self, name: str, count: int, dtype: Any) -> NDArray[Any]:
-        try:
-            return np.zeros(count, dtype)
-        except MemoryError:
-            raise BitvlaError(
-                f"no memory for the buffer '{name}' of {count * np.dtype(dtype).itemsize / 1e6:.0f} MB, beside the "
-                f"{self.nbytes / 1e6:.0f} MB of the others; raise the limit of this process (ulimit -v, or its "
-                "container's) or free some memory"
-            ) from None
 
     @property
     def nbytes(self) -> int:
@@ -155,7 +148,8 @@ class Cache:
 
     def __init__(self, language: LanguageConfig, capacity: int) -> None:
         shape = (language.num_layers, capacity, language.num_kv_heads * language.head_dim)
-        self.keys, self.values = (np.empty(shape, np.float32) for _ in range(2))
+        with memory_for(f"the keys and values of {capacity} tokens", 8 * math.prod(shape)):
+            self.keys, self.values = (np.empty(shape, np.float32) for _ in range(2))
         self.capacity, self.length = capacity, 0
         self._language = language
 

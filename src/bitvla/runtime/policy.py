@@ -42,6 +42,7 @@ class Policy:
         self.config = bundle.config
         self._prompt: Prompt | None = None
         self._read_prompt()  # now, so that a wrong tokenizer is refused at load
+        give_back_memory()
         self.network = Network(bundle)
         self.isa = choose_isa(self.network)
         self.timings = dict.fromkeys(PARTS, 0.0)

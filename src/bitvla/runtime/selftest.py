@@ -95,9 +95,7 @@ def _ternary_results(layer: Ternary, random: np.random.Generator) -> Iterator[tu
     yield from _named("quantize", quantized)
     accumulators = np.zeros((TOKENS, rows), np.int32)
     packing = layer.packing
-    native.ternary_matmul(
-        quantized.codes, quantized.sums, packed, rows, layer.columns, accumulators, packing=packing
-    )
+    native.ternary_matmul(quantized.codes, quantized.sums, packed, rows, layer.columns, accumulators, packing=packing)
     yield f"ternary_matmul {layer.rows}x{layer.columns}", accumulators
     for tokens in (TOKENS, 1):  # a matrix product and a matrix-vector product
         out = np.zeros((tokens, rows), np.float32)
