@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import platform
 import statistics
 import sys
@@ -18,13 +19,14 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
+from itertools import product
 from typing import Any
 
 import numpy as np
 from peers_int8 import PeerProcess, available, seconds_of
 
 from bitvla import _native as native
-from bitvla.quantization import padded
+from bitvla.quantization import STEPS, Packing, code_columns, pack, packed_shape
 
 # Name, M tokens, N rows, K columns.
 PRODUCTS = [
@@ -75,19 +77,18 @@ def measure(
     }
 
 
-def ternary_call(m: int, n: int, k: int, copies: int = 1) -> Callable[[], None]:
-    """`copies` products with different weights, 0, 1 and -1 in equal parts."""
+def ternary_call(m: int, n: int, k: int, packing: Packing, copies: int = 1) -> Callable[[], None]:
+    """A product with each of `copies` of the same weights, 0, 1 and -1 in equal parts."""
     rng = np.random.default_rng(0)
-    codes = np.zeros((m, padded(k)), np.int8)
+    codes = np.zeros((m, code_columns(k)), np.int8)
     codes[:, :k] = rng.integers(-128, 128, (m, k))
     scales, sums = np.ones(m, np.float32), codes.sum(axis=1, dtype=np.int32)
-    fields = rng.integers(0, 3, (4, copies, padded(n) // 16, padded(k) // 16, 64), dtype=np.uint8)
-    packed = fields[0] | fields[1] << 2 | fields[2] << 4 | fields[3] << 6
+    packed = np.stack([pack(rng.integers(-1, 2, (n, k), np.int8), packing)] * copies)
     out = np.zeros((m, n), np.float32)
 
     def call() -> None:
         for weights in packed:
-            native.ternary_linear(codes, scales, sums, weights, n, k, 1.0, None, out)
+            native.ternary_linear(codes, scales, sums, weights, n, k, 1.0, None, out, packing=packing)
 
     return call
 
@@ -121,15 +122,17 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
 
         for name, m, n, k in PRODUCTS if "product" in args.only else []:
             with ExitStack() as processes:
-                timers: dict[str, Callable[[], float]] = {"bitvla": partial(seconds_of, ternary_call(m, n, k))}
+                timers: dict[str, Callable[[], float]] = {
+                    f"bitvla {packing}": partial(seconds_of, ternary_call(m, n, k, packing)) for packing in STEPS
+                }
                 for peer in peers:
                     timers[peer] = processes.enter_context(PeerProcess(peer, m, n, k, threads)).seconds
                 result = measure(timers, int8_ceiling, m * n * k * 1e-9, args.rounds)
             add("product", name, [m, n, k], threads, "GMAC/s", result)
-        for name, m, n, k in VECTORS if "vector" in args.only else []:
-            size = padded(n) * padded(k) / 4
+        for (name, m, n, k), packing in product(VECTORS if "vector" in args.only else [], STEPS):
+            size = math.prod(packed_shape(n, k, packing))
             copies = int(STREAM_MEGABYTES * 1e6 / size)
-            timers = {"bitvla": partial(seconds_of, ternary_call(m, n, k, copies))}
+            timers = {f"bitvla {packing}": partial(seconds_of, ternary_call(m, n, k, packing, copies))}
             result = measure(timers, memory_ceiling, size * copies * 1e-9, args.rounds)
             add("vector", name, [m, n, k], threads, "GB/s", result)
         for name, *shape in ATTENTION if "attention" in args.only else []:

@@ -93,7 +93,7 @@ size_t rows_of(const char* name, const Given& array) {
 }
 
 Quantized expect_quantized(const Out& codes, const Out& scales, const Out& sums, size_t tokens, size_t width) {
-  const auto c = expect<int8_t>("codes", codes, {tokens, padded(width)});
+  const auto c = expect<int8_t>("codes", codes, {tokens, code_columns(width)});
   return {c.data, c.stride, expect<float>("scales", scales, {tokens}).data,
           expect<int32_t>("sums", sums, {tokens}).data};
 }
@@ -153,15 +153,22 @@ RowJob relu2_job(const In& gate, const In& up, const In& weight, float eps) {
   return job;
 }
 
-TernaryJob ternary_job(const In& codes, const In& sums, const In& packed, size_t n, size_t k) {
+Packing packing_of(const std::string& name) {
+  REQUIRE(name == "2bit" || name == "base3", "packing: '" + name + "', expected 2bit or base3");
+  return name == "base3" ? Packing::kBase3 : Packing::k2Bit;
+}
+
+TernaryJob ternary_job(const In& codes, const In& sums, const In& packed, size_t n, size_t k,
+                       const std::string& packing) {
   const size_t tokens = rows_of("codes", codes);
   REQUIRE(k >= 1 && k <= kMaxColumns, "k: " + std::to_string(k) + ", expected 1 to " + std::to_string(kMaxColumns));
-  const auto c = expect<const int8_t>("codes", codes, {tokens, padded(k)});
+  const auto c = expect<const int8_t>("codes", codes, {tokens, code_columns(k)});
   TernaryJob job{};
   job.in.codes = const_cast<int8_t*>(c.data);
   job.in.stride = c.stride;
   job.in.sums = const_cast<int32_t*>(expect<const int32_t>("sums", sums, {tokens}).data);
-  job.packed = expect<const uint8_t>("packed", packed, {tiles(n), tiles(k), kBlockBytes}).data;
+  job.packing = packing_of(packing);
+  job.packed = expect<const uint8_t>("packed", packed, {tiles(n), blocks(job.packing, k), kBlockBytes}).data;
   job.rows = n;
   job.cols = k;
   return job;
@@ -173,8 +180,8 @@ void run(const TernaryJob& job, size_t tokens) {
   run_ternary(job, tokens);
 }
 
-void ternary_matmul(In codes, In sums, In packed, size_t n, size_t k, Out out) {
-  TernaryJob job = ternary_job(codes, sums, packed, n, k);
+void ternary_matmul(In codes, In sums, In packed, size_t n, size_t k, Out out, const std::string& packing) {
+  TernaryJob job = ternary_job(codes, sums, packed, n, k, packing);
   const auto array = expect<int32_t>("out", out, {codes.shape(0), n});
   job.raw = array.data;
   job.raw_stride = array.stride;
@@ -182,8 +189,8 @@ void ternary_matmul(In codes, In sums, In packed, size_t n, size_t k, Out out) {
 }
 
 void ternary_linear(In codes, In scales, In sums, In packed, size_t n, size_t k, float weight_scale,
-                    std::optional<In> bias, Out out, bool accumulate) {
-  TernaryJob job = ternary_job(codes, sums, packed, n, k);
+                    std::optional<In> bias, Out out, bool accumulate, const std::string& packing) {
+  TernaryJob job = ternary_job(codes, sums, packed, n, k, packing);
   job.in.scales = const_cast<float*>(expect<const float>("scales", scales, {codes.shape(0)}).data);
   job.weight_scale = weight_scale;
   if (bias) job.bias = expect<const float>("bias", *bias, {n}).data;
@@ -341,9 +348,10 @@ NB_MODULE(_native, m) {
   }, "x"_a, "approximate"_a, "out"_a);
   m.def("relu", [](In x, Out out) { run_to_float(row_job(RowOp::kRelu, x), x, out); }, "x"_a, "out"_a);
 
-  m.def("ternary_matmul", ternary_matmul, "codes"_a, "sums"_a, "packed"_a, "n"_a, "k"_a, "out"_a);
+  m.def("ternary_matmul", ternary_matmul, "codes"_a, "sums"_a, "packed"_a, "n"_a, "k"_a, "out"_a,
+        "packing"_a = "2bit");
   m.def("ternary_linear", ternary_linear, "codes"_a, "scales"_a, "sums"_a, "packed"_a, "n"_a, "k"_a, "weight_scale"_a,
-        "bias"_a.none(), "out"_a, "accumulate"_a = false);
+        "bias"_a.none(), "out"_a, "accumulate"_a = false, "packing"_a = "2bit");
   m.def("linear", linear, "x"_a, "weight"_a, "bias"_a.none(), "out"_a, "accumulate"_a = false,
         "row_scales"_a = nb::none());
   m.def("attention", attention, "q"_a, "k"_a, "v"_a, "heads"_a, "kv_heads"_a, "scale"_a, "causal"_a, "out"_a);

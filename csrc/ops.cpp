@@ -7,6 +7,7 @@
 #include <new>
 #include <stdexcept>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "threads.h"
@@ -23,6 +24,17 @@ constexpr size_t kMinElements = 16 * 1024;    // per thread, read or written onc
 constexpr size_t kMinProducts = 1024 * 1024;  // per thread, int8 multiply-adds
 constexpr size_t kMinFloatProducts = 128 * 1024;
 
+// Becomes Python's MemoryError.
+class NoMemory : public std::bad_alloc {
+ public:
+  explicit NoMemory(size_t bytes)
+      : message_("the kernels need " + std::to_string((bytes + 999999) / 1000000) + " MB to work in") {}
+  const char* what() const noexcept override { return message_.c_str(); }
+
+ private:
+  std::string message_;
+};
+
 // A thread's own memory, kept from call to call.
 class Scratch {
  public:
@@ -38,10 +50,7 @@ class Scratch {
 #if defined(__linux__)
       if (data_ && size_ >= kHugePage) madvise(data_, size_, MADV_HUGEPAGE);
 #endif
-      if (!data_) {
-        size_ = 0;
-        throw std::bad_alloc();
-      }
+      if (!data_) throw NoMemory(std::exchange(size_, 0));
     }
     return data_;
   }
@@ -140,13 +149,15 @@ void run_rope(const RopeJob& job, size_t tokens) {
 void run_attention(AttentionJob job) {
   const Kernels& kernels = active();
   const size_t k_size = job.kv_heads * padded(job.keys) * job.dim;
-  const size_t v_size = job.kv_heads * job.keys * padded(job.dim);
+  // Where they are read only once, values need no copy.
+  const bool in_place = query_blocks(job) == 1 && job.dim % kLanes == 0;
+  const size_t v_size = in_place ? 0 : job.kv_heads * job.keys * padded(job.dim);
   job.packed_k = static_cast<float*>(call_scratch.get((k_size + v_size) * sizeof(float)));
-  job.packed_v = job.packed_k + k_size;
+  job.packed_v = in_place ? nullptr : job.packed_k + k_size;
   const int threads = threads_for(job.queries * job.keys * job.heads * job.dim, kMinFloatProducts);
   const Tasks groups(job.kv_heads * tiles(job.keys), 1, threads);
   parallel(threads, groups.count, [&](size_t task) { kernels.attention_pack(job, groups[task]); });
-  const Tasks blocks(job.heads * query_blocks(job.queries), 1, threads, 64);
+  const Tasks blocks(job.kv_heads * query_blocks(job), 1, threads, 64);
   parallel(threads, blocks.count, [&](size_t task) {
     kernels.attention(job, blocks[task], task_scratch.get(kAttentionScratch));
   });
@@ -192,6 +203,8 @@ double peak_bandwidth_gbs(double seconds, size_t megabytes, int threads) {
     do {
       for (size_t chunk = range.begin; chunk < range.end && since(start) < seconds; chunk += kChunk) {
         for (size_t i = chunk; i < chunk + kChunk; i += 16) {
+          __builtin_prefetch(data + i + 768);
+          __builtin_prefetch(data + i + 776);
           for (size_t j = 0; j < 16; ++j) total[j] += data[i + j];
         }
         read += kChunk;

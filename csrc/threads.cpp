@@ -1,5 +1,6 @@
 #include "threads.h"
 
+#include <algorithm>
 #include <atomic>
 #include <chrono>
 #include <cstdint>
@@ -9,6 +10,7 @@
 #include <mutex>
 #include <set>
 #include <string>
+#include <system_error>
 #include <thread>
 #include <vector>
 
@@ -54,9 +56,14 @@ class Pool {
     next_.store(job << 32);
     while (static_cast<int>(workers_.size()) < threads - 1) {
       workers_.push_back(std::make_unique<Worker>());
-      std::thread([this, worker = workers_.back().get()] { wait_for_work(*worker); }).detach();
+      try {
+        std::thread([this, worker = workers_.back().get()] { wait_for_work(*worker); }).detach();
+      } catch (const std::system_error&) {  // a limit of memory or of threads: those that there are do the work
+        workers_.pop_back();
+        break;
+      }
     }
-    for (int i = 0; i < threads - 1; ++i) {
+    for (size_t i = 0; i < std::min<size_t>(threads - 1, workers_.size()); ++i) {
       workers_[i]->calls.fetch_add(1);
       workers_[i]->calls.notify_one();
     }

@@ -287,10 +287,20 @@ def with_document(content: bytes, **changes: Any) -> bytes:
 
 
 def test_formats_of_other_versions_are_named(content: bytes, scratch: Path) -> None:
-    scratch.write_bytes(with_document(content, format=2, new_field=1))
-    assert "format 2, this bitvla reads format 1; update bitvla" in refused(scratch, digest=False)
+    scratch.write_bytes(with_document(content, format=3, new_field=1))
+    assert "format 3, this bitvla reads formats 1 to 2; update bitvla" in refused(scratch, digest=False)
     scratch.write_bytes(with_document(content, format=0))
     assert "pack it again" in refused(scratch, digest=False)
+
+
+def test_format_1_is_read(content: bytes, scratch: Path) -> None:
+    """It had no field for the packing of ternary weights."""
+    header, data = header_of(content)
+    document = header["__metadata__"]["bitvla"]
+    document["format"] = 1
+    del document["packing"]
+    scratch.write_bytes(assemble(header, data))
+    assert read(scratch, digest=False).document.packing == "2bit"
 
 
 def test_altered_statistics_are_found(content: bytes, scratch: Path) -> None:
@@ -377,6 +387,24 @@ def test_mapped_and_read_policies_are_the_same(path: Path, monkeypatch: pytest.M
     np.testing.assert_array_equal(small.act(seen), mapped.act(seen))
 
 
+@pytest.mark.parametrize("kept", [0, 1 << 20])
+def test_a_mapped_file_keeps_its_tokenizer_to_itself(
+    path: Path, scratch: Path, monkeypatch: pytest.MonkeyPatch, kept: int
+) -> None:
+    """Its text is read when it is needed, and the tokenizer stays only where it is small."""
+    small = read(path)
+    monkeypatch.setattr(bundle, "READ_AT_LOAD", 0)
+    monkeypatch.setattr("bitvla.runtime.policy.TOKENIZER_KEPT", kept)
+    mapped = bitvla.load(path)
+    assert mapped.bundle.document.tokenizer == ""
+    assert mapped.bundle.tokenizer() == small.tokenizer() == small.document.tokenizer
+    assert (mapped._prompt is None) == (kept == 0)
+    ids = [mapped.plan(instruction).text_positions.tolist() for instruction in ("open it", "close it", "open it")]
+    assert ids[0] == ids[2]
+    with pytest.raises(ValueError, match="no tokenizer"):
+        write(scratch, mapped.bundle.document, mapped.bundle.tensors)
+
+
 def test_a_small_file_may_be_overwritten_while_in_use(path: Path, scratch: Path) -> None:
     scratch.write_bytes(path.read_bytes())
     policy = bitvla.load(scratch)
@@ -424,8 +452,9 @@ LIMITED = """
 import resource
 from pathlib import Path
 from bitvla import bundle
+from bitvla.config import LanguageConfig
 from bitvla.errors import BitvlaError
-from bitvla.runtime.network import Workspace
+from bitvla.runtime.network import Cache, Workspace
 bundle.READ_AT_LOAD = {read_at_load}
 pages = int(Path("/proc/self/statm").read_text().split()[0])
 resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize(),) * 2)
@@ -440,9 +469,10 @@ except BitvlaError as error:
 @pytest.mark.parametrize(
     ("call", "read_at_load", "said"),
     [
-        ("bundle.read(Path({path!r}))", 0, "its weights take 0."),  # mapped
-        ("bundle.read(Path({path!r}))", 1 << 30, "its weights take 0."),  # read
-        ("Workspace().floats('up', 6912, 2560)", 0, "no memory for the buffer 'up' of 71 MB"),
+        ("bundle.read(Path({path!r}))", 0, "policy.safetensors, which takes 0."),  # mapped
+        ("bundle.read(Path({path!r}))", 1 << 30, "policy.safetensors, which takes 0."),  # read
+        ("Workspace().floats('up', 6912, 2560)", 0, "no memory for the buffer 'up', which takes 70.8 MB"),
+        ("Cache(LanguageConfig(), 4096)", 0, "no memory for the keys and values of 4096 tokens, which takes 629.1 MB"),
     ],
 )
 def test_a_limit_of_memory_is_named(tmp_path: Path, call: str, read_at_load: int, said: str) -> None:

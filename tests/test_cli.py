@@ -105,7 +105,11 @@ def failing(error: BaseException) -> Callable[[Any], Any]:
         (BitvlaError("policy.safetensors is cut off\nat byte 7"), "error: policy.safetensors is cut off at byte 7"),
         (FileNotFoundError(errno.ENOENT, "No such file or directory", "p"), "error: no such file or directory (p)"),
         (OSError(errno.ENOSPC, "No space left on device", "out.bin"), "error: the disk is full (out.bin): free some"),
-        (MemoryError(), "error: out of memory"),
+        (MemoryError(), "error: out of memory: raise the limit"),
+        (
+            MemoryError("the kernels need 4 MB to work in"),
+            "error: out of memory (the kernels need 4 MB to work in): raise",
+        ),
         (ModuleNotFoundError("No module named 'torch'", name="torch.nn"), "pip install 'bitvla[train]'"),
         (ModuleNotFoundError("No module named 'metaworld'", name="metaworld"), "pip install 'bitvla[sim]'"),
         (ModuleNotFoundError("No module named 'bitvla._native'", name="bitvla._native"), "make setup"),

@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from bitvla import _native as native
-from bitvla.quantization import pack, padded, quantize_activations, ternarize
+from bitvla.quantization import STEPS, Packing, code_columns, pack, quantize_activations, ternarize
 from bitvla.quantization import ternary_linear as numpy_ternary_linear
 
 Floats = NDArray[np.float32]
@@ -46,7 +47,7 @@ def normal(*shape: int, seed: int = 0) -> Floats:
 
 def buffers(tokens: int, columns: int) -> tuple[NDArray[np.int8], Floats, NDArray[np.int32]]:
     """Codes, scales and sums filled with values that must be overwritten."""
-    codes = np.full((tokens, padded(columns)), 77, np.int8)
+    codes = np.full((tokens, code_columns(columns)), 77, np.int8)
     return codes, np.full(tokens, np.nan, np.float32), np.full(tokens, 77, np.int32)
 
 
@@ -87,25 +88,28 @@ def test_quantize_rounds_half_to_even(isa: str) -> None:
     assert quantized(x)[0][0, :8].tolist() == [127, 0, 2, 2, 0, -2, -2, -127]
 
 
+@pytest.mark.parametrize("packing", STEPS)
 @pytest.mark.parametrize(("m", "n", "k"), SHAPES)
-def test_ternary_product_equals_numpy(isa: str, m: int, n: int, k: int) -> None:
+def test_ternary_product_equals_numpy(isa: str, m: int, n: int, k: int, packing: Packing) -> None:
     x, weight = normal(m, k), normal(n, k, seed=1)
     codes, scales, sums = quantized(x)
     ternary, alpha = ternarize(weight)
-    packed = pack(ternary)
+    packed = pack(ternary, packing)
     raw = np.zeros((m, n), np.int32)
-    native.ternary_matmul(codes, sums, packed, n, k, raw)
+    native.ternary_matmul(codes, sums, packed, n, k, raw, packing)
     np.testing.assert_array_equal(raw, codes[:, :k].astype(np.int32) @ ternary.T.astype(np.int32))
 
     out = np.full((m, n), np.nan, np.float32)
-    native.ternary_linear(codes, scales, sums, packed, n, k, alpha, None, out)
+    native.ternary_linear(codes, scales, sums, packed, n, k, alpha, None, out, packing=packing)
     expected = numpy_ternary_linear(x, weight)
     np.testing.assert_array_equal(out, expected)
 
     bias, before = normal(n, seed=2), normal(m, n, seed=3)
     wide = np.zeros((m, n + 5), np.float32)
     wide[:, :n] = before
-    native.ternary_linear(codes, scales, sums, packed, n, k, float(alpha), bias, wide[:, :n], accumulate=True)
+    native.ternary_linear(
+        codes, scales, sums, packed, n, k, float(alpha), bias, wide[:, :n], accumulate=True, packing=packing
+    )
     np.testing.assert_array_equal(wide[:, :n], before + (expected + bias))
     assert not wide[:, n:].any()
 
@@ -116,11 +120,12 @@ def test_ternary_product_of_any_shape(m: int, n: int, k: int, seed: int, data: s
     native.set_isa(data.draw(st.sampled_from(native.available())))
     rng = np.random.default_rng(seed)
     weight = rng.integers(-1, 2, (n, k)).astype(np.int8)
-    codes = np.zeros((m, padded(k)), np.int8)
+    codes = np.zeros((m, code_columns(k)), np.int8)
     codes[:, :k] = rng.integers(-128, 128, (m, k))
     sums = codes.sum(axis=1, dtype=np.int32)
     out = np.zeros((m, n), np.int32)
-    native.ternary_matmul(codes, sums, pack(weight), n, k, out)
+    packing = data.draw(st.sampled_from(list(STEPS)))
+    native.ternary_matmul(codes, sums, pack(weight, packing), n, k, out, packing)
     native.set_isa(native.available()[0])
     np.testing.assert_array_equal(out, codes[:, :k].astype(np.int32) @ weight.T.astype(np.int32))
 
@@ -376,7 +381,7 @@ def test_wrong_arguments_are_named() -> None:
         with pytest.raises(ValueError, match="^" + re.escape(message)):
             function(*arguments)
 
-    refused("codes: shape (4, 20), expected (4, 32)", native.quantize, x, codes[:, :20].copy(), scales, sums)
+    refused("codes: shape (4, 20), expected (4, 80)", native.quantize, x, codes[:, :20].copy(), scales, sums)
     refused("scales: shape (3,), expected (4,)", native.quantize, x, codes, scales[:3], sums)
     refused("sums: another type, expected int32", native.quantize, x, codes, scales, sums.astype(np.int64))
     refused("x: another type, expected float32", native.quantize, x.astype(np.float64), codes, scales, sums)
@@ -387,10 +392,13 @@ def test_wrong_arguments_are_named() -> None:
     refused("up: shape (3, 20)", native.relu2_gate_norm_quantize, x, x[:3], ones, 1e-5, codes, scales, sums)
     refused("out: shape (4, 19)", native.relu, x, x[:, :19])
     linear = native.ternary_linear
-    refused("codes: shape (4, 32), expected (4, 48)", linear, codes, scales, sums, packed, 8, 40, 1.0, None, out)
+    refused("codes: shape (4, 80), expected (4, 160)", linear, codes, scales, sums, packed, 8, 100, 1.0, None, out)
     refused(
         "packed: shape (1, 2, 64), expected (2, 2, 64)", linear, codes, scales, sums, packed, 17, 20, 1.0, None, out
     )
+    base3 = partial(linear, packing="base3")
+    refused("packed: shape (1, 2, 64), expected (1, 1, 64)", base3, codes, scales, sums, packed, 8, 20, 1.0, None, out)
+    refused("packing: 'base4', expected 2bit or base3", native.ternary_matmul, codes, sums, packed, 8, 20, out, "base4")
     refused("k: 0, expected 1 to 262144", linear, codes, scales, sums, packed, 8, 0, 1.0, None, out)
     refused("packed: int8", linear, codes, scales, sums, packed.view(np.int8), 8, 20, 1.0, None, out)
     refused("out: shape (4, 8), expected (4, 7)", linear, codes, scales, sums, packed, 7, 20, 1.0, None, out)

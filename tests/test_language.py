@@ -31,6 +31,7 @@ from bitvla.convert.pack import pack
 from bitvla.convert.weights import pack_rows
 from bitvla.model.ternary import make_ternary
 from bitvla.quantization import ternarize
+from bitvla.runtime.bench import bench
 from bitvla.runtime.language import Conversation, LanguageModel, Sampler
 from bitvla.runtime.network import Cache
 from bitvla.runtime.verify import verify
@@ -139,6 +140,27 @@ def test_decoding_equals_reading_again_bit_for_bit(model: LanguageModel, isa: st
         for start in range(0, length, 17):
             last = model.logits(ids[start : min(start + 17, length)], parts)
         np.testing.assert_array_equal(step, last)
+
+
+def test_packings_give_the_same_logits(latent: Path, model: LanguageModel, tmp_path: Path) -> None:
+    pack(latent, tmp_path / "base3.safetensors", packing="base3")
+    dense = LanguageModel.load(tmp_path / "base3.safetensors")
+    ids = list(range(40))
+    assert dense.bundle.document.packing == "base3"
+    for tokens in (ids, [7]):
+        logits = [each.logits(tokens, Cache(each.config.language, 40)).tobytes() for each in (model, dense)]
+        assert logits[0] == logits[1]
+
+
+def test_bench_measures_writing(model_file: Path) -> None:
+    result = bench(model_file, threads=1, repeats=3)
+    json.dumps(result)
+    assert [row["part"] for row in result["latency"]] == ["decoder", "head"]
+    for row in result["latency"]:
+        assert 0 < row["p50_ms"] <= row["p99_ms"]
+        assert row["share"] == pytest.approx(row["gb_per_s"] / row["bandwidth"])
+    with pytest.raises(BitvlaError, match="has no views"):
+        bench(model_file, views=2)
 
 
 # What is written.

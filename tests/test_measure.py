@@ -85,7 +85,21 @@ def test_damaged_weights_are_named(path: Path, tmp_path: Path) -> None:
     packed[0, 0, 0] |= 3
     wrong = failed(rewritten(path, tmp_path / "policy", **{Q_PROJ: packed}))
     assert Q_PROJ in wrong["weights"]
-    assert "code 3" in wrong["weights"]
+    assert "unused code" in wrong["weights"]
+
+
+def test_a_policy_in_base_3_is_verified_and_inspected(path: Path, tmp_path: Path) -> None:
+    dense = pack_random(tmp_path, tiny_config(), packing="base3")
+    assert failed(dense) == {}
+    assert inspect(dense)["packing"] == "base3"
+    bits = [inspect(file)["precision"]["ternary"]["bits_per_parameter"] for file in (dense, path)]
+    assert 1.6 < bits[0] < bits[1]
+    packed = read(dense).tensors[Q_PROJ].copy()
+    packed[0, 0, 0] = 20  # no number has this byte
+    assert (
+        f"{Q_PROJ}: packed weights hold an unused code"
+        in failed(rewritten(dense, tmp_path / "damaged", **{Q_PROJ: packed}))["weights"]
+    )
 
 
 @pytest.mark.parametrize("matrix_dtype", ["F32", "BF16"])
@@ -169,6 +183,13 @@ def test_bench_measures_every_part(path: Path) -> None:
     assert result["tokens"]["vision"] == 32
     assert result["memory"]["peak"] > result["memory"]["anonymous"] > 0
     assert all(seconds > 0 for seconds in result["startup"].values())
+
+
+def test_bench_measures_other_numbers_of_views(path: Path) -> None:
+    results = [bench(path, threads=1, repeats=1, views=views) for views in (1, 3)]
+    assert [result["views"] for result in results] == [1, 3]
+    assert [result["tokens"]["vision"] for result in results] == [16, 48]
+    assert results[0]["tokens"]["decoder"] + 32 == results[1]["tokens"]["decoder"]
 
 
 def test_multiply_adds_are_those_that_kernels_do(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -34,15 +34,15 @@ def out(tmp_path: Path) -> Path:
     return tmp_path / "policy.safetensors"
 
 
-@pytest.mark.parametrize("matrix_dtype", ["F32", "BF16", "I8"])
-def test_packed_equals_trained(checkpoint: Path, out: Path, matrix_dtype: Any) -> None:
+@pytest.mark.parametrize(("packing", "matrix_dtype"), [("2bit", "F32"), ("2bit", "BF16"), ("base3", "I8")])
+def test_packed_equals_trained(checkpoint: Path, out: Path, packing: Any, matrix_dtype: Any) -> None:
     """Ternary codes and scales are identical, vectors too, matrices identical or within half a step."""
-    pack(checkpoint, out, matrix_dtype=matrix_dtype)
+    pack(checkpoint, out, packing=packing, matrix_dtype=matrix_dtype)
     weights, tensors = random_weights(tiny_config()), read(out).tensors
     for name, spec in tensor_specs(tiny_config()).items():
         if spec.kind == "ternary":
             codes, scale = ternarize(weights[name])
-            np.testing.assert_array_equal(unpack(tensors[name], *spec.shape), codes)
+            np.testing.assert_array_equal(unpack(tensors[name], *spec.shape, packing), codes)
             assert tensors[f"{name}_scale"][0] == scale
         elif spec.kind == "matrix" and matrix_dtype == "I8":
             scale = tensors[f"{name}_scale"][:, None]
@@ -61,6 +61,16 @@ def test_small_policies_are_exact_and_large_ones_half(
     monkeypatch.setattr("bitvla.convert.pack.EXACT_UP_TO", 1000)
     pack(checkpoint, out)
     assert read(out).document.matrix_dtype == "BF16"
+
+
+def test_too_little_memory_is_named(checkpoint: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr("bitvla.convert.pack.pack_codes", fail)
+    with pytest.raises(BitvlaError, match=r"no memory for packing .*checkpoint, which takes 0\.\d MB; raise the limit"):
+        pack(checkpoint, out)
+    assert not out.exists()
 
 
 def test_packing_twice_gives_the_same_bytes(checkpoint: Path, tmp_path: Path) -> None:

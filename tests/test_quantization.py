@@ -14,7 +14,17 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
 
 import bitvla._native as native
-from bitvla.quantization import EPSILON, pack, padded, quantize_activations, ternarize, ternary_linear, unpack
+from bitvla.quantization import (
+    EPSILON,
+    STEPS,
+    Packing,
+    code_columns,
+    pack,
+    quantize_activations,
+    ternarize,
+    ternary_linear,
+    unpack,
+)
 
 floats = st.floats(-(2.0**60), 2.0**60, width=32)
 matrices = arrays(np.float32, array_shapes(min_dims=2, max_dims=2, max_side=40), elements=floats)
@@ -73,12 +83,23 @@ def test_products_accumulate_exactly(x: np.ndarray, rows: int, random: object) -
     np.testing.assert_array_equal(ternary_linear(x, weight), expected)
 
 
-@given(codes)
-def test_unpack_inverts_pack(values: np.ndarray) -> None:
-    packed = pack(values)
+packings = st.sampled_from(list(STEPS))
+
+
+@given(codes, packings)
+def test_unpack_inverts_pack(values: np.ndarray, packing: Packing) -> None:
+    packed = pack(values, packing)
     rows, columns = values.shape
-    assert packed.shape == (padded(rows) // 16, padded(columns) // 16, 64)
-    np.testing.assert_array_equal(unpack(packed, rows, columns), values)
+    assert packed.shape == (math.ceil(rows / 16), math.ceil(columns / (16 if packing == "2bit" else 20)), 64)
+    np.testing.assert_array_equal(unpack(packed, rows, columns, packing), values)
+
+
+@pytest.mark.parametrize("size", [1, 3, 1152, 4304, 6912])
+@pytest.mark.parametrize("packing", STEPS)
+def test_awkward_shapes_are_packed(size: int, packing: Packing) -> None:
+    for shape in ((size, 3), (3, size)):
+        values = np.random.default_rng(size).integers(-1, 2, shape).astype(np.int8)
+        np.testing.assert_array_equal(unpack(pack(values, packing), *shape, packing), values)
 
 
 def test_the_layout_is_as_documented() -> None:
@@ -92,19 +113,36 @@ def test_the_layout_is_as_documented() -> None:
             assert byte >> (2 * (column % 16 // 4)) & 3 == weight + 1
 
 
-@settings(max_examples=50)
-@given(codes, st.data())
-def test_damaged_packing_is_found(values: np.ndarray, data: st.DataObject) -> None:
+def test_the_layout_in_base_3_is_as_documented() -> None:
+    """Byte r*4 + j of a block: row r, columns 4p + j; digit p comes out by multiplying by 3 again and again."""
+    values = np.random.default_rng(0).integers(-1, 2, (37, 21)).astype(np.int8)
+    packed = pack(values, "base3")
+    for row in range(48):
+        for column in range(40):
+            byte = int(packed[row // 16, column // 20, (row % 16) * 4 + column % 4])
+            weight = values[row, column] if row < 37 and column < 21 else 0
+            assert byte * 3 ** (column % 20 // 4) % 256 * 3 // 256 == weight + 1
+
+
+@settings(max_examples=100)
+@given(codes, packings, st.data())
+def test_damaged_packing_is_found(values: np.ndarray, packing: Packing, data: st.DataObject) -> None:
     """An unused code, or a weight in the padding, is an error; any other change gives other weights."""
-    packed = pack(values)
+    packed = pack(values, packing)
     flat = packed.reshape(-1)
-    position, field = data.draw(st.integers(0, flat.size - 1)), 2 * data.draw(st.integers(0, 3))
-    old, new = flat[position] >> field & 3, data.draw(st.integers(0, 3))
-    flat[position] ^= (old ^ new) << field
+    position, new = data.draw(st.integers(0, flat.size - 1)), data.draw(st.integers(0, 255))
+    old, flat[position] = flat[position], new
     try:
-        assert np.array_equal(unpack(packed, *values.shape), values) == (old == new)
+        assert np.array_equal(unpack(packed, *values.shape, packing), values) == (old == new)
     except ValueError:
         assert new != old
+
+
+def test_the_unused_bytes_of_base_3_are_found() -> None:
+    used = {-(-256 * value // 243) for value in range(243)}
+    for byte in set(range(256)) - used:
+        with pytest.raises(ValueError, match="unused code"):
+            unpack(np.full((1, 1, 64), byte, np.uint8), 16, 20, "base3")
 
 
 @pytest.mark.parametrize("values", [np.full((2, 2), 2, np.int8), np.zeros(4, np.int8), np.full((1, 1), -2, np.int8)])
@@ -126,7 +164,7 @@ def test_native_codes_are_the_same(x: np.ndarray) -> None:
     expected, scale = quantize_activations(x)
     for isa in native.available():
         native.set_isa(isa)
-        codes = np.full((len(x), padded(x.shape[1])), 77, np.int8)
+        codes = np.full((len(x), code_columns(x.shape[1])), 77, np.int8)
         scales, sums = np.zeros(len(x), np.float32), np.zeros(len(x), np.int32)
         native.quantize(x, codes, scales, sums)
         np.testing.assert_array_equal(codes[:, : x.shape[1]], expected)

@@ -25,7 +25,7 @@ from bitvla import BitvlaError
 from bitvla.bundle import to_float32
 from bitvla.config import PolicyConfig
 from bitvla.processing.vectors import normalize
-from bitvla.quantization import quantize_activations, unpack
+from bitvla.quantization import STEPS, Packing, quantize_activations, unpack
 from bitvla.runtime import network as network_module
 from bitvla.runtime import selftest
 from bitvla.runtime.policy import PARTS, Policy
@@ -187,11 +187,11 @@ class CheckedNative:
         np.testing.assert_allclose(args[-1], rms_norm(*before[:3]), rtol=1e-5, atol=1e-5)
 
     @staticmethod
-    def check_ternary_linear(args: Any, before: Any, accumulate: bool) -> None:
+    def check_ternary_linear(args: Any, before: Any, accumulate: bool, packing: Packing) -> None:
         codes, scales, _, packed, rows, columns, scale, bias, out = args
-        exact = codes[:, :columns].astype(np.int64) @ unpack(packed, rows, columns).astype(np.int64).T
+        exact = codes[:, :columns].astype(np.int64) @ unpack(packed, rows, columns, packing).astype(np.int64).T
         accumulators = np.zeros(exact.shape, np.int32)
-        native.ternary_matmul(codes, args[2], packed, rows, columns, accumulators)
+        native.ternary_matmul(codes, args[2], packed, rows, columns, accumulators, packing=packing)
         np.testing.assert_array_equal(accumulators, exact)
         terms = [exact * (scale * scales[:, None].astype(np.float64)), bias, before[-1] if accumulate else None]
         expected = sum(term for term in terms if term is not None)
@@ -234,16 +234,24 @@ def rms_norm(x: Any, weight: Any, eps: float) -> NDArray[np.float64]:
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-@pytest.mark.parametrize("matrix_dtype", ["F32", "BF16", "I8"])
+@pytest.mark.parametrize(("packing", "matrix_dtype"), [("2bit", "F32"), ("2bit", "BF16"), ("base3", "I8")])
 def test_every_kernel_call_matches_numpy(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, matrix_dtype: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, packing: str, matrix_dtype: str
 ) -> None:
-    policy = bitvla.load(pack_random(tmp_path, CONFIGS[name], matrix_dtype=matrix_dtype))
+    policy = bitvla.load(pack_random(tmp_path, CONFIGS[name], packing=packing, matrix_dtype=matrix_dtype))
     checked = CheckedNative()
     monkeypatch.setattr(network_module, "native", checked)
     policy.act(observation(CONFIGS[name], 3))
     layers = policy.config.vision.num_layers * 6 + policy.config.language.num_layers * 7
     assert checked.calls["ternary_linear"] == layers
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_packings_give_the_same_bits(tmp_path: Path, name: str) -> None:
+    seen, config = observation(CONFIGS[name], 3), CONFIGS[name]
+    plain, dense = (bitvla.load(pack_random(tmp_path / packing, config, packing=packing)) for packing in STEPS)
+    assert plain.act(seen).tobytes() == dense.act(seen).tobytes()
+    assert dense.info()["memory"]["decoder"] < plain.info()["memory"]["decoder"]
 
 
 def test_instruction_sets_and_threads_give_the_same_bits(policy: Policy) -> None:

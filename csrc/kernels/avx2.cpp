@@ -106,15 +106,16 @@ BITVLA_INLINE float maximum(F16 x) {
 
 // A product of two pairs is at most 2 * 2 * 128 = 512 in size: 64 of them fit in 16 bits, for -512 * 64 is the least
 // int16 and 508 * 64 is below the greatest.
-constexpr size_t kSafeBlocks = 16;  // of 4 pairs of pairs
+constexpr size_t kSafe = 64;
 
 BITVLA_INLINE __m256i widen(__m256i pairs) { return _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)); }
 
 struct Dot {
   static constexpr size_t kTiles = 1;
   static constexpr size_t kTokens = 4;
-  static constexpr size_t kFewTokens = 8;  // up to which unpacking anew for every four beats unpacking once
-  static constexpr size_t kDepth = kSafeBlocks;
+  template <Packing kPacking>  // up to which unpacking anew for every four beats unpacking once
+  static constexpr size_t kFewTokens = kPacking == Packing::kBase3 ? 4 : 8;
+  static constexpr size_t kDepth = kSafe;  // steps of 4 columns unpacked at a time
 
   BITVLA_INLINE __m256i activations(const int8_t* codes) {
     int32_t four;
@@ -122,30 +123,53 @@ struct Dot {
     return _mm256_set1_epi32(four);
   }
 
-  // [block][p][64]
+  // The codes of half a block, step by step.
+  template <Packing kPacking>
+  BITVLA_INLINE void codes_of(const uint8_t* half_block, __m256i (&w)[block_steps(kPacking)]) {
+    __m256i v = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(half_block));
+    if constexpr (kPacking == Packing::kBase3) {
+      // Bytes less 128, which are multiplied by 3 just so; there are only signed comparisons, and they give 0 or -1.
+      v = _mm256_xor_si256(v, _mm256_set1_epi8(-128));
+#pragma GCC unroll 5
+      for (int p = 0; p < 5; ++p) {
+        const __m256i not_0 = _mm256_cmpgt_epi8(v, _mm256_set1_epi8(85 - 128));
+        const __m256i is_2 = _mm256_cmpgt_epi8(v, _mm256_set1_epi8(170 - 128));
+        w[p] = _mm256_abs_epi8(_mm256_add_epi8(not_0, is_2));
+        v = _mm256_add_epi8(v, _mm256_add_epi8(v, v));
+      }
+    } else {
+#pragma GCC unroll 4
+      for (int p = 0; p < 4; ++p) {
+        w[p] = _mm256_and_si256(v, _mm256_set1_epi8(3));
+        v = _mm256_srli_epi16(v, 2);
+      }
+    }
+  }
+
+  // [step][64]
+  template <Packing kPacking>
   static void unpack(const uint8_t* packed, size_t, size_t, size_t blocks, uint8_t* out) {
-    const __m256i mask = _mm256_set1_epi8(3);
+    constexpr int kSteps = block_steps(kPacking);
     for (size_t b = 0; b < blocks; ++b) {
       for (size_t half = 0; half < 2; ++half) {
-        const __m256i v = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(packed + b * kBlockBytes + half * 32));
-        __m256i* to = reinterpret_cast<__m256i*>(out + b * 4 * kBlockBytes + half * 32);
-        _mm256_store_si256(to, _mm256_and_si256(v, mask));
-        _mm256_store_si256(to + 2, _mm256_and_si256(_mm256_srli_epi16(v, 2), mask));
-        _mm256_store_si256(to + 4, _mm256_and_si256(_mm256_srli_epi16(v, 4), mask));
-        _mm256_store_si256(to + 6, _mm256_and_si256(_mm256_srli_epi16(v, 6), mask));
+        __m256i w[kSteps];
+        codes_of<kPacking>(packed + b * kBlockBytes + half * 32, w);
+        __m256i* to = reinterpret_cast<__m256i*>(out + b * kSteps * kBlockBytes + half * 32);
+#pragma GCC unroll 5
+        for (int p = 0; p < kSteps; ++p) _mm256_store_si256(to + 2 * p, w[p]);
       }
     }
   }
 
   template <int kT, int kM>
-  BITVLA_APART void multiply(const uint8_t* weights, const int8_t* codes, size_t stride, size_t blocks, int32_t* acc,
+  BITVLA_APART void multiply(const uint8_t* weights, const int8_t* codes, size_t stride, size_t steps, int32_t* acc,
                        bool first) {
     static_assert(kT == 1);
     __m256i c[kM][2];
 #pragma GCC unroll 8
     for (int m = 0; m < kM; ++m) c[m][0] = c[m][1] = _mm256_setzero_si256();
 #pragma GCC unroll 4
-    for (size_t s = 0; s < blocks * 4; ++s) {
+    for (size_t s = 0; s < steps; ++s) {
       const __m256i* w = reinterpret_cast<const __m256i*>(weights + s * kBlockBytes);
       const __m256i w0 = _mm256_load_si256(w), w1 = _mm256_load_si256(w + 1);
 #pragma GCC unroll 8
@@ -165,9 +189,10 @@ struct Dot {
     }
   }
 
-  template <int kM>
+  template <Packing kPacking, int kM>
   BITVLA_APART void vector(const uint8_t* packed, const int8_t* codes, size_t stride, size_t blocks, int32_t* acc) {
-    const __m256i mask = _mm256_set1_epi8(3);
+    constexpr int kSteps = block_steps(kPacking);
+    constexpr size_t kSafeBlocks = kSafe / kSteps;
     for (int half = 0; half < 2; ++half) {
       __m256i total[kM];
       for (int m = 0; m < kM; ++m) total[m] = _mm256_setzero_si256();
@@ -176,15 +201,14 @@ struct Dot {
 #pragma GCC unroll 4
         for (int m = 0; m < kM; ++m) c[m] = _mm256_setzero_si256();
         for (size_t b = b0; b < smaller(b0 + kSafeBlocks, blocks); ++b) {
-          const __m256i v = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(packed + b * kBlockBytes + half * 32));
-          const __m256i w[4] = {_mm256_and_si256(v, mask), _mm256_and_si256(_mm256_srli_epi16(v, 2), mask),
-                                _mm256_and_si256(_mm256_srli_epi16(v, 4), mask),
-                                _mm256_and_si256(_mm256_srli_epi16(v, 6), mask)};
+          if (half == 0) prefetch(packed + b * kBlockBytes);
+          __m256i w[kSteps];
+          codes_of<kPacking>(packed + b * kBlockBytes + half * 32, w);
 #pragma GCC unroll 4
           for (int m = 0; m < kM; ++m) {
-#pragma GCC unroll 4
-            for (int p = 0; p < 4; ++p) {
-              const __m256i a = activations(codes + m * stride + b * kTile + p * 4);
+#pragma GCC unroll 5
+            for (int p = 0; p < kSteps; ++p) {
+              const __m256i a = activations(codes + m * stride + (b * kSteps + p) * 4);
               c[m] = _mm256_add_epi16(c[m], _mm256_maddubs_epi16(w[p], a));
             }
           }

@@ -76,8 +76,9 @@ BITVLA_INLINE float maximum(F16 x) {
 struct Dot {
   static constexpr size_t kTiles = 4;   // row tiles, times
   static constexpr size_t kTokens = 6;  // tokens: 24 sums in registers
-  static constexpr size_t kFewTokens = 24;  // up to which unpacking anew for every four beats unpacking once
-  static constexpr size_t kDepth = 24;  // blocks of 16 columns unpacked at a time
+  template <Packing kPacking>  // up to which unpacking anew for every four beats unpacking once
+  static constexpr size_t kFewTokens = kPacking == Packing::kBase3 ? 4 : 24;
+  static constexpr size_t kDepth = 96;  // steps of 4 columns unpacked at a time
 
   BITVLA_INLINE __m512i activations(const int8_t* codes) {
     int32_t four;
@@ -85,24 +86,36 @@ struct Dot {
     return _mm512_set1_epi32(four);
   }
 
-  // [block][p][tile][64]
+  BITVLA_INLINE __m512i triple(__m512i v) { return _mm512_add_epi8(v, _mm512_add_epi8(v, v)); }
+
+  // 3 v / 256, byte by byte.
+  BITVLA_INLINE __m512i digit(__m512i v) {
+    const __mmask64 not_0 = _mm512_cmpgt_epu8_mask(v, _mm512_set1_epi8(85));
+    const __mmask64 is_2 = _mm512_cmpgt_epu8_mask(v, _mm512_set1_epi8(static_cast<char>(170)));
+    return _mm512_mask_mov_epi8(_mm512_maskz_mov_epi8(not_0, _mm512_set1_epi8(1)), is_2, _mm512_set1_epi8(2));
+  }
+
+  // [step][tile][64]
+  template <Packing kPacking>
   static void unpack(const uint8_t* packed, size_t tile_bytes, size_t row_tiles, size_t blocks, uint8_t* out) {
-    const __m512i mask = _mm512_set1_epi8(3);
+    constexpr int kSteps = block_steps(kPacking);
+    const size_t step = row_tiles * kBlockBytes;
     for (size_t t = 0; t < row_tiles; ++t) {
       for (size_t b = 0; b < blocks; ++b) {
-        const __m512i v = _mm512_loadu_si512(packed + t * tile_bytes + b * kBlockBytes);
-        uint8_t* to = out + (b * 4 * row_tiles + t) * kBlockBytes;
-        const size_t step = row_tiles * kBlockBytes;
-        _mm512_store_si512(to, _mm512_and_si512(v, mask));
-        _mm512_store_si512(to + step, _mm512_and_si512(_mm512_srli_epi16(v, 2), mask));
-        _mm512_store_si512(to + 2 * step, _mm512_and_si512(_mm512_srli_epi16(v, 4), mask));
-        _mm512_store_si512(to + 3 * step, _mm512_and_si512(_mm512_srli_epi16(v, 6), mask));
+        __m512i v = _mm512_loadu_si512(packed + t * tile_bytes + b * kBlockBytes);
+        uint8_t* to = out + (b * kSteps * row_tiles + t) * kBlockBytes;
+#pragma GCC unroll 5
+        for (int p = 0; p < kSteps; ++p) {
+          const bool base3 = kPacking == Packing::kBase3;
+          _mm512_store_si512(to + p * step, base3 ? digit(v) : _mm512_and_si512(v, _mm512_set1_epi8(3)));
+          v = base3 ? triple(v) : _mm512_srli_epi16(v, 2);
+        }
       }
     }
   }
 
   template <int kT, int kM>
-  BITVLA_APART void multiply(const uint8_t* weights, const int8_t* codes, size_t stride, size_t blocks, int32_t* acc,
+  BITVLA_APART void multiply(const uint8_t* weights, const int8_t* codes, size_t stride, size_t steps, int32_t* acc,
                        bool first) {
     __m512i c[kM][kT];
 #pragma GCC unroll 8
@@ -113,7 +126,7 @@ struct Dot {
       }
     }
 #pragma GCC unroll 4
-    for (size_t s = 0; s < blocks * 4; ++s) {
+    for (size_t s = 0; s < steps; ++s) {
       __m512i w[kT];
 #pragma GCC unroll 4
       for (int t = 0; t < kT; ++t) w[t] = _mm512_load_si512(weights + (s * kT + t) * kBlockBytes);
@@ -131,9 +144,15 @@ struct Dot {
     }
   }
 
+  template <Packing kPacking, int kM>
+  BITVLA_INLINE void vector(const uint8_t* packed, const int8_t* codes, size_t stride, size_t blocks, int32_t* acc) {
+    (kPacking == Packing::kBase3 ? vector_base3<kM> : vector_2bit<kM>)(packed, codes, stride, blocks, acc);
+  }
+
   // Codes stay where they are in their bytes: sums come out 1, 4, 16 and 64 times too large and are shifted at the end.
   template <int kM>
-  BITVLA_APART void vector(const uint8_t* packed, const int8_t* codes, size_t stride, size_t blocks, int32_t* acc) {
+  BITVLA_APART void vector_2bit(const uint8_t* packed, const int8_t* codes, size_t stride, size_t blocks,
+                                int32_t* acc) {
     __m512i c[kM][4];
 #pragma GCC unroll 4
     for (int m = 0; m < kM; ++m) {
@@ -141,6 +160,7 @@ struct Dot {
       for (int p = 0; p < 4; ++p) c[m][p] = _mm512_setzero_si512();
     }
     for (size_t b = 0; b < blocks; ++b) {
+      prefetch(packed + b * kBlockBytes);
       const __m512i v = _mm512_loadu_si512(packed + b * kBlockBytes);
       __m512i w[4];
 #pragma GCC unroll 4
@@ -159,6 +179,54 @@ struct Dot {
       const __m512i high = _mm512_add_epi32(_mm512_srai_epi32(c[m][2], 4), _mm512_srai_epi32(c[m][3], 6));
       _mm512_store_si512(acc + m * kTile, _mm512_add_epi32(low, high));
     }
+  }
+
+  // Codes are never taken out of their bytes: with 256 code_p = 3 x_p - x_(p+1), two dot products of whole bytes are
+  // cheaper. Their sums may wrap around; 256 times the exact one must not, for up to kExact blocks.
+  static constexpr size_t kExact = (1u << 23) / (2 * 128 * 20);
+
+  template <int kM>
+  BITVLA_APART void vector_base3(const uint8_t* packed, const int8_t* codes, size_t stride, size_t blocks,
+                                 int32_t* acc) {
+    constexpr int kChains = kM == 1 ? 5 : 2;  // of sums that wait for each other
+    __m512i total[kM];
+#pragma GCC unroll 4
+    for (int m = 0; m < kM; ++m) total[m] = _mm512_setzero_si512();
+    for (size_t b0 = 0; b0 < blocks; b0 += kExact) {
+      __m512i now[kM][kChains], next[kM][kChains];  // sums over x_p and over x_(p+1)
+#pragma GCC unroll 4
+      for (int m = 0; m < kM; ++m) {
+#pragma GCC unroll 5
+        for (int i = 0; i < kChains; ++i) now[m][i] = next[m][i] = _mm512_setzero_si512();
+      }
+      for (size_t b = b0; b < smaller(b0 + kExact, blocks); ++b) {
+        prefetch(packed + b * kBlockBytes);
+        __m512i x = _mm512_loadu_si512(packed + b * kBlockBytes);
+#pragma GCC unroll 5
+        for (int p = 0; p < 5; ++p) {
+          const __m512i y = triple(x);
+#pragma GCC unroll 4
+          for (int m = 0; m < kM; ++m) {
+            const __m512i a = activations(codes + m * stride + b * 20 + p * 4);
+            now[m][p % kChains] = _mm512_dpbusd_epi32(now[m][p % kChains], x, a);
+            next[m][p % kChains] = _mm512_dpbusd_epi32(next[m][p % kChains], y, a);
+          }
+          x = y;
+        }
+      }
+#pragma GCC unroll 4
+      for (int m = 0; m < kM; ++m) {
+#pragma GCC unroll 5
+        for (int i = 1; i < kChains; ++i) {
+          now[m][0] = _mm512_add_epi32(now[m][0], now[m][i]);
+          next[m][0] = _mm512_add_epi32(next[m][0], next[m][i]);
+        }
+        const __m512i three = _mm512_add_epi32(now[m][0], _mm512_add_epi32(now[m][0], now[m][0]));
+        total[m] = _mm512_add_epi32(total[m], _mm512_srai_epi32(_mm512_sub_epi32(three, next[m][0]), 8));
+      }
+    }
+#pragma GCC unroll 4
+    for (int m = 0; m < kM; ++m) _mm512_store_si512(acc + m * kTile, total[m]);
   }
 };
 

@@ -127,7 +127,7 @@ static void layer_norm_row(const float* x, const float* weight, const float* bia
   }
 }
 
-// codes = round(127 x / max|x|), half to even; the padding of the last tile becomes 0.
+// codes = round(127 x / max|x|), half to even; their padding becomes 0.
 template <class F>
 static void quantize_row(const float* x, size_t width, int8_t* codes, float* scale, int32_t* sum_of_codes) {
   F largest = F::set(1e-5f);
@@ -138,6 +138,7 @@ static void quantize_row(const float* x, size_t width, int8_t* codes, float* sca
     const F v = get<F>(x + i, width - i) * inverse;
     store_codes(codes + i, min(max(v, F::set(-128.0f)), F::set(127.0f)));
   }
+  __builtin_memset(codes + padded(width), 0, code_columns(width) - padded(width));
   int32_t total = 0;
   for (size_t i = 0; i < width; ++i) total += codes[i];
   *scale = bound / 127.0f;
@@ -332,23 +333,26 @@ BITVLA_APART void panel(const float* a, const float* b, size_t b_stride, size_t 
   }
 }
 
-// panel() over `rows` rows, rounded up, and `vectors` vectors.
+// panel() over `rows` rows, rounded up, and `vectors` vectors. A decoder's step has few rows: one query of a few heads.
+template <class F, size_t kStrideA, size_t kStrideC, int kVectors>
+static void panels_of(size_t rows, const float* a, const float* b, size_t b_stride, size_t b_step, size_t depth,
+                      float* c, const float* decay) {
+  constexpr int kR = F::kPanelRows, kFew = kR < 4 ? kR : 4;
+  static_assert(kQueryBlock % kR == 0);
+  for (size_t r = 0; r < rows; r += kR) {
+    (rows - r <= kFew ? panel<F, kStrideA, kStrideC, kFew, kVectors> : panel<F, kStrideA, kStrideC, kR, kVectors>)(
+        a + r * kStrideA, b, b_stride, b_step, depth, c + r * kStrideC, decay ? decay + r : nullptr);
+  }
+}
+
 template <class F, size_t kStrideA, size_t kStrideC>
 static void panels(size_t rows, size_t vectors, const float* a, const float* b, size_t b_stride, size_t b_step,
                    size_t depth, float* c, const float* decay) {
-  constexpr int kR = F::kPanelRows, kV = F::kPanelVectors;
-  static_assert(kQueryBlock % kR == 0 && kV <= 2);
+  constexpr int kV = F::kPanelVectors;
+  static_assert(kV <= 2);
   for (size_t j = 0; j < vectors; j += kV) {
-    for (size_t r = 0; r < rows; r += kR) {
-      const float* ar = a + r * kStrideA;
-      float* cr = c + r * kStrideC + j * kLanes;
-      const float* dr = decay ? decay + r : nullptr;
-      if (j + kV <= vectors) {
-        panel<F, kStrideA, kStrideC, kR, kV>(ar, b + j * b_step, b_stride, b_step, depth, cr, dr);
-      } else {
-        panel<F, kStrideA, kStrideC, kR, 1>(ar, b + j * b_step, b_stride, b_step, depth, cr, dr);
-      }
-    }
+    (j + kV <= vectors ? panels_of<F, kStrideA, kStrideC, kV> : panels_of<F, kStrideA, kStrideC, 1>)(
+        rows, a, b + j * b_step, b_stride, b_step, depth, c + j * kLanes, decay);
   }
 }
 
@@ -367,6 +371,7 @@ static void attention_pack(const AttentionJob& job, Range groups) {
       const float* k = job.k + key * job.k_stride + head * job.dim;
       for (size_t d = 0; d < job.dim; ++d) packed_k[d * kLanes + lane] = k[d];
       const float* v = job.v + key * job.v_stride + head * job.dim;
+      if (!job.packed_v) continue;
       float* packed_v = job.packed_v + (head * job.keys + key) * width;
       for (size_t d = 0; d < width; ++d) packed_v[d] = d < job.dim ? v[d] : 0.0f;
     }
@@ -375,16 +380,20 @@ static void attention_pack(const AttentionJob& job, Range groups) {
 
 template <class F>
 static void attention_task(const AttentionJob& job, size_t task, AttentionScratch& s) {
-  const size_t blocks = query_blocks(job.queries), head = task / blocks, first = task % blocks * kQueryBlock;
-  const size_t rows = smaller(kQueryBlock, job.queries - first);
-  const size_t kv_head = head / (job.heads / job.kv_heads);
+  const size_t blocks = query_blocks(job), kv_head = task / blocks, first = task % blocks * kQueryBlock;
+  const size_t group = job.heads / job.kv_heads, rows = smaller(kQueryBlock, group * job.queries - first);
   const size_t width = padded(job.dim);
   const float* packed_k = job.packed_k + kv_head * padded(job.keys) * job.dim;
-  const float* packed_v = job.packed_v + kv_head * job.keys * width;
-  const auto visible = [&](size_t row) { return job.causal ? job.keys - job.queries + first + row + 1 : job.keys; };
+  const float* v = job.packed_v ? job.packed_v + kv_head * job.keys * width : job.v + kv_head * job.dim;
+  const size_t v_stride = job.packed_v ? width : job.v_stride;
+  const auto query = [&](size_t row) { return (first + row) % job.queries; };
+  const auto column = [&](size_t row) { return (kv_head * group + (first + row) / job.queries) * job.dim; };
+  const auto visible = [&](size_t row) { return job.causal ? job.keys - job.queries + query(row) + 1 : job.keys; };
+  size_t most = 0;
+  for (size_t r = 0; r < rows; ++r) most = visible(r) > most ? visible(r) : most;
 
   for (size_t r = 0; r < kQueryBlock; ++r) {
-    const float* q = job.q + (first + r) * job.q_stride + head * job.dim;
+    const float* q = job.q + query(r) * job.q_stride + column(r);
     for (size_t d = 0; d < job.dim; ++d) s.q[r][d] = r < rows ? q[d] * job.scale : 0.0f;
     for (size_t d = 0; d < width; ++d) s.out[r][d] = 0.0f;
     for (size_t d = 0; d < kScoreStride; ++d) s.p[r][d] = 0.0f;
@@ -392,7 +401,7 @@ static void attention_task(const AttentionJob& job, size_t task, AttentionScratc
     s.highest[r] = kLowest;
     s.decay[r] = 0.0f;
   }
-  for (size_t key = 0; key < visible(rows - 1); key += kKeyBlock) {
+  for (size_t key = 0; key < most; key += kKeyBlock) {
     const size_t keys = smaller(kKeyBlock, job.keys - key);
     panels<F, kQueryStride, kScoreStride>(rows, tiles(keys), s.q[0], packed_k + key * job.dim, kLanes,
                                           job.dim * kLanes, job.dim, s.p[0], nullptr);
@@ -422,11 +431,11 @@ static void attention_task(const AttentionJob& job, size_t task, AttentionScratc
       }
       store(s.sums[r], total);
     }
-    panels<F, kScoreStride, kQueryStride>(rows, width / kLanes, s.p[0], packed_v + key * width, width, kLanes, keys,
+    panels<F, kScoreStride, kQueryStride>(rows, width / kLanes, s.p[0], v + key * v_stride, v_stride, kLanes, keys,
                                           s.out[0], s.decay);
   }
   for (size_t r = 0; r < rows; ++r) {
-    float* out = job.out + (first + r) * job.out_stride + head * job.dim;
+    float* out = job.out + query(r) * job.out_stride + column(r);
     const F inverse = F::set(1.0f / sum(F::load(s.sums[r])));
     for (size_t d = 0; d < job.dim; d += kLanes) put(out + d, F::load(s.out[r] + d) * inverse, job.dim - d);
   }

@@ -133,19 +133,36 @@ BITVLA_INLINE int32x4_t dot(int32x4_t sums, int8x16_t weights, int8x16_t codes) 
 struct Dot {
   static constexpr size_t kTiles = 1;
   static constexpr size_t kTokens = 4;
+  template <Packing>
   static constexpr size_t kFewTokens = 4;  // up to which unpacking anew for every four beats unpacking once
-  static constexpr size_t kDepth = 32;
+  static constexpr size_t kDepth = 128;    // steps of 4 columns unpacked at a time
 
-  // [block][p][64]
+  // The codes of a quarter of a block, step by step.
+  template <Packing kPacking>
+  BITVLA_INLINE void codes_of(const uint8_t* quarter, uint8x16_t (&w)[block_steps(kPacking)]) {
+    constexpr int kSteps = block_steps(kPacking);
+    uint8x16_t v = vld1q_u8(quarter);
+#pragma GCC unroll 5
+    for (int p = 0; p < kSteps; ++p) {
+      if constexpr (kPacking == Packing::kBase3) {
+        w[p] = vshrq_n_u8(vhaddq_u8(v, vshrq_n_u8(v, 1)), 6);  // 3 v / 256
+        v = vmulq_u8(v, vdupq_n_u8(3));
+      } else {
+        w[p] = vandq_u8(v, vdupq_n_u8(3));
+        v = vshrq_n_u8(v, 2);
+      }
+    }
+  }
+
+  // [step][64]
+  template <Packing kPacking>
   static void unpack(const uint8_t* packed, size_t, size_t, size_t blocks, uint8_t* out) {
-    const uint8x16_t mask = vdupq_n_u8(3);
+    constexpr size_t kSteps = block_steps(kPacking);
     for (size_t i = 0; i < blocks * kBlockBytes; i += 16) {
-      const uint8x16_t v = vld1q_u8(packed + i);
-      uint8_t* to = out + i / kBlockBytes * 4 * kBlockBytes + i % kBlockBytes;
-      vst1q_u8(to, vandq_u8(v, mask));
-      vst1q_u8(to + kBlockBytes, vandq_u8(vshrq_n_u8(v, 2), mask));
-      vst1q_u8(to + 2 * kBlockBytes, vandq_u8(vshrq_n_u8(v, 4), mask));
-      vst1q_u8(to + 3 * kBlockBytes, vshrq_n_u8(v, 6));
+      uint8x16_t w[kSteps];
+      codes_of<kPacking>(packed + i, w);
+      uint8_t* to = out + i / kBlockBytes * kSteps * kBlockBytes + i % kBlockBytes;
+      for (size_t p = 0; p < kSteps; ++p) vst1q_u8(to + p * kBlockBytes, w[p]);
     }
   }
 
@@ -160,7 +177,7 @@ struct Dot {
   }
 
   template <int kT, int kM>
-  BITVLA_APART void multiply(const uint8_t* weights, const int8_t* codes, size_t stride, size_t blocks, int32_t* acc,
+  BITVLA_APART void multiply(const uint8_t* weights, const int8_t* codes, size_t stride, size_t steps, int32_t* acc,
                        bool first) {
     static_assert(kT == 1);
     int32x4_t c[kM][4];
@@ -169,14 +186,14 @@ struct Dot {
 #pragma GCC unroll 4
       for (int r = 0; r < 4; ++r) c[m][r] = first ? vdupq_n_s32(0) : vld1q_s32(acc + m * kStripeRows + r * 4);
     }
-    for (size_t b = 0; b < blocks; ++b) {
+    for (size_t s = 0; s < steps; s += 4) {
       int8x16_t a[kM];
 #pragma GCC unroll 8
-      for (int m = 0; m < kM; ++m) a[m] = vld1q_s8(codes + m * stride + b * kTile);
-      step<0>(c, a, weights + b * 4 * kBlockBytes);
-      step<1>(c, a, weights + b * 4 * kBlockBytes);
-      step<2>(c, a, weights + b * 4 * kBlockBytes);
-      step<3>(c, a, weights + b * 4 * kBlockBytes);
+      for (int m = 0; m < kM; ++m) a[m] = vld1q_s8(codes + m * stride + s * 4);
+      step<0>(c, a, weights + s * kBlockBytes);
+      step<1>(c, a, weights + s * kBlockBytes);
+      step<2>(c, a, weights + s * kBlockBytes);
+      step<3>(c, a, weights + s * kBlockBytes);
     }
 #pragma GCC unroll 8
     for (int m = 0; m < kM; ++m) {
@@ -185,27 +202,35 @@ struct Dot {
     }
   }
 
-  template <int kM>
+  template <Packing kPacking, int kM>
   BITVLA_APART void vector(const uint8_t* packed, const int8_t* codes, size_t stride, size_t blocks, int32_t* acc) {
-    const uint8x16_t mask = vdupq_n_u8(3);
+    constexpr size_t kSteps = block_steps(kPacking);
     int32x4_t c[kM][4];
     for (int m = 0; m < kM; ++m) {
       for (int r = 0; r < 4; ++r) c[m][r] = vdupq_n_s32(0);
     }
     for (size_t b = 0; b < blocks; ++b) {
-      int8x16_t a[kM];
+      int8x16_t a[kM], fifth[kM];
 #pragma GCC unroll 4
-      for (int m = 0; m < kM; ++m) a[m] = vld1q_s8(codes + m * stride + b * kTile);
+      for (int m = 0; m < kM; ++m) {
+        const int8_t* from = codes + m * stride + b * 4 * kSteps;
+        a[m] = vld1q_s8(from);
+        if constexpr (kSteps == 5) {
+          int32_t four;
+          __builtin_memcpy(&four, from + 16, sizeof four);
+          fifth[m] = vreinterpretq_s8_s32(vdupq_n_s32(four));
+        }
+      }
 #pragma GCC unroll 4
       for (int r = 0; r < 4; ++r) {
-        const uint8x16_t v = vld1q_u8(packed + b * kBlockBytes + r * 16);
-        const int8x16_t w0 = vreinterpretq_s8_u8(vandq_u8(v, mask));
-        const int8x16_t w1 = vreinterpretq_s8_u8(vandq_u8(vshrq_n_u8(v, 2), mask));
-        const int8x16_t w2 = vreinterpretq_s8_u8(vandq_u8(vshrq_n_u8(v, 4), mask));
-        const int8x16_t w3 = vreinterpretq_s8_u8(vshrq_n_u8(v, 6));
+        uint8x16_t u[kSteps];
+        codes_of<kPacking>(packed + b * kBlockBytes + r * 16, u);
+        int8x16_t w[kSteps];
+        for (size_t p = 0; p < kSteps; ++p) w[p] = vreinterpretq_s8_u8(u[p]);
 #pragma GCC unroll 4
         for (int m = 0; m < kM; ++m) {
-          c[m][r] = dot<3>(dot<2>(dot<1>(dot<0>(c[m][r], w0, a[m]), w1, a[m]), w2, a[m]), w3, a[m]);
+          c[m][r] = dot<3>(dot<2>(dot<1>(dot<0>(c[m][r], w[0], a[m]), w[1], a[m]), w[2], a[m]), w[3], a[m]);
+          if constexpr (kSteps == 5) c[m][r] = dot<0>(c[m][r], w[4], fifth[m]);
         }
       }
     }

@@ -87,9 +87,12 @@ float maximum(F16 x) {
 }
 
 int weight(const TernaryJob& job, size_t row, size_t col) {
-  const uint8_t* block = job.packed + (row / kTile * tiles(job.cols) + col / kTile) * kBlockBytes;
-  const uint8_t byte = block[row % kTile * 4 + col % 4];
-  return (byte >> (col % kTile / 4 * 2) & 3) - 1;
+  const size_t width = 4 * block_steps(job.packing), step = col % width / 4;
+  const uint8_t* block = job.packed + (row / kTile * blocks(job.packing, job.cols) + col / width) * kBlockBytes;
+  unsigned byte = block[row % kTile * 4 + col % 4];
+  if (job.packing == Packing::k2Bit) return static_cast<int>(byte >> 2 * step & 3) - 1;
+  for (size_t p = 0; p < step; ++p) byte = 3 * byte % 256;
+  return static_cast<int>(3 * byte / 256) - 1;
 }
 
 void ternary(const TernaryJob& job, Range row_tiles, Range tokens, void*) {

@@ -13,7 +13,6 @@ machine. Any safetensors reader opens it.
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import math
 import mmap
@@ -28,11 +27,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bitvla.config import ActionConfig, LanguageConfig, LanguageModelConfig, PolicyConfig, VisionConfig, check
-from bitvla.errors import BitvlaError
+from bitvla.errors import BitvlaError, memory_for
 from bitvla.files import write_whole
-from bitvla.quantization import BLOCK, padded
+from bitvla.quantization import Packing, packed_shape
 
-FORMAT = 1
+FORMAT = 2
+_READABLE = (1, 2)  # format 1 had one packing of ternary weights, and no field for it
 # Files up to this size are read and hashed whenever they are loaded; larger ones are mapped, and hashed by `verify`.
 # A mapped file must not be written to while it is in use: that would end the process.
 READ_AT_LOAD = 64 << 20
@@ -78,11 +78,13 @@ C = TypeVar("C", PolicyConfig, LanguageModelConfig)
 class Document(msgspec.Struct, Generic[C], frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Everything about a policy, or a language model, that is not a tensor.
 
-    `golden` holds the instruction of each golden trace; language models have none.
+    `packing` is that of the ternary weights. `golden` holds the instruction of each golden trace; language models have
+    none.
     """
 
     format: int
     config: C
+    packing: Packing = "2bit"
     matrix_dtype: MatrixDtype
     tokenizer: str
     golden: tuple[str, ...]
@@ -93,7 +95,8 @@ class Document(msgspec.Struct, Generic[C], frozen=True, kw_only=True, forbid_unk
 class Bundle(Generic[C]):
     """A policy or a language model in memory. Tensors by name; bfloat16 is seen as uint16. `sha256` identifies it.
 
-    One that is mapped keeps its file open; `offsets` says where in that each tensor begins.
+    One that is mapped keeps its file open; `offsets` says where in that each tensor begins. Its document has no
+    tokenizer, whose text would take megabytes: `tokenizer` reads it again.
     """
 
     document: Document[C]
@@ -106,6 +109,13 @@ class Bundle(Generic[C]):
     @property
     def config(self) -> C:
         return self.document.config
+
+    def tokenizer(self) -> str:
+        """The text of its tokenizer."""
+        if self.path is None or self.file is None:
+            return self.document.tokenizer
+        text, *_ = _parse_header(self.path, self.file)
+        return msgspec.json.decode(text, type=_Tokenizer).tokenizer
 
     def rows(self, name: str, indices: NDArray[np.int64]) -> NDArray[np.float32]:
         """Rows of a matrix, float32 (n, columns); read beside the map, which would make far more of it resident."""
@@ -204,7 +214,7 @@ def stored_tensors(document: Document[C]) -> dict[str, Stored]:
     for name, spec in tensor_specs(config).items():
         if spec.kind == "ternary":
             rows, columns = spec.shape
-            packed[name] = Stored("U8", (padded(rows) // BLOCK, padded(columns) // BLOCK, 64))
+            packed[name] = Stored("U8", packed_shape(rows, columns, document.packing))
             floats[f"{name}_scale"] = Stored("F32", (1,))
         elif spec.kind == "matrix" and document.matrix_dtype == "I8":
             codes[name] = Stored("I8", spec.shape)
@@ -237,9 +247,11 @@ def _golden_images(index: int, config: PolicyConfig) -> dict[str, Stored]:
 def write(path: Path, document: Document[C], tensors: Mapping[str, NDArray[Any]]) -> str:
     """Write a policy file and return its SHA-256. The file appears whole or not at all.
 
-    `tensors` must be exactly those of `stored_tensors(document)` (ValueError otherwise). BitvlaError when the disk
-    refuses; an older file at `path` is then still there.
+    `tensors` must be exactly those of `stored_tensors(document)`, and the document must have its tokenizer (ValueError
+    otherwise). BitvlaError when the disk refuses; an older file at `path` is then still there.
     """
+    if not document.tokenizer:
+        raise ValueError("the document has no tokenizer: it is that of a mapped file")
     layout = stored_tensors(document)
     if layout.keys() != tensors.keys():
         raise ValueError(f"tensors do not fit the policy: {sorted(layout.keys() ^ tensors.keys())[:4]}")
@@ -294,7 +306,8 @@ def read_language_model(path: Path, *, digest: bool | None = None) -> Bundle[Lan
 def is_language_model(path: Path) -> bool:
     """Does this file say that it is a language model? False for one that cannot be read."""
     try:
-        text, *_ = _parse_header(path, _read_or_map(path)[0])
+        data, file = _read_or_map(path)
+        text, *_ = _parse_header(path, file or data)
         return "chat" in msgspec.json.decode(text, type=_Outline).config
     except (BitvlaError, msgspec.MsgspecError, UnicodeError, RecursionError):
         return False
@@ -302,7 +315,7 @@ def is_language_model(path: Path) -> bool:
 
 def _read(path: Path, kind: type[C], digest: bool | None) -> Bundle[C]:
     data, file = _read_or_map(path)
-    text, claimed, entries, start = _parse_header(path, data)
+    text, claimed, entries, start = _parse_header(path, file or data)
     document = _parse_document(path, text, kind, len(entries))
     _check_layout(path, document, entries, len(data) - start)
     if digest or (digest is None and file is None):
@@ -315,6 +328,8 @@ def _read(path: Path, kind: type[C], digest: bool | None) -> Bundle[C]:
     }
     _check_scales(path, tensors)
     offsets = {name: start + entry["data_offsets"][0] for name, entry in entries.items()}
+    if file:
+        document = msgspec.structs.replace(document, tokenizer="")
     return Bundle(document, tensors, claimed, path, file, offsets)
 
 
@@ -327,34 +342,41 @@ def _read_or_map(path: Path) -> tuple[NDArray[np.uint8], BinaryIO | None]:
             raise BitvlaError(f"{path} is not a policy file: it has only {path.stat().st_size} bytes")
         file = path.open("rb", buffering=0)
         size = os.fstat(file.fileno()).st_size
-        if size > READ_AT_LOAD:  # the array keeps the map alive, and the bundle the file
-            return np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), dtype=np.uint8), file
-        with file:
+        with memory_for(str(path), size):
+            if size > READ_AT_LOAD:  # the array keeps the map alive, and the bundle the file
+                return np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), dtype=np.uint8), file
             memory = np.empty(size + _ALIGNMENT, dtype=np.uint8)
+        with file:
             start = -memory.ctypes.data % _ALIGNMENT
             data = memory[start : start + size]
             data = data[: file.readinto(data.data)]
             data.flags.writeable = False
             return data, None
-    except (OSError, MemoryError) as error:
-        if isinstance(error, MemoryError) or error.errno == errno.ENOMEM:
-            raise BitvlaError(
-                f"no memory for {path}: its weights take {path.stat().st_size / 1e6:.1f} MB; raise the limit of this "
-                "process (ulimit -v, or its container's) or free some memory"
-            ) from None
+    except OSError as error:
         raise BitvlaError(f"cannot read the policy file {path}: {error.strerror or error}") from None
 
 
-def _parse_header(path: Path, data: NDArray[np.uint8]) -> tuple[bytes, str, dict[str, dict[str, Any]], int]:
-    """The document's text, the digest, the tensors' entries, and where the data starts."""
-    length = int.from_bytes(data[:8].tobytes(), "little")
-    if length > min(_MAX_HEADER, len(data) - 8):
+def _parse_header(
+    path: Path, source: BinaryIO | NDArray[np.uint8]
+) -> tuple[bytes, str, dict[str, dict[str, Any]], int]:
+    """The document's text, the digest, the tensors' entries, and where the data starts.
+
+    From the bytes of a file, or from an open one: a map would keep its pages resident.
+    """
+
+    def read(start: int, count: int) -> bytes:
+        if isinstance(source, np.ndarray):
+            return source[start : start + count].tobytes()
+        return os.pread(source.fileno(), count, start)
+
+    size = len(source) if isinstance(source, np.ndarray) else os.fstat(source.fileno()).st_size
+    length = int.from_bytes(read(0, 8), "little")
+    if length > min(_MAX_HEADER, size - 8):
         raise BitvlaError(
-            f"{path} is truncated or not a safetensors file: its header would have {length} bytes, "
-            f"the file has {len(data)}"
+            f"{path} is truncated or not a safetensors file: its header would have {length} bytes, the file has {size}"
         )
     try:
-        header = msgspec.json.decode(data[8 : 8 + length].tobytes(), type=dict[str, msgspec.Raw])
+        header = msgspec.json.decode(read(8, length), type=dict[str, msgspec.Raw])
         metadata = msgspec.json.decode(header.pop("__metadata__", b"{}"), type=dict[str, str])
         entries = {name: msgspec.to_builtins(msgspec.json.decode(raw, type=_Entry)) for name, raw in header.items()}
     except (msgspec.MsgspecError, UnicodeError, RecursionError) as error:
@@ -378,9 +400,9 @@ def _check_digest(path: Path, claimed: str, actual: str) -> None:
 def _parse_document(path: Path, text: bytes, kind: type[C], num_tensors: int) -> Document[C]:
     try:
         outline = msgspec.json.decode(text, type=_Outline)
-        if outline.format != FORMAT:
+        if outline.format not in _READABLE:
             raise BitvlaError(
-                f"{path} has policy file format {outline.format}, this bitvla reads format {FORMAT}; "
+                f"{path} has policy file format {outline.format}, this bitvla reads formats 1 to {FORMAT}; "
                 + ("update bitvla" if outline.format > FORMAT else "pack it again")
             )
         _check_kind(path, kind, outline.config)
@@ -405,6 +427,10 @@ def _parse_document(path: Path, text: bytes, kind: type[C], num_tensors: int) ->
 class _Outline(msgspec.Struct):
     format: int
     config: dict[str, msgspec.Raw] = {}
+
+
+class _Tokenizer(msgspec.Struct):
+    tokenizer: str
 
 
 def _check_kind(path: Path, kind: type[Any], config: Mapping[str, Any]) -> None:

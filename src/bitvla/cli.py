@@ -23,6 +23,7 @@ from bitvla import __version__
 from bitvla.errors import BitvlaError
 
 STAGES = ("localize", "finetune", "distill")
+PACKINGS = ("2bit", "base3")
 MATRICES: dict[str, Any] = {"float32": "F32", "bfloat16": "BF16", "int8": "I8"}
 KINDS = ("libero", "language", "language-bf16")
 PROTOCOLS = ("openpi", "lerobot", "gr00t")
@@ -87,6 +88,7 @@ def _pack(args: argparse.Namespace) -> Any:
             round_full_precision=args.round,
             views=args.views,
             statistics=args.statistics,
+            packing=args.packing,
             matrix_dtype=MATRICES.get(args.matrices),
             progress=progress,
         )
@@ -132,7 +134,7 @@ def _inspect(args: argparse.Namespace) -> Any:
 def _bench(args: argparse.Namespace) -> Any:
     from bitvla.runtime.bench import bench
 
-    return bench(args.policy, threads=args.threads, repeats=args.repeats)
+    return bench(args.policy, threads=args.threads, repeats=args.repeats, views=args.views)
 
 
 def _eval(args: argparse.Namespace) -> Any:
@@ -336,6 +338,12 @@ def _add_making(add: _Add) -> None:
         "--statistics", metavar="KEY", help="data set in dataset_statistics.json, where that holds several"
     )
     pack.add_argument(
+        "--packing",
+        choices=PACKINGS,
+        default=PACKINGS[0],
+        help="how ternary weights are stored: 2 bits each (default), or five in a byte: a fifth smaller, same results",
+    )
+    pack.add_argument(
         "--matrices",
         choices=MATRICES,
         help="how connector, projector and action head are stored (default: as the checkpoint has them)",
@@ -496,7 +504,10 @@ def _add_measuring(add: _Add) -> None:
     for command in (verify, inspect, bench):
         command.add_argument("policy", type=Path, metavar="POLICY", help="policy file")
     bench.add_argument("--threads", type=_count, metavar="N", help="threads of the kernels (default: 1 to all cores)")
-    bench.add_argument("--repeats", type=_count, default=50, metavar="N", help="calls to measure (default: 50)")
+    bench.add_argument(
+        "--repeats", type=_count, default=50, metavar="N", help="calls, or tokens, to measure (default: 50)"
+    )
+    bench.add_argument("--views", type=_count, metavar="N", help="measure as if it had N cameras (default: as it has)")
     add(_doctor, "show what this machine has: instruction set, rendering, simulators, extras", "doctor")
 
 
@@ -587,7 +598,10 @@ def _explain(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror:
         return f"{error.strerror.lower()}{_where(error)}"
     if isinstance(error, MemoryError):
-        return "out of memory: close other programs, or use fewer --processes"
+        return (
+            f"out of memory{f' ({error})' if str(error) else ''}: raise the limit of this process (ulimit -v, or its "
+            "container's), close other programs, or use fewer --processes"
+        )
     text = " ".join(str(error).split())
     # The native module, when it refuses BITVLA_ISA, can only raise an ImportError.
     if isinstance(error, BitvlaError) or "BITVLA_ISA" in text:

@@ -14,11 +14,16 @@ summation, hence not on the machine or the library.
 
 from __future__ import annotations
 
+from typing import Literal
+
 import numpy as np
 from numpy.typing import NDArray
 
 EPSILON = np.float32(1e-5)
-BLOCK = 16  # rows and columns of a packed block: 256 weights in 64 bytes
+
+Packing = Literal["2bit", "base3"]  # 4 weights a byte, or 5: 2 bits or 1.6 bits a weight
+STEPS: dict[Packing, int] = {"2bit": 4, "base3": 5}  # of four columns in a packed block
+BLOCK = 16  # rows of a packed block
 
 Int8Array = NDArray[np.int8]
 FloatArray = NDArray[np.float32]
@@ -54,42 +59,73 @@ def ternary_linear(x: NDArray[np.floating], weight: NDArray[np.floating]) -> Flo
 
 
 def padded(size: int) -> int:
-    """`size` rounded up to whole blocks."""
+    """`size` rounded up to whole blocks of rows."""
     return -(-size // BLOCK) * BLOCK
 
 
-def pack(codes: Int8Array) -> NDArray[np.uint8]:
-    """Pack ternary codes (N, K) into blocks: uint8 (ceil(N/16), ceil(K/16), 64), 2 bits a weight.
+def code_columns(columns: int) -> int:
+    """Codes that a token of `columns` activations is padded to, with 0: whole blocks of both packings."""
+    return -(-columns // 80) * 80
 
-    Byte r*4 + j of a block holds, in bits 2p and 2p+1 (p = 0..3), the weight of row r and column 4p + j as
-    weight + 1: one 64-byte load, a shift and a mask give the operand of a 4-way int8 dot product for 16 rows.
-    Rows and columns are padded with weight 0.
+
+def packed_shape(rows: int, columns: int, packing: Packing) -> tuple[int, int, int]:
+    """The shape of the uint8 array that `pack` makes of a (rows, columns) matrix."""
+    return padded(rows) // BLOCK, -(-columns // (4 * STEPS[packing])), 64
+
+
+def pack(codes: Int8Array, packing: Packing = "2bit") -> NDArray[np.uint8]:
+    """Pack ternary codes (N, K) into blocks of 64 bytes: uint8 (ceil(N/16), ceil(K/16), 64), or of K/20 in base 3.
+
+    Byte r*4 + j of a block holds row r and, for p = 0..3, column 4p + j, each as u = weight + 1 in bits 2p and 2p+1.
+    In base 3 it holds five columns, p = 0..4, as ceil(v * 256 / 243), where v has the digits u of p = 0, 1, .. 4.
+    One 64-byte load and a few steps of arithmetic give the operands of 4-way int8 dot products for 16 rows. Rows and
+    columns are padded with weight 0.
     """
     if codes.ndim != 2 or np.any((codes < -1) | (codes > 1)):
         raise ValueError(f"expected a matrix of -1, 0 and 1, got shape {codes.shape}")
-    rows, columns = codes.shape
-    tiles, blocks = padded(rows) // BLOCK, padded(columns) // BLOCK
-    unsigned = np.ones((tiles * BLOCK, blocks * BLOCK), dtype=np.uint8)
+    steps, (rows, columns) = STEPS[packing], codes.shape
+    tiles, blocks, _ = packed_shape(rows, columns, packing)
+    unsigned = np.ones((tiles * BLOCK, blocks * 4 * steps), dtype=np.uint8)
     unsigned[:rows, :columns] = (codes + 1).astype(np.uint8)
-    fields = unsigned.reshape(tiles, BLOCK, blocks, 4, 4).transpose(0, 2, 1, 4, 3)  # tile, block, row, j, p
-    packed = fields[..., 0] | fields[..., 1] << 2 | fields[..., 2] << 4 | fields[..., 3] << 6
+    fields = unsigned.reshape(tiles, BLOCK, blocks, steps, 4).transpose(0, 2, 1, 4, 3)  # tile, block, row, j, p
+    if packing == "2bit":
+        packed = fields[..., 0] | fields[..., 1] << 2 | fields[..., 2] << 4 | fields[..., 3] << 6
+    else:
+        value = fields[..., 0]
+        for step in range(1, steps):
+            value = 3 * value + fields[..., step]
+        packed = _BYTES[value]
     return np.ascontiguousarray(packed.reshape(tiles, blocks, 64))
 
 
-def unpack(packed: NDArray[np.uint8], rows: int, columns: int) -> Int8Array:
+def unpack(packed: NDArray[np.uint8], rows: int, columns: int, packing: Packing = "2bit") -> Int8Array:
     """The ternary codes (rows, columns) of a packed matrix; the inverse of `pack`.
 
-    Raises ValueError when the shape does not fit, a field holds the unused code 3, or the padding is not 0.
+    Raises ValueError when the shape does not fit, a byte is one that `pack` never writes, or the padding is not 0.
     """
-    expected = (padded(rows) // BLOCK, padded(columns) // BLOCK, 64)
+    expected = packed_shape(rows, columns, packing)
     if packed.shape != expected:
         raise ValueError(f"packed shape {packed.shape} is not {expected}, the one of a {rows} x {columns} matrix")
-    fields = np.stack([packed >> shift & 3 for shift in (0, 2, 4, 6)], axis=-1)  # tile, block, byte, p
-    if np.any(fields == 3):
-        raise ValueError("packed weights hold the unused code 3: the data is damaged")
-    tiles, blocks, _ = packed.shape
-    codes = fields.reshape(tiles, blocks, BLOCK, 4, 4).transpose(0, 2, 1, 4, 3)  # tile, row, block, p, j
-    signed = codes.reshape(tiles * BLOCK, blocks * BLOCK).astype(np.int8) - np.int8(1)
+    (tiles, blocks, _), steps = expected, STEPS[packing]
+    fields = _FIELDS[packing][packed]  # tile, block, byte, p
+    if np.any(fields == UNUSED):
+        raise ValueError("packed weights hold an unused code: the data is damaged")
+    codes = fields.reshape(tiles, blocks, BLOCK, 4, steps).transpose(0, 2, 1, 4, 3)  # tile, row, block, p, j
+    signed = codes.reshape(tiles * BLOCK, blocks * 4 * steps).astype(np.int8) - np.int8(1)
     if np.any(signed[rows:]) or np.any(signed[:, columns:]):
         raise ValueError("the padding of packed weights is not zero: the data is damaged")
     return np.ascontiguousarray(signed[:rows, :columns])
+
+
+def _fields(packing: Packing) -> NDArray[np.uint8]:
+    """For each of the 256 bytes the codes u of its columns, uint8 (256, steps); all UNUSED where `pack` has no use."""
+    if packing == "2bit":
+        return (np.arange(256, dtype=np.uint8)[:, None] >> np.arange(0, 8, 2, dtype=np.uint8)) & 3
+    fields = np.full((256, 5), UNUSED, np.uint8)
+    fields[_BYTES] = np.arange(243)[:, None] // [81, 27, 9, 3, 1] % 3
+    return fields
+
+
+UNUSED = 3
+_BYTES = (-(-256 * np.arange(243) // 243)).astype(np.uint8)  # base 3: the byte of each number
+_FIELDS = {packing: _fields(packing) for packing in STEPS}

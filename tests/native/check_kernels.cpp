@@ -83,29 +83,33 @@ std::vector<const Kernels*> others() {
 
 enum class Fill { kRandom, kLowest, kHighest, kAlternating };
 
+constexpr std::array kPackings = {Packing::k2Bit, Packing::kBase3};
+
 struct TernaryCase {
   size_t m, n, k;
   Guarded<int8_t> codes;
   Guarded<float> scales;
   Guarded<int32_t> sums;
-  Guarded<uint8_t> packed;
+  std::array<Guarded<uint8_t>, 2> packed;  // the same weights in each packing
   Guarded<float> bias;
 
   TernaryCase(size_t m, size_t n, size_t k, Fill fill)
-      : m(m), n(n), k(k), codes(m * padded(k)), scales(random_floats(m)), sums(m),
-        packed(tiles(n) * tiles(k) * kBlockBytes), bias(random_floats(n)) {
+      : m(m), n(n), k(k), codes(m * code_columns(k)), scales(random_floats(m)), sums(m),
+        packed{Guarded<uint8_t>(tiles(n) * blocks(Packing::k2Bit, k) * kBlockBytes),
+               Guarded<uint8_t>(tiles(n) * blocks(Packing::kBase3, k) * kBlockBytes)},
+        bias(random_floats(n)) {
     for (size_t i = 0; i < m; ++i) {
       sums[i] = 0;
-      for (size_t j = 0; j < padded(k); ++j) {
+      for (size_t j = 0; j < code_columns(k); ++j) {
         int code = static_cast<int>(rng() % 256) - 128;  // all 256 codes
         if (fill == Fill::kLowest) code = -128;
         if (fill == Fill::kHighest) code = 127;
         if (fill == Fill::kAlternating) code = (i + j) % 2 ? -128 : 127;
-        codes[i * padded(k) + j] = static_cast<int8_t>(j < k ? code : 0);
-        sums[i] += codes[i * padded(k) + j];
+        codes[i * code_columns(k) + j] = static_cast<int8_t>(j < k ? code : 0);
+        sums[i] += codes[i * code_columns(k) + j];
       }
     }
-    std::memset(packed.data(), 0x55, packed.size());  // weight 0 everywhere
+    set_all_zero();
     for (size_t row = 0; row < n; ++row) {
       for (size_t col = 0; col < k; ++col) {
         int weight = static_cast<int>(rng() % 3) - 1;
@@ -117,25 +121,35 @@ struct TernaryCase {
     }
   }
 
-  void set_weight(size_t row, size_t col, int weight) {
-    uint8_t& byte = packed[(row / 16 * tiles(k) + col / 16) * kBlockBytes + row % 16 * 4 + col % 4];
-    const int shift = static_cast<int>(col % 16 / 4 * 2);
-    byte = static_cast<uint8_t>((byte & ~(3 << shift)) | (weight + 1) << shift);
+  void set_all_zero() {
+    std::memset(packed[0].data(), 0x55, packed[0].size());
+    std::memset(packed[1].data(), (121 * 256 + 242) / 243, packed[1].size());  // 121 is 11111 in base 3
   }
 
-  TernaryJob job() const {
+  void set_weight(size_t row, size_t col, int weight) {
+    uint8_t& fields = packed[0][(row / 16 * ((k + 15) / 16) + col / 16) * kBlockBytes + row % 16 * 4 + col % 4];
+    const int shift = static_cast<int>(col % 16 / 4 * 2);
+    fields = static_cast<uint8_t>((fields & ~(3 << shift)) | (weight + 1) << shift);
+    uint8_t& digits = packed[1][(row / 16 * ((k + 19) / 20) + col / 20) * kBlockBytes + row % 16 * 4 + col % 4];
+    constexpr int kPlaces[] = {81, 27, 9, 3, 1};
+    const int place = kPlaces[col % 20 / 4], value = digits * 243 / 256;
+    digits = static_cast<uint8_t>(((value + (weight + 1 - value / place % 3) * place) * 256 + 242) / 243);
+  }
+
+  TernaryJob job(Packing packing) const {
     TernaryJob job{};
-    job.in = {codes.data(), padded(k), scales.data(), sums.data()};
-    job.packed = packed.data();
+    job.in = {codes.data(), code_columns(k), scales.data(), sums.data()};
+    job.packing = packing;
+    job.packed = packed[packing == Packing::kBase3].data();
     job.rows = n;
     job.cols = k;
     job.weight_scale = 0.37f;
     return job;
   }
 
-  Guarded<int32_t> raw(const Kernels& kernels) const {
+  Guarded<int32_t> raw(const Kernels& kernels, Packing packing) const {
     Guarded<int32_t> out(m * n);
-    TernaryJob j = job();
+    TernaryJob j = job(packing);
     j.raw = out.data();
     j.raw_stride = n;
     set_active(kernels);
@@ -143,11 +157,11 @@ struct TernaryCase {
     return out;
   }
 
-  Guarded<float> scaled(const Kernels& kernels, bool with_bias, bool accumulate) const {
+  Guarded<float> scaled(const Kernels& kernels, Packing packing, bool with_bias, bool accumulate) const {
     const size_t stride = n + 3;
     Guarded<float> out((m - 1) * stride + n);
     for (size_t i = 0; i < out.size(); ++i) out[i] = 0.125f * static_cast<float>(i % 7);
-    TernaryJob j = job();
+    TernaryJob j = job(packing);
     j.out = out.data();
     j.out_stride = stride;
     j.bias = with_bias ? bias.data() : nullptr;
@@ -161,12 +175,16 @@ struct TernaryCase {
 void check_ternary(size_t m, size_t n, size_t k, Fill fill) {
   const TernaryCase c(m, n, k, fill);
   const std::string what = "ternary " + std::to_string(m) + " x " + std::to_string(n) + " x " + std::to_string(k);
-  const auto raw = c.raw(kScalar);
+  const auto raw = c.raw(kScalar, Packing::k2Bit);
   const bool with_bias = rng() % 2, accumulate = rng() % 2;
-  const auto scaled = c.scaled(kScalar, with_bias, accumulate);
+  const auto scaled = c.scaled(kScalar, Packing::k2Bit, with_bias, accumulate);
+  report(raw == c.raw(kScalar, Packing::kBase3), kScalar, what + " base 3");
   for (const Kernels* kernels : others()) {
-    report(raw == c.raw(*kernels), *kernels, what + " sums");
-    report(scaled == c.scaled(*kernels, with_bias, accumulate), *kernels, what + " scaled");
+    for (Packing packing : kPackings) {
+      const std::string which = what + (packing == Packing::kBase3 ? " base 3" : "");
+      report(raw == c.raw(*kernels, packing), *kernels, which + " sums");
+      report(scaled == c.scaled(*kernels, packing, with_bias, accumulate), *kernels, which + " scaled");
+    }
   }
 }
 
@@ -175,7 +193,7 @@ void check_ternary_all() {
     check_ternary(pick(1, 9), pick(1, 40), k, Fill::kRandom);
     check_ternary(pick(25, 36), pick(1, 80), k, Fill::kRandom);
   }
-  for (size_t k : {1, 15, 16, 17, 255, 256, 257, 511, 512, 513, 1152, 4304, 6912}) {
+  for (size_t k : {1, 15, 16, 17, 19, 20, 21, 80, 255, 256, 257, 511, 512, 513, 1152, 4304, 6912, 40000}) {
     for (Fill fill : {Fill::kLowest, Fill::kHighest, Fill::kAlternating}) {
       check_ternary(1, 17, k, fill);
       check_ternary(7, 65, k, fill);
@@ -197,12 +215,14 @@ void check_ternary_all() {
   for (int i = 0; i < 60; ++i) check_ternary(pick(1, 90), pick(1, 200), pick(300, 1200), Fill::kRandom);
 
   // One weight at a time, in every place of a block: a lane that is lost or moved shows.
-  for (size_t col = 0; col < 32; ++col) {
-    TernaryCase c(pick(1, 30), 16, 32, Fill::kRandom);
-    std::memset(c.packed.data(), 0x55, c.packed.size());
+  for (size_t col = 0; col < 40; ++col) {
+    TernaryCase c(pick(1, 30), 16, 40, Fill::kRandom);
+    c.set_all_zero();
     for (size_t row = 0; row < 16; ++row) c.set_weight(row, col, row % 2 ? 1 : -1);
-    const auto raw = c.raw(kScalar);
-    for (const Kernels* kernels : others()) report(raw == c.raw(*kernels), *kernels, "ternary one weight");
+    const auto raw = c.raw(kScalar, Packing::k2Bit);
+    for (const Kernels* kernels : others()) {
+      for (Packing packing : kPackings) report(raw == c.raw(*kernels, packing), *kernels, "ternary one weight");
+    }
   }
 }
 
@@ -212,10 +232,12 @@ void check_threads() {
     const TernaryCase c(m, n, k, Fill::kRandom);
     for (const Kernels* const* kernels = available_kernels(); *kernels; ++kernels) {
       set_num_threads(1);
-      const auto one = c.scaled(**kernels, true, true);
+      const auto one = c.scaled(**kernels, Packing::k2Bit, true, true);
       for (int threads : {2, 7}) {
         set_num_threads(threads);
-        report(one == c.scaled(**kernels, true, true), **kernels, std::to_string(threads) + " threads");
+        for (Packing packing : kPackings) {
+          report(one == c.scaled(**kernels, packing, true, true), **kernels, std::to_string(threads) + " threads");
+        }
       }
     }
   }
@@ -239,7 +261,7 @@ void check_rows(RowOp op, size_t m, size_t k, float size, bool special) {
     for (size_t i = 0; i < m * k; i += 1 + rng() % 5) x[i] = kValues[rng() % std::size(kValues)];
   }
   const auto run = [&](const Kernels& kernels) {
-    RowResult r{Guarded<float>(m * k), Guarded<int8_t>(m * padded(k)), Guarded<float>(m), Guarded<int32_t>(m)};
+    RowResult r{Guarded<float>(m * k), Guarded<int8_t>(m * code_columns(k)), Guarded<float>(m), Guarded<int32_t>(m)};
     RowJob job{};
     job.op = op;
     job.x = x.data();
@@ -249,7 +271,7 @@ void check_rows(RowOp op, size_t m, size_t k, float size, bool special) {
     job.bias = bias.data();
     job.eps = 1e-5f;
     job.width = k;
-    job.codes = {r.codes.data(), padded(k), r.scales.data(), r.sums.data()};
+    job.codes = {r.codes.data(), code_columns(k), r.scales.data(), r.sums.data()};
     set_active(kernels);
     run_rows(job, m);
     job.out = r.out.data();

@@ -23,6 +23,7 @@ from bitvla.bundle import (
     Document,
     MatrixDtype,
     TensorSpec,
+    stored_tensors,
     tensor_specs,
     to_bfloat16,
     to_float32,
@@ -32,10 +33,10 @@ from bitvla.config import LanguageModelConfig, PolicyConfig
 from bitvla.convert import official
 from bitvla.convert.source import Golden, Progress, Source
 from bitvla.convert.training import open_training
-from bitvla.errors import BitvlaError
+from bitvla.errors import BitvlaError, memory_for
 from bitvla.processing.vectors import normalize
+from bitvla.quantization import Packing, quantize_activations
 from bitvla.quantization import pack as pack_codes
-from bitvla.quantization import quantize_activations
 from bitvla.runtime.policy import Policy
 
 # Full-precision matrices of up to this many bytes are stored as trained. Rounding them to bfloat16 moves activations by
@@ -53,6 +54,7 @@ def pack(
     out: Path,
     *,
     round_full_precision: bool = False,
+    packing: Packing = "2bit",
     matrix_dtype: MatrixDtype | None = None,
     views: int | None = None,
     statistics: str | None = None,
@@ -65,7 +67,8 @@ def pack(
     set whose statistics to use; see `bitvla.convert.official`.
 
     `round_full_precision` accepts a checkpoint trained in full precision and rounds it to ternary without training: an
-    ablation, not a good policy. `matrix_dtype` is how full-precision matrices are stored: float32, exactly as trained,
+    ablation, not a good policy. `packing` is how ternary weights are stored, which changes no result: in 2 bits, or in
+    base 3, a fifth smaller. `matrix_dtype` is how full-precision matrices are stored: float32, exactly as trained,
     bfloat16, half the size, or int8, a quarter; by default as the checkpoint has them, and float32 up to `EXACT_UP_TO`
     bytes of them.
 
@@ -80,11 +83,11 @@ def pack(
             "(bitvla train distill), or round it without training, which costs most of its skill (--round)"
         )
     matrix_dtype = matrix_dtype or source.matrix_dtype or _matrix_dtype(source.config)
-    tensors = _pack_tensors(source, matrix_dtype, progress)
     config = msgspec.structs.replace(source.config, precision="ternary")
     document: Document[Any] = Document(
         format=FORMAT,
         config=config,
+        packing=packing,
         matrix_dtype=matrix_dtype,
         tokenizer=source.tokenizer,
         golden=tuple(observation["instruction"] for observation in source.golden.observations),
@@ -98,9 +101,11 @@ def pack(
         },
     )
     parity = {}
-    if isinstance(config, PolicyConfig):
-        parity = _play_golden(document, tensors, source.golden, compare=not rounded)
-    digest = write(out, document, tensors)
+    with memory_for(f"packing {checkpoint}", _memory(document)):
+        tensors = _pack_tensors(source, packing, matrix_dtype, progress)
+        if isinstance(config, PolicyConfig):
+            parity = _play_golden(document, tensors, source.golden, compare=not rounded)
+        digest = write(out, document, tensors)
     return {"path": str(out), "sha256": digest, "file_bytes": out.stat().st_size} | parity
 
 
@@ -115,6 +120,12 @@ def _open(checkpoint: str | os.PathLike[str], views: int | None, statistics: str
     return open_training(folder)
 
 
+def _memory(document: Document[Any]) -> int:
+    """Bytes that packing holds at most, about: the whole file, and its largest tensor once more, in bfloat16."""
+    largest = max(math.prod(spec.shape) for spec in tensor_specs(document.config).values())
+    return sum(stored.nbytes for stored in stored_tensors(document).values()) + 2 * largest
+
+
 def _matrix_dtype(config: PolicyConfig | LanguageModelConfig) -> MatrixDtype:
     values = sum(
         math.prod(spec.shape) for spec in tensor_specs(config).values() if spec.kind in ("matrix", "embedding")
@@ -122,13 +133,15 @@ def _matrix_dtype(config: PolicyConfig | LanguageModelConfig) -> MatrixDtype:
     return "F32" if 4 * values <= EXACT_UP_TO else "BF16"
 
 
-def _pack_tensors(source: Source, matrix_dtype: MatrixDtype, progress: Progress | None) -> dict[str, NDArray[Any]]:
+def _pack_tensors(
+    source: Source, packing: Packing, matrix_dtype: MatrixDtype, progress: Progress | None
+) -> dict[str, NDArray[Any]]:
     specs = tensor_specs(source.config)
     tensors: dict[str, NDArray[Any]] = {}
     for index, (name, spec) in enumerate(specs.items()):
         if spec.kind == "ternary":
             codes, scale = source.ternary(name)
-            tensors[name] = pack_codes(codes)
+            tensors[name] = pack_codes(codes, packing)
             tensors[f"{name}_scale"] = np.array([scale], dtype=np.float32)
         else:
             tensors |= _full_precision(name, source.tensor(name), spec, matrix_dtype)

@@ -1,4 +1,4 @@
-"""How fast a policy is on this machine, part by part, and how much of the processor it uses."""
+"""How fast a policy or a language model is on this machine, part by part, and how much of the machine it uses."""
 
 from __future__ import annotations
 
@@ -11,18 +11,24 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 from rich.console import Console
 
 import bitvla
 import bitvla._native as native
+from bitvla.bundle import is_language_model
 from bitvla.errors import BitvlaError
-from bitvla.runtime.machine import cores, processor
+from bitvla.runtime.language import LanguageModel
+from bitvla.runtime.machine import cores, memory, processor
+from bitvla.runtime.network import Cache
 from bitvla.runtime.policy import PARTS, Policy
-from bitvla.runtime.verify import golden_traces
+from bitvla.runtime.verify import golden_traces, with_views
 from bitvla.runtime.work import estimated_joules, processor_joules, work
 
 WARM_UP = 5
 CEILING_SECONDS = 0.3
+BANDWIDTH_MEGABYTES = 512  # more than caches hold
+PROMPT_TOKENS = 64
 
 _STARTUP = """
 import json, sys, time
@@ -32,7 +38,9 @@ from bitvla.runtime.policy import Policy
 imported = time.perf_counter()
 policy = bitvla.load(sys.argv[1], threads=int(sys.argv[2]))
 loaded = time.perf_counter()
-from bitvla.runtime.verify import golden_traces
+from bitvla.runtime.verify import golden_traces, with_views
+if sys.argv[3:]:
+    policy = Policy(with_views(policy.bundle, int(sys.argv[3])))
 observation = next(golden_traces(policy.bundle))[0]
 before = time.perf_counter()
 policy.act(observation)
@@ -47,14 +55,22 @@ print(json.dumps({
 """
 
 
-def bench(source: str | os.PathLike[str], threads: int | None = None, repeats: int = 50) -> dict[str, Any]:
+def bench(
+    source: str | os.PathLike[str], threads: int | None = None, repeats: int = 50, views: int | None = None
+) -> dict[str, Any]:
     """Measure a policy file: latency for 1 to all threads (or just `threads`), startup and memory of a fresh process.
+
+    `views` measures the network as if it had so many cameras. A language model is measured writing; see `_writing`.
 
     Latencies are milliseconds, memory bytes, `gmacs_per_s` 10**9 multiply-adds a second of the whole network, `ceiling`
     what the processor's int8 dot products reach on registers alone in the same run, `share` their ratio. Energy, in
     joules, is measured where the processor shows its counters, and estimated from the arithmetic everywhere.
     """
+    if is_language_model(Path(source)):
+        return _writing(Path(source), threads, repeats, views)
     policy = bitvla.load(source, threads)
+    if views:
+        policy = Policy(with_views(policy.bundle, views))
     observation = next(golden_traces(policy.bundle), None)
     if observation is None:
         raise BitvlaError(f"{source} holds no golden trace to measure with; pack it again")
@@ -66,7 +82,7 @@ def bench(source: str | os.PathLike[str], threads: int | None = None, repeats: i
     try:
         with Console(stderr=True).status("measuring"):
             runs = [_run(policy, observation[0], count, repeats, macs) for count in counts]
-            startup = _startup(Path(str(policy.bundle.path)), threads or 1)
+            startup = _startup(Path(str(policy.bundle.path)), threads or 1, views)
     finally:
         native.set_num_threads(before)
     return {
@@ -75,6 +91,7 @@ def bench(source: str | os.PathLike[str], threads: int | None = None, repeats: i
         "bitvla": bitvla.__version__,
         "machine": {"processor": processor(), "cores": cores(), "python": platform.python_version()},
         "instruction_set": policy.isa,
+        "views": len(policy.config.processing.cameras),
         "tokens": {
             "vision": policy.config.vision.num_patches * len(policy.config.processing.cameras),
             "decoder": length,
@@ -109,11 +126,7 @@ def _run(policy: Policy, observation: dict[str, Any], threads: int, repeats: int
         row[:] = [policy.timings[part] for part in PARTS]
     used = None if energy is None else (processor_joules() or 0) - energy
     columns = {part: times[:, index] for index, part in enumerate(PARTS)} | {"total": times.sum(axis=1)}
-    latency = [
-        {"threads": threads, "part": part}
-        | {f"p{percent}_ms": float(np.percentile(values, percent)) for percent in (50, 95, 99)}
-        for part, values in columns.items()
-    ]
+    latency = [{"threads": threads, "part": part} | _percentiles(values) for part, values in columns.items()]
     rate = macs / float(np.median(times[:, 1:].sum(axis=1))) / 1e6
     ceiling = native.peak_int8_gmacs(CEILING_SECONDS, threads)
     throughput = {
@@ -130,9 +143,66 @@ def _run(policy: Policy, observation: dict[str, Any], threads: int, repeats: int
     return _Run(latency, throughput)
 
 
-def _startup(path: Path, threads: int) -> dict[str, Any]:
+def _percentiles(milliseconds: NDArray[np.float64]) -> dict[str, float]:
+    return {f"p{percent}_ms": float(np.percentile(milliseconds, percent)) for percent in (50, 95, 99)}
+
+
+def _writing(path: Path, threads: int | None, repeats: int, views: int | None) -> dict[str, Any]:
+    """Measure a language model: `repeats` tokens after a prompt of `PROMPT_TOKENS`, one by one.
+
+    `gb_per_s` counts the weights that a token reads, `share` is that of the memory bandwidth measured in the same run.
+    """
+    if views:
+        raise BitvlaError(f"{path} is a language model and has no views")
+    model = LanguageModel.load(path, threads)
+    tensors, head = model.bundle.tensors, "language_model.model.embed_tokens.weight"
+    sizes = {
+        "decoder": sum(tensor.nbytes for name, tensor in tensors.items() if name != head),
+        "head": tensors[head].nbytes,
+    }
+    before = native.num_threads()
+    rows: list[dict[str, Any]] = []
+    try:
+        with Console(stderr=True).status("measuring"):
+            for count in [threads] if threads else range(1, before + 1):
+                native.set_num_threads(count)
+                times = _token_times(model, repeats)
+                bandwidth = native.peak_bandwidth_gbs(CEILING_SECONDS, BANDWIDTH_MEGABYTES, count)
+                for (part, size), values in zip(sizes.items(), times.T, strict=True):
+                    rate = size / float(np.median(values)) / 1e6
+                    rows.append(
+                        {"threads": count, "part": part}
+                        | _percentiles(values)
+                        | {"gb_per_s": rate, "bandwidth": bandwidth, "share": rate / bandwidth}
+                    )
+    finally:
+        native.set_num_threads(before)
+    return {
+        "model": model.config.name,
+        "sha256": model.bundle.sha256,
+        "bitvla": bitvla.__version__,
+        "machine": {"processor": processor(), "cores": cores(), "python": platform.python_version()},
+        "instruction_set": model.isa,
+        "tokens": {"prompt": PROMPT_TOKENS, "written": repeats},
+        "latency": rows,
+        "memory": memory(),
+    }
+
+
+def _token_times(model: LanguageModel, tokens: int) -> NDArray[np.float64]:
+    """Milliseconds of each token (tokens, parts) after a prompt; which tokens they are costs nothing more or less."""
+    cache = Cache(model.config.language, PROMPT_TOKENS + WARM_UP + tokens)
+    model.logits([0] * PROMPT_TOKENS, cache)
+    times = []
+    for _ in range(WARM_UP + tokens):
+        model.logits([0], cache)
+        times.append(list(model.timings.values()))
+    return np.array(times[WARM_UP:])
+
+
+def _startup(path: Path, threads: int, views: int | None) -> dict[str, Any]:
     """Startup times and memory of a process that does nothing but run the policy."""
-    command = [sys.executable, "-c", _STARTUP, str(path), str(threads)]
+    command = [sys.executable, "-c", _STARTUP, str(path), str(threads), *([str(views)] if views else [])]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise BitvlaError(f"a fresh process could not run the policy: {done.stderr.strip().splitlines()[-1]}")

@@ -50,6 +50,7 @@ def describe(bundle: Bundle[PolicyConfig]) -> dict[str, Any]:
         "path": str(bundle.path) if bundle.path else None,
         "sha256": bundle.sha256,
         "format": document.format,
+        "packing": document.packing,
         "file_bytes": file_bytes,
         "weight_bytes": weight_bytes,
         "bf16_bytes": 2 * parameters,

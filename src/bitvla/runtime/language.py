@@ -48,7 +48,10 @@ class Sampler:
 
 
 class LanguageModel:
-    """A loaded language model. Not for use by several threads at once: its buffers are used again by every call."""
+    """A loaded language model. Not for use by several threads at once: its buffers are used again by every call.
+
+    `timings` holds the milliseconds that the last call of `logits` took, in the decoder and in the head.
+    """
 
     def __init__(self, bundle: Bundle[LanguageModelConfig]) -> None:
         self.bundle, self.config = bundle, bundle.config
@@ -56,6 +59,7 @@ class LanguageModel:
         self.stop_ids = [self._special(token) for token in self.config.chat.stop_tokens]
         self.decoder = Decoder(self.config.language, bundle, Workspace())
         self.isa = choose_isa(self.decoder)
+        self.timings = {"decoder": 0.0, "head": 0.0}
         self._head: NDArray[np.uint16] = bundle.tensors["language_model.model.embed_tokens.weight"]
 
     @classmethod
@@ -77,11 +81,14 @@ class LanguageModel:
         tokens = np.fromiter(ids, np.int64)
         if not 0 < len(tokens) <= cache.capacity - cache.length:
             raise BitvlaError(f"{len(tokens)} tokens after {cache.length}; there is room for 1 to {cache.capacity}")
+        begin = time.perf_counter()
         for start in range(0, len(tokens), PREFILL_BLOCK):
             block = tokens[start : start + PREFILL_BLOCK]
             state = self.decoder.run(self.decoder.embedding_rows(block), slice(len(block) - 1, len(block)), cache)
+        middle = time.perf_counter()
         logits = self.decoder.workspace.floats("logits", 1, len(self._head))
         native.linear(state, self._head, None, logits)
+        self.timings = {"decoder": 1e3 * (middle - begin), "head": 1e3 * (time.perf_counter() - middle)}
         return logits[0]
 
     def encode(self, text: str) -> list[int]:
@@ -160,7 +167,7 @@ def _likeliest(weights: NDArray[np.float64], share: float) -> NDArray[np.int64]:
 
 
 def _read_tokenizer(bundle: Bundle[LanguageModelConfig]) -> Tokenizer:
-    tokenizer = parse_tokenizer(bundle.document.tokenizer)
+    tokenizer = parse_tokenizer(bundle.tokenizer())
     size, rows = tokenizer.get_vocab_size(with_added_tokens=True), bundle.config.language.vocab_size
     if size > rows:
         raise BitvlaError(f"the tokenizer has {size} tokens, the embedding only {rows} rows: it is of another model")

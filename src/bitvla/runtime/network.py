@@ -7,7 +7,8 @@ and used again, so a call in steady state allocates nothing large. M rows (token
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -17,9 +18,9 @@ from numpy.typing import NDArray
 import bitvla._native as native
 from bitvla.bundle import Bundle
 from bitvla.config import LanguageConfig, PolicyConfig
-from bitvla.errors import BitvlaError
+from bitvla.errors import BitvlaError, memory_for
 from bitvla.processing.prompt import Prompt
-from bitvla.quantization import padded
+from bitvla.quantization import Packing, code_columns
 
 Floats = NDArray[np.float32]
 Record = Callable[[str, NDArray[Any]], None]  # sees hidden states by name
@@ -34,6 +35,7 @@ class Ternary(NamedTuple):
     """A packed linear layer from `columns` to `rows` values."""
 
     packed: NDArray[np.uint8]
+    packing: Packing
     rows: int
     columns: int
     scale: float
@@ -60,7 +62,7 @@ class Linear(NamedTuple):
 
 
 class Quantized(NamedTuple):
-    """Activations as codes int8 (M, K padded), a scale float32 (M,) and a sum of codes int32 (M,) for each token."""
+    """Activations: codes int8 (M, code_columns(K)); a scale float32 (M,) and a sum of codes int32 (M,) a token."""
 
     codes: NDArray[np.int8]
     scales: Floats
@@ -119,7 +121,7 @@ class Workspace:
 
     def quantized(self, rows: int, columns: int) -> Quantized:
         return Quantized(
-            self._view("codes", rows, padded(columns), np.int8),
+            self._view("codes", rows, code_columns(columns), np.int8),
             self._view("scales", rows, 1, np.float32)[:, 0],
             self._view("sums", rows, 1, np.int32)[:, 0],
         )
@@ -129,20 +131,12 @@ class Workspace:
         if view is None:
             flat = self._flat.get(name)
             if flat is None or flat.size < rows * columns:
-                flat = self._flat[name] = self._memory(name, rows * columns, dtype)
+                size = rows * columns * np.dtype(dtype).itemsize
+                with memory_for(f"the buffer '{name}'", size):
+                    flat = self._flat[name] = np.zeros(rows * columns, dtype)
                 self._views = {key: old for key, old in self._views.items() if key[0] != name}
             view = self._views[name, rows, columns] = flat[: rows * columns].reshape(rows, columns)
         return view
-
-    def _memory(self, name: str, count: int, dtype: Any) -> NDArray[Any]:
-        try:
-            return np.zeros(count, dtype)
-        except MemoryError:
-            raise BitvlaError(
-                f"no memory for the buffer '{name}' of {count * np.dtype(dtype).itemsize / 1e6:.0f} MB, beside the "
-                f"{self.nbytes / 1e6:.0f} MB of the others; raise the limit of this process (ulimit -v, or its "
-                "container's) or free some memory"
-            ) from None
 
     @property
     def nbytes(self) -> int:
@@ -154,7 +148,8 @@ class Cache:
 
     def __init__(self, language: LanguageConfig, capacity: int) -> None:
         shape = (language.num_layers, capacity, language.num_kv_heads * language.head_dim)
-        self.keys, self.values = (np.empty(shape, np.float32) for _ in range(2))
+        with memory_for(f"the keys and values of {capacity} tokens", 8 * math.prod(shape)):
+            self.keys, self.values = (np.empty(shape, np.float32) for _ in range(2))
         self.capacity, self.length = capacity, 0
         self._language = language
 
@@ -175,7 +170,7 @@ class Decoder:
     def __init__(self, language: LanguageConfig, bundle: Bundle[Any], workspace: Workspace) -> None:
         self.language, self.workspace = language, workspace
         tensors = bundle.tensors
-        ternary = partial(_stored_ternary, tensors)
+        ternary = partial(_stored_ternary, bundle)
         hidden, key_size = language.hidden_size, language.num_kv_heads * language.head_dim
         inner = language.intermediate_size
         self.embedding_rows = partial(bundle.rows, "language_model.model.embed_tokens.weight")
@@ -280,7 +275,7 @@ class Network:
         def norm(name: str) -> Norm:
             return Norm(tensors[f"{name}.weight"], tensors[f"{name}.bias"])
 
-        ternary = partial(_stored_ternary, tensors)
+        ternary = partial(_stored_ternary, bundle)
         vision = config.vision
         tower = "vision_tower.vision_model."
         self.patch_embedding = linear(f"{tower}embeddings.patch_embedding")
@@ -417,9 +412,10 @@ class Network:
             self.record(name, values.copy())
 
 
-def _stored_ternary(tensors: Mapping[str, NDArray[Any]], name: str, rows: int, columns: int) -> Ternary:
+def _stored_ternary(bundle: Bundle[Any], name: str, rows: int, columns: int) -> Ternary:
+    tensors, packing = bundle.tensors, bundle.document.packing
     scale = float(tensors[f"{name}.weight_scale"][0])
-    return Ternary(tensors[f"{name}.weight"], rows, columns, scale, tensors.get(f"{name}.bias"))
+    return Ternary(tensors[f"{name}.weight"], packing, rows, columns, scale, tensors.get(f"{name}.bias"))
 
 
 def _layer_norm_quantize(x: Floats, norm: Norm, eps: float, out: Quantized) -> None:
@@ -428,8 +424,9 @@ def _layer_norm_quantize(x: Floats, norm: Norm, eps: float, out: Quantized) -> N
 
 def _ternary(x: Quantized, layer: Ternary, out: Floats, *, accumulate: bool = False) -> None:
     native.ternary_linear(
-        *x, layer.packed, layer.rows, layer.columns, layer.scale, layer.bias, out, accumulate=accumulate
-    )
+        *x, layer.packed, layer.rows, layer.columns, layer.scale, layer.bias, out,
+        accumulate=accumulate, packing=layer.packing,
+    )  # fmt: skip
 
 
 def rotary_table(positions: int, head_dim: int, theta: float) -> tuple[Floats, Floats]:

@@ -40,8 +40,9 @@ class Policy:
     def __init__(self, bundle: Bundle[PolicyConfig]) -> None:
         self.bundle = bundle
         self.config = bundle.config
-        self._prompt: Prompt | None = self._read_prompt()  # now, so that a wrong tokenizer is refused at load
-        self._release_prompt()
+        self._prompt: Prompt | None = None
+        self._read_prompt()  # now, so that a wrong tokenizer is refused at load
+        give_back_memory()
         self.network = Network(bundle)
         self.isa = choose_isa(self.network)
         self.timings = dict.fromkeys(PARTS, 0.0)
@@ -117,22 +118,20 @@ class Policy:
         """Where everything stands in the sequence for `instruction`, remembered from call to call."""
         known = self._plans.get(instruction) if isinstance(instruction, str) else None
         if known is None:
-            prompt = self._prompt or self._read_prompt()
-            known = self.network.plan(prompt, instruction)
-            del prompt
-            self._release_prompt()
+            known = self.network.plan(self._prompt or self._read_prompt(), instruction)
+            if self._prompt is None:
+                give_back_memory()
             if len(self._plans) >= _MAX_PLANS:
                 self._plans.clear()
             self._plans[instruction] = known
         return known
 
     def _read_prompt(self) -> Prompt:
-        return Prompt(self.config, parse_tokenizer(self.bundle.document.tokenizer))
-
-    def _release_prompt(self) -> None:
-        if len(self.bundle.document.tokenizer) > TOKENIZER_KEPT:
-            self._prompt = None
-            give_back_memory()
+        text = self.bundle.tokenizer()
+        prompt = Prompt(self.config, parse_tokenizer(text))
+        if len(text) <= TOKENIZER_KEPT:
+            self._prompt = prompt
+        return prompt
 
 
 def parse_tokenizer(text: str) -> Tokenizer:

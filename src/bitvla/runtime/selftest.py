@@ -94,12 +94,15 @@ def _ternary_results(layer: Ternary, random: np.random.Generator) -> Iterator[tu
     native.quantize(x, *quantized)
     yield from _named("quantize", quantized)
     accumulators = np.zeros((TOKENS, rows), np.int32)
-    native.ternary_matmul(quantized.codes, quantized.sums, packed, rows, layer.columns, accumulators)
+    packing = layer.packing
+    native.ternary_matmul(quantized.codes, quantized.sums, packed, rows, layer.columns, accumulators, packing=packing)
     yield f"ternary_matmul {layer.rows}x{layer.columns}", accumulators
     for tokens in (TOKENS, 1):  # a matrix product and a matrix-vector product
         out = np.zeros((tokens, rows), np.float32)
         few = quantized.rows(slice(0, tokens))
-        native.ternary_linear(*few, packed, rows, layer.columns, layer.scale, bias, out, accumulate=True)
+        native.ternary_linear(
+            *few, packed, rows, layer.columns, layer.scale, bias, out, accumulate=True, packing=packing
+        )
         yield f"ternary_linear {layer.rows}x{layer.columns}", out
 
 

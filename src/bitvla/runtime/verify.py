@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 
 import bitvla._native as native
 from bitvla.bundle import Bundle, is_language_model, read, read_language_model, tensor_specs
-from bitvla.config import PolicyConfig
+from bitvla.config import PolicyConfig, check
 from bitvla.errors import BitvlaError
 from bitvla.quantization import unpack
 from bitvla.runtime.language import LanguageModel
@@ -105,8 +107,26 @@ def golden_traces(bundle: Bundle[PolicyConfig]) -> Iterator[tuple[dict[str, Any]
         )
 
 
+def with_views(bundle: Bundle[PolicyConfig], views: int) -> Bundle[PolicyConfig]:
+    """The policy with another number of cameras, its golden images repeated: to measure, for answers mean nothing."""
+    config, tensors = bundle.config, dict(bundle.tensors)
+    given = config.processing.cameras
+    cameras = []
+    for view in range(views):
+        camera = given[view % len(given)]
+        cameras.append(msgspec.structs.replace(camera, name=f"view {view + 1}"))
+        for index in range(len(bundle.document.golden)):
+            tensors[f"golden.{index}.image.view {view + 1}"] = bundle.tensors[f"golden.{index}.image.{camera.name}"]
+    processing = msgspec.structs.replace(config.processing, cameras=tuple(cameras))
+    config = check(msgspec.structs.replace(config, processing=processing))
+    return dataclasses.replace(
+        bundle, document=msgspec.structs.replace(bundle.document, config=config), tensors=tensors
+    )
+
+
 def _structure(bundle: Bundle[Any]) -> str:
-    return f"format {bundle.document.format}, {len(bundle.tensors)} tensors as the configuration asks"
+    document = bundle.document
+    return f"format {document.format}, {document.packing}, {len(bundle.tensors)} tensors as the configuration asks"
 
 
 def _weights(bundle: Bundle[Any]) -> str:
@@ -115,7 +135,7 @@ def _weights(bundle: Bundle[Any]) -> str:
         tensor = bundle.tensors[name]
         if spec.kind == "ternary":
             try:
-                codes = unpack(tensor, *spec.shape)
+                codes = unpack(tensor, *spec.shape, bundle.document.packing)
             except ValueError as error:
                 raise BitvlaError(f"{name}: {error}") from None
             counts += np.bincount(codes.ravel().view(np.uint8) + np.uint8(1), minlength=3)
