@@ -11,6 +11,7 @@ are run nevertheless, with gaps, and marked "unproven".
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
 import time
 from pathlib import Path
@@ -25,6 +26,7 @@ from bitvla.display import as_json
 from bitvla.errors import BitvlaError
 from bitvla.evaluate.process import Remote
 from bitvla.evaluate.statistics import rate_of
+from bitvla.robot.simulated import SimulatedRobot
 from bitvla.serve.executor import Executor, Summary
 from bitvla.serve.schedule import Plan, Settings
 
@@ -47,6 +49,9 @@ class SlowPolicy:
         import bitvla
 
         self._policy, self.latency = bitvla.load(path, threads=1), 0.0
+
+    def info(self) -> dict[str, Any]:
+        return self._policy.info()
 
     def chunk_seconds(self) -> float:
         return self._policy.config.action.horizon / HZ
@@ -77,39 +82,6 @@ class RemotePolicy:
         return self._remote.call("act", observation)
 
 
-def make_robot() -> Any:
-    from bitvla.sim.base import make_simulator
-
-    return make_simulator("metaworld", image_size=128)
-
-
-class RemoteRobot:
-    """A simulator in its own process. A step is sent and not waited for; its outcome is seen with the next."""
-
-    def __init__(self, remote: Remote) -> None:
-        self._remote, self._moving, self.solved = remote, False, False
-
-    def reset(self, task: str, seed: int) -> None:
-        self._settle()
-        self._remote.call("reset", task, seed)
-        self.solved = False
-
-    def observe(self) -> dict[str, Any]:
-        self._settle()
-        return self._remote.call("observe")
-
-    def step(self, action: Any) -> bool:
-        self._settle()
-        self._remote.send("step", action)
-        self._moving = True
-        return self.solved
-
-    def _settle(self) -> None:
-        if self._moving:
-            self._moving = False
-            self.solved |= self._remote.receive()
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("policy", type=Path)
@@ -122,9 +94,13 @@ def main() -> None:
     # Children find these classes by the name of the module; that of a running script would be theirs.
     import closed_loop as here
 
-    with Remote(here.SlowPolicy, arguments.policy) as policy, Remote(here.make_robot) as robot:
+    with contextlib.ExitStack() as stack:
+        policy = stack.enter_context(Remote(here.SlowPolicy, arguments.policy))
         policy.receive()
-        robot.receive()
+        info = policy.call("info")
+        robots = {task: SimulatedRobot("metaworld", task, info) for task in arguments.tasks}
+        for robot in robots.values():
+            stack.callback(robot.close)
         results = [
             row
             for share, mode in track(
@@ -132,7 +108,7 @@ def main() -> None:
                 console=Console(stderr=True),
                 description="settings",
             )
-            for row in run(policy, robot, share, mode, arguments)
+            for row in run(policy, robots, share, mode, arguments)
         ]
     show(results)
     if arguments.json:
@@ -140,7 +116,9 @@ def main() -> None:
         arguments.json.write_text(as_json({"speed": arguments.speed, "control_hz": HZ, "episodes": results}))
 
 
-def run(policy: Remote, robot: Remote, share: float, mode: str, arguments: argparse.Namespace) -> list[dict[str, Any]]:
+def run(
+    policy: Remote, robots: dict[str, SimulatedRobot], share: float, mode: str, arguments: argparse.Namespace
+) -> list[dict[str, Any]]:
     """All episodes of one latency and mode. Lagged is left out where time-aligned works, or where it does not."""
     policy.call("set_latency", share * policy.call("chunk_seconds") / arguments.speed)
     settings = Settings(
@@ -157,17 +135,15 @@ def run(policy: Remote, robot: Remote, share: float, mode: str, arguments: argpa
         return []
     plan: Plan | None = None
     rows = []
-    for task in arguments.tasks:
+    for task, arm in robots.items():
         for seed in range(arguments.episodes):
-            arm = RemoteRobot(robot)
-            arm.reset(task, seed)
+            arm.start(seed)
             try:
                 summary = Executor(RemotePolicy(policy), arm, settings, plan=plan).run(STEPS)
             except BitvlaError as error:
                 print(f"{mode} at {share} chunks: {error}", file=sys.stderr)
                 return []
             plan = summary.plan
-            arm.observe()  # the last step's outcome
             rows.append(row_of(mode, share, task, seed, arm.solved, summary, arguments.speed))
     return rows
 

@@ -39,7 +39,7 @@ def tiny_config(**changes) -> PolicyConfig:
     return PolicyConfig(**{**values, **changes})
 
 
-def random_batch(padding: int = 0, size: int = 2) -> Batch:
+def random_batch(padding: int = 0, size: int = 2, max_prefix: int = 0) -> Batch:
     generator = torch.Generator().manual_seed(3)
     prompt = [0] * padding + [9, IMAGE, IMAGE, IMAGE, IMAGE, PROPRIO, 10, 11] + [1] * 6 + [4]
     token_ids = torch.tensor([prompt] * size)
@@ -48,6 +48,8 @@ def random_batch(padding: int = 0, size: int = 2) -> Batch:
         token_ids=token_ids,
         padding=torch.arange(len(prompt)).expand(size, -1) < padding,
         state=torch.randn(size, 3, generator=generator),
+        prefix=torch.randn(size, max_prefix, 3, generator=generator),
+        decided=torch.ones(size, max_prefix, dtype=torch.bool),
     )
 
 

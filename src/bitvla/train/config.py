@@ -70,6 +70,10 @@ class TrainConfig(Record, frozen=True, kw_only=True, forbid_unknown_fields=True)
     # Heads that are thrown away: privileged positions read from the proprio token, places in the image from patches.
     auxiliary_weight: float = 0.0
     keypoint_weight: float = 0.0
+    # Real-time chunking: up to so many first actions of a window are given as decided (None: as the policy has it), in
+    # all windows but this share; the loss is over the others.
+    max_prefix: int | None = None
+    prefix_dropout: float = 0.5
     augmentation: Augmentation = msgspec.field(default_factory=Augmentation)
     log_every: int = 20
     save_every: int = 500
@@ -82,6 +86,8 @@ def load(path: Path) -> TrainConfig:
     for name in ("steps", "batch_size", "learning_rate", "log_every", "save_every", "gradient_accumulation"):
         if getattr(config, name) <= 0:
             raise BitvlaError(f"{path}: {name} must be positive, it is {getattr(config, name)}")
+    if not 0 <= config.prefix_dropout <= 1:
+        raise BitvlaError(f"{path}: prefix_dropout {config.prefix_dropout} is not a share from 0 to 1")
     return config
 
 
