@@ -15,8 +15,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bitvla.errors import BitvlaError
-from bitvla.serve import guard as guard_module
 from bitvla.processing.vectors import action_range
+from bitvla.serve import guard as guard_module
 from bitvla.serve.guard import Axis, Guard, Limits, Workspace, limits_from, load_limits
 from checkpoints import tiny_config
 

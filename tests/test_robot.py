@@ -39,16 +39,15 @@ from serving import serving
 FAST = Options(seconds=0.6, control_hz=20.0, threads=1)
 
 
-def with_prefix(most: int) -> Any:
-    config = tiny_config()
-    return msgspec.structs.replace(config, action=msgspec.structs.replace(config.action, max_prefix=most))
+HORIZON = 24  # so long that actions do not run out on a machine that is busy with other tests
 
 
 @pytest.fixture(scope="module")
 def policies(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """Two policies for the same robot, which take a prefix."""
     root = tmp_path_factory.mktemp("policies")
-    first, second = (pack_random(root / str(seed), with_prefix(2), seed=seed) for seed in range(2))
+    action = msgspec.structs.replace(tiny_config().action, horizon=HORIZON, max_prefix=HORIZON // 2)
+    first, second = (pack_random(root / str(seed), tiny_config(action=action), seed=seed) for seed in range(2))
     return first, second
 
 
@@ -298,7 +297,7 @@ def test_a_replay_says_where_another_policy_differs(policies: tuple[Path, Path],
         frame = dataset.episode_ranges[row["episode"]][0] + row["frame"]
         images = {camera: dataset.images(camera)[frame] for camera in dataset.cameras}
         seen = {"images": images, "state": dataset.state[frame], "instruction": "open the drawer"}
-        recorded = dataset.vectors("executor.chunk")[frame].reshape(5, 4)
+        recorded = dataset.vectors("executor.chunk")[frame].reshape(HORIZON, 4)
         error = np.abs(asked.act(seen) - recorded)[row["row"], index]
         assert row["max"] == pytest.approx(error, rel=1e-5)
         assert 0 < row["mean"] < row["p95"] <= row["max"]
@@ -353,7 +352,7 @@ def test_a_recording_tells_every_decision(policy: str, info: dict[str, Any], tmp
     answers = {line["chunk"]: line for line in lines if "chunk" in line}
     dataset = LeRobotDataset(tmp_path / "data")
     decisions = {name: dataset.vectors("executor.decision")[:, i] for i, name in enumerate(DECISION)}
-    planned, chunks = dataset.vectors("executor.planned"), dataset.vectors("executor.chunk").reshape(-1, 5, 4)
+    planned, chunks = dataset.vectors("executor.planned"), dataset.vectors("executor.chunk").reshape(-1, HORIZON, 4)
     assert dataset.num_frames == len(steps) == 12
     assert np.array_equal(dataset.action, np.array([step["action"] for step in steps], np.float32))
     assert np.array_equal(dataset.action, told[:-1])
@@ -376,14 +375,13 @@ def test_a_recording_tells_every_decision(policy: str, info: dict[str, Any], tmp
 
 
 def test_a_run_that_is_refused_leaves_no_episode(policy: str, tmp_path: Path) -> None:
-    class Slow(FakeRobot):
+    class Blind(FakeRobot):
         def observe(self) -> dict[str, Any]:
-            time.sleep(0.11)
-            return super().observe()
+            raise BitvlaError("no image")
 
     record(policy, tmp_path / "data")
-    with pytest.raises(BitvlaError, match="actions would run out"):
-        run(policy, lambda info: Slow(info, "go"), msgspec.structs.replace(FAST, record=tmp_path / "data"))
+    with pytest.raises(BitvlaError, match="no image"):
+        run(policy, lambda info: Blind(info, "go"), msgspec.structs.replace(FAST, record=tmp_path / "data"))
     assert LeRobotDataset(tmp_path / "data").num_episodes == 1
 
 
@@ -448,3 +446,23 @@ def test_a_signal_holds_and_keeps_the_episode(
     assert LeRobotDataset(tmp_path / "data").num_episodes == 1
     summary = json.loads((tmp_path / "log.jsonl").read_text().splitlines()[-1])
     assert summary["ended"] == ("stop" if status == 0 else "KeyboardInterrupt")
+
+
+def test_a_camera_that_freezes_ends_the_run_on_hold(policy: str, info: dict[str, Any], tmp_path: Path) -> None:
+    told: list[np.ndarray] = []
+
+    class Frozen(FakeRobot):
+        def observe(self) -> dict[str, Any]:
+            observation = super().observe()
+            observation["images"]["wrist"] = np.zeros((30, 30, 3), np.uint8)
+            return observation
+
+        def step(self, action: np.ndarray) -> None:
+            told.append(action)
+
+    options = msgspec.structs.replace(FAST, seconds=30, record=tmp_path / "data")
+    with pytest.raises(BitvlaError, match="camera 'wrist' has shown the same image 11 times"):
+        run(policy, lambda info: Frozen(info, "go"), options)
+    assert len(told) < 60
+    assert not told[-1].any()
+    assert "frozen" in LeRobotDataset(tmp_path / "data").episodes.iloc[0]["ended"]
