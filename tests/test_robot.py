@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import runpy
 import signal
 import subprocess
 import sys
@@ -34,7 +35,7 @@ from bitvla.serve.guard import Guard, limits_from
 from bitvla.serve.joining import RealTimeChunking
 from bitvla.serve.schedule import settings_for
 from checkpoints import pack_random, tiny_config
-from serving import serving
+from serving import NANO, serving
 
 FAST = Options(seconds=0.6, control_hz=20.0, threads=1)
 
@@ -466,3 +467,18 @@ def test_a_camera_that_freezes_ends_the_run_on_hold(policy: str, info: dict[str,
     assert len(told) < 60
     assert not told[-1].any()
     assert "frozen" in LeRobotDataset(tmp_path / "data").episodes.iloc[0]["ended"]
+
+
+EXAMPLE = Path(__file__).parent.parent / "examples" / "lerobot_arm.py"
+
+
+def test_the_example_plays_and_records(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["arm", str(NANO), "--seconds", "0.5", "--record", str(tmp_path / "data")])
+    runpy.run_path(str(EXAMPLE), run_name="__main__")
+    assert "10 actions in " in capsys.readouterr().out
+    dataset = LeRobotDataset(tmp_path / "data")
+    assert dataset.num_frames == 10
+    moved = dataset.state[1:, :3] - dataset.state[:-1, :3]
+    np.testing.assert_allclose(moved, 0.01 * dataset.action[:-1, :3], atol=1e-6)
