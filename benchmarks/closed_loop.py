@@ -5,7 +5,7 @@
 Robot, policy and executor are three processes. The robot takes a command 20 times a second and moves one step with
 each, also while the executor holds. The policy answers after a given share of its chunk's duration (16 actions: 0.8 s).
 `--speed 2` lets everything, the latencies too, happen twice as fast. Asynchronous settings that the executor refuses
-are run nevertheless, with gaps, and marked "unproven".
+are run nevertheless, with gaps, and marked "unproven". Real-time chunking is there for policies that were trained for it.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from bitvla.evaluate.process import Remote
 from bitvla.evaluate.statistics import rate_of
 from bitvla.robot.simulated import SimulatedRobot
 from bitvla.serve.executor import Executor, Summary
+from bitvla.serve.joining import RealTimeChunking
 from bitvla.serve.schedule import Plan, Settings
 
 HZ = 20.0
@@ -38,6 +39,7 @@ MODES: dict[str, dict[str, Any]] = {
     "synchronous": {"mode": "synchronous"},
     "asynchronous": {},
     "lagged": {"alignment": "lagged"},
+    "real-time chunking": {"joining": RealTimeChunking()},
 }
 STEPS = 250  # actions after which an episode has failed
 
@@ -62,9 +64,9 @@ class SlowPolicy:
     def set_latency(self, latency: float) -> None:
         self.latency = latency
 
-    def act(self, observation: dict[str, Any]) -> Any:
+    def act(self, observation: dict[str, Any], prefix: Any) -> Any:
         start = time.perf_counter()
-        chunk = self._policy.act(observation)
+        chunk = self._policy.act(observation, prefix=prefix)
         time.sleep(max(0.0, self.latency - (time.perf_counter() - start)))
         return chunk
 
@@ -74,12 +76,13 @@ class RemotePolicy:
 
     def __init__(self, remote: Remote) -> None:
         self._remote = remote
+        self.max_prefix: int = remote.call("info")["max_prefix"]
 
     def reset(self) -> None:
         pass
 
-    def act(self, observation: dict[str, Any]) -> Any:
-        return self._remote.call("act", observation)
+    def act(self, observation: dict[str, Any], prefix: Any = None) -> Any:
+        return self._remote.call("act", observation, prefix)
 
 
 def main() -> None:
@@ -98,13 +101,14 @@ def main() -> None:
         policy = stack.enter_context(Remote(here.SlowPolicy, arguments.policy))
         policy.receive()
         info = policy.call("info")
+        modes = [mode for mode in MODES if mode != "real-time chunking" or info["max_prefix"]]
         robots = {task: SimulatedRobot("metaworld", task, info) for task in arguments.tasks}
         for robot in robots.values():
             stack.callback(robot.close)
         results = [
             row
             for share, mode in track(
-                [(share, mode) for share in arguments.shares for mode in MODES],
+                [(share, mode) for share in arguments.shares for mode in modes],
                 console=Console(stderr=True),
                 description="settings",
             )

@@ -29,16 +29,15 @@ ACTIONS = ("displacement", "displacement", "displacement", "gripper")  # what ea
 class Arm:
     """A hand that moves by what it is told, in centimetres, and two cameras that see noise."""
 
-    observation_features = {
-        "hand_x": float, "hand_y": float, "hand_z": float, "gripper_opening": float,
-        "corner": (128, 128, 3), "wrist": (128, 128, 3),
-    }  # fmt: skip
-    action_features = dict.fromkeys(("hand_dx", "hand_dy", "hand_dz", "gripper_effort"), float)
-    is_connected = False
+    def __init__(self) -> None:
+        self.place, self.noise = {"hand_x": 0.0, "hand_y": 0.6, "hand_z": 0.2}, np.random.default_rng(0)
+        self.observation_features = dict.fromkeys((*self.place, "gripper_opening"), float)
+        self.observation_features |= dict.fromkeys(("corner", "wrist"), (128, 128, 3))
+        self.action_features = dict.fromkeys(("hand_dx", "hand_dy", "hand_dz", "gripper_effort"), float)
+        self.is_connected = False
 
     def connect(self) -> None:
         self.is_connected = True
-        self.place, self.noise = {"hand_x": 0.0, "hand_y": 0.6, "hand_z": 0.2}, np.random.default_rng(0)
 
     def get_observation(self) -> dict[str, Any]:
         images = {name: self.noise.integers(0, 256, (128, 128, 3), np.uint8) for name in ("corner", "wrist")}

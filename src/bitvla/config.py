@@ -283,13 +283,17 @@ def from_dict(kind: type[T], value: Any, origin: str) -> T:
 
 def load_toml(kind: type[T], path: Path) -> T:
     """Read a config of type `kind` from a TOML file."""
+    return from_dict(kind, read_toml(path), str(path))
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """What a TOML file holds; BitvlaError where it cannot be read."""
     try:
-        value = tomllib.loads(Path(path).read_text())
+        return tomllib.loads(Path(path).read_text())
     except OSError as error:
         raise BitvlaError(f"cannot read the configuration {path}: {error.strerror}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise BitvlaError(f"{path} is not valid TOML: {error}") from None
-    return from_dict(kind, value, str(path))
 
 
 def to_dict(config: msgspec.Struct) -> dict[str, Any]:

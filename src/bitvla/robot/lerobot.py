@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import importlib
 import pkgutil
-import tomllib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -13,6 +12,7 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from bitvla.config import read_toml
 from bitvla.errors import BitvlaError
 from bitvla.robot.base import actions_of
 
@@ -79,12 +79,7 @@ def open_lerobot(path: Path) -> Any:
     Raises:
         BitvlaError: the file is wrong, or lerobot is not in this environment.
     """
-    try:
-        described = tomllib.loads(Path(path).read_text())
-    except OSError as error:
-        raise BitvlaError(f"cannot read {path}: {error.strerror}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise BitvlaError(f"{path} is not valid TOML: {error}") from None
+    described = read_toml(path)
     try:
         import draccus
         import lerobot.cameras
