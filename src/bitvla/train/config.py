@@ -67,13 +67,13 @@ class TrainConfig(Record, frozen=True, kw_only=True, forbid_unknown_fields=True)
     mixed_precision: Literal["no", "bf16"] = "bf16"
     compile: bool = False
     alignment_weight: float = 0.1  # gamma of the paper: hidden states of student and teacher (distill)
-    # Heads that are thrown away: privileged positions read from the proprio token, places in the image from patches.
-    auxiliary_weight: float = 0.0
-    keypoint_weight: float = 0.0
     # Real-time chunking: up to so many first actions of a window are given as decided (None: as the policy has it), in
     # all windows but this share; the loss is over the others.
     max_prefix: int | None = None
     prefix_dropout: float = 0.5
+    # Heads that are thrown away: privileged positions read from the proprio token, places in the image from patches.
+    auxiliary_weight: float = 0.0
+    keypoint_weight: float = 0.0
     augmentation: Augmentation = msgspec.field(default_factory=Augmentation)
     log_every: int = 20
     save_every: int = 500
