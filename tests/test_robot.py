@@ -207,7 +207,10 @@ def test_names_tell_what_is_commanded_or_do_not() -> None:
         (["--robot", "fake"], "--instruction"),
         (["--robot", "metaworld"], "--task"),
         (["--robot", "lerobot", "--instruction", "go"], "--robot-config"),
-        (["--robot", "lerobot", "--instruction", "go", "--robot-config", "none.toml"], "cannot read the configuration none.toml"),
+        (
+            ["--robot", "lerobot", "--instruction", "go", "--robot-config", "none.toml"],
+            "cannot read the configuration none.toml",
+        ),
         (["--robot", "fake", "--instruction", "go", "--hz", "21"], "faster than the 20 Hz"),
         (["--robot", "fake", "--instruction", "go", "--max-hold", "0"], "max_hold_s 0.0 is not a positive time"),
     ],
