@@ -5,7 +5,7 @@
 Robot, policy and executor are three processes. The robot takes a command 20 times a second and moves one step with
 each, also while the executor holds. The policy answers after a given share of its chunk's duration (16 actions: 0.8 s).
 `--speed 2` lets everything, the latencies too, happen twice as fast. Asynchronous settings that the executor refuses
-are run nevertheless, with gaps, and marked "unproven". Real-time chunking is there for policies that were trained for it.
+are run nevertheless, with gaps, and marked "unproven". Real-time chunking is for policies that were trained for it.
 """
 
 from __future__ import annotations
