@@ -1,4 +1,4 @@
-"""A robot of the real `lerobot` (0.4.4) without hardware, for the checks beside this file; importing it registers it."""
+"""A robot of the real `lerobot` (0.4.4) without hardware, for the checks beside this file; an import registers it."""
 
 from __future__ import annotations
 
