@@ -100,6 +100,7 @@ def test_decided_actions_become_what_the_network_gives(gripper: Any) -> None:
         (np.zeros(4), 2, r"shape \(4,\)"),
         (np.full((1, 4), np.nan), 2, "not finite"),
         ("now", 2, "not an array"),
+        ([[10**400] * 4], 2, "not an array"),
     ],
 )
 def test_a_prefix_that_cannot_be_continued_is_refused(prefix: Any, most: int, message: str) -> None:

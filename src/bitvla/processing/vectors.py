@@ -61,7 +61,7 @@ def check_prefix(prefix: object, config: PolicyConfig) -> NDArray[np.float32]:
     most, dim = config.action.max_prefix, config.action.dim
     try:
         actions = np.asarray(np.empty((0, dim)) if prefix is None else prefix, dtype=np.float32)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise BitvlaError(f"the prefix is not an array of actions: {prefix!r}"[:200]) from None
     if actions.ndim != 2 or actions.shape[1] != dim:
         raise BitvlaError(f"the prefix has shape {actions.shape}; the policy needs (n, {dim}), a row an action")
