@@ -5,12 +5,13 @@
 Robot, policy and executor are three processes. The robot takes a command 20 times a second and moves one step with
 each, also while the executor holds. The policy answers after a given share of its chunk's duration (16 actions: 0.8 s).
 `--speed 2` lets everything, the latencies too, happen twice as fast. Asynchronous settings that the executor refuses
-are run nevertheless, with gaps, and marked "unproven".
+are run nevertheless, with gaps, and marked "unproven". Real-time chunking is for policies that were trained for it.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
 import time
 from pathlib import Path
@@ -25,7 +26,9 @@ from bitvla.display import as_json
 from bitvla.errors import BitvlaError
 from bitvla.evaluate.process import Remote
 from bitvla.evaluate.statistics import rate_of
+from bitvla.robot.simulated import SimulatedRobot
 from bitvla.serve.executor import Executor, Summary
+from bitvla.serve.joining import RealTimeChunking
 from bitvla.serve.schedule import Plan, Settings
 
 HZ = 20.0
@@ -36,6 +39,7 @@ MODES: dict[str, dict[str, Any]] = {
     "synchronous": {"mode": "synchronous"},
     "asynchronous": {},
     "lagged": {"alignment": "lagged"},
+    "real-time chunking": {"joining": RealTimeChunking()},
 }
 STEPS = 250  # actions after which an episode has failed
 
@@ -48,6 +52,9 @@ class SlowPolicy:
 
         self._policy, self.latency = bitvla.load(path, threads=1), 0.0
 
+    def info(self) -> dict[str, Any]:
+        return self._policy.info()
+
     def chunk_seconds(self) -> float:
         return self._policy.config.action.horizon / HZ
 
@@ -57,9 +64,9 @@ class SlowPolicy:
     def set_latency(self, latency: float) -> None:
         self.latency = latency
 
-    def act(self, observation: dict[str, Any]) -> Any:
+    def act(self, observation: dict[str, Any], prefix: Any) -> Any:
         start = time.perf_counter()
-        chunk = self._policy.act(observation)
+        chunk = self._policy.act(observation, prefix=prefix)
         time.sleep(max(0.0, self.latency - (time.perf_counter() - start)))
         return chunk
 
@@ -69,45 +76,13 @@ class RemotePolicy:
 
     def __init__(self, remote: Remote) -> None:
         self._remote = remote
+        self.max_prefix: int = remote.call("info")["max_prefix"]
 
     def reset(self) -> None:
         pass
 
-    def act(self, observation: dict[str, Any]) -> Any:
-        return self._remote.call("act", observation)
-
-
-def make_robot() -> Any:
-    from bitvla.sim.base import make_simulator
-
-    return make_simulator("metaworld", image_size=128)
-
-
-class RemoteRobot:
-    """A simulator in its own process. A step is sent and not waited for; its outcome is seen with the next."""
-
-    def __init__(self, remote: Remote) -> None:
-        self._remote, self._moving, self.solved = remote, False, False
-
-    def reset(self, task: str, seed: int) -> None:
-        self._settle()
-        self._remote.call("reset", task, seed)
-        self.solved = False
-
-    def observe(self) -> dict[str, Any]:
-        self._settle()
-        return self._remote.call("observe")
-
-    def step(self, action: Any) -> bool:
-        self._settle()
-        self._remote.send("step", action)
-        self._moving = True
-        return self.solved
-
-    def _settle(self) -> None:
-        if self._moving:
-            self._moving = False
-            self.solved |= self._remote.receive()
+    def act(self, observation: dict[str, Any], prefix: Any = None) -> Any:
+        return self._remote.call("act", observation, prefix)
 
 
 def main() -> None:
@@ -122,17 +97,22 @@ def main() -> None:
     # Children find these classes by the name of the module; that of a running script would be theirs.
     import closed_loop as here
 
-    with Remote(here.SlowPolicy, arguments.policy) as policy, Remote(here.make_robot) as robot:
+    with contextlib.ExitStack() as stack:
+        policy = stack.enter_context(Remote(here.SlowPolicy, arguments.policy))
         policy.receive()
-        robot.receive()
+        info = policy.call("info")
+        modes = [mode for mode in MODES if mode != "real-time chunking" or info["max_prefix"]]
+        robots = {task: SimulatedRobot("metaworld", task, info) for task in arguments.tasks}
+        for robot in robots.values():
+            stack.callback(robot.close)
         results = [
             row
             for share, mode in track(
-                [(share, mode) for share in arguments.shares for mode in MODES],
+                [(share, mode) for share in arguments.shares for mode in modes],
                 console=Console(stderr=True),
                 description="settings",
             )
-            for row in run(policy, robot, share, mode, arguments)
+            for row in run(policy, robots, share, mode, arguments)
         ]
     show(results)
     if arguments.json:
@@ -140,7 +120,9 @@ def main() -> None:
         arguments.json.write_text(as_json({"speed": arguments.speed, "control_hz": HZ, "episodes": results}))
 
 
-def run(policy: Remote, robot: Remote, share: float, mode: str, arguments: argparse.Namespace) -> list[dict[str, Any]]:
+def run(
+    policy: Remote, robots: dict[str, SimulatedRobot], share: float, mode: str, arguments: argparse.Namespace
+) -> list[dict[str, Any]]:
     """All episodes of one latency and mode. Lagged is left out where time-aligned works, or where it does not."""
     policy.call("set_latency", share * policy.call("chunk_seconds") / arguments.speed)
     settings = Settings(
@@ -157,17 +139,15 @@ def run(policy: Remote, robot: Remote, share: float, mode: str, arguments: argpa
         return []
     plan: Plan | None = None
     rows = []
-    for task in arguments.tasks:
+    for task, arm in robots.items():
         for seed in range(arguments.episodes):
-            arm = RemoteRobot(robot)
-            arm.reset(task, seed)
+            arm.start(seed)
             try:
                 summary = Executor(RemotePolicy(policy), arm, settings, plan=plan).run(STEPS)
             except BitvlaError as error:
                 print(f"{mode} at {share} chunks: {error}", file=sys.stderr)
                 return []
             plan = summary.plan
-            arm.observe()  # the last step's outcome
             rows.append(row_of(mode, share, task, seed, arm.solved, summary, arguments.speed))
     return rows
 

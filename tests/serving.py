@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import socket
 import sys
 import threading
 import time
@@ -191,3 +192,38 @@ def lerobot_messages(monkeypatch: pytest.MonkeyPatch) -> types.ModuleType:
         monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
     monkeypatch.setitem(sys.modules, HELPERS, module)
     return module
+
+
+@contextlib.contextmanager
+def stalling_network(port: int, stalls: Iterator[float]) -> Iterator[str]:
+    """A relay to `port` that holds every packet back for the next of `stalls`, in seconds, as a bad radio link does."""
+    relay = socket.create_server(("127.0.0.1", 0))
+
+    def accept() -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                near, _ = relay.accept()
+                far = socket.create_connection(("127.0.0.1", port))
+                for pair in ((near, far), (far, near)):
+                    threading.Thread(target=carry, args=pair, daemon=True).start()
+
+    def carry(source: socket.socket, sink: socket.socket) -> None:
+        with contextlib.suppress(OSError, StopIteration):
+            while data := source.recv(1 << 20):
+                time.sleep(next(stalls))
+                sink.sendall(data)
+        for end in (source, sink):
+            end.close()
+
+    threading.Thread(target=accept, daemon=True).start()
+    with relay:
+        yield f"ws://127.0.0.1:{relay.getsockname()[1]}"
+
+
+def locked(values: Iterator[float]) -> Iterator[float]:
+    """An iterator that several threads may share."""
+    lock = threading.Lock()
+    while True:
+        with lock:
+            value = next(values)
+        yield value

@@ -25,7 +25,7 @@ from bitvla.errors import BitvlaError
 
 COMMANDS = [
     "record", "data", "train", "pack", "make-checkpoint", "demo", "eval", "compare", "report", "chat", "serve",
-    "verify", "inspect", "bench", "doctor",
+    "run", "replay", "verify", "inspect", "bench", "doctor",
 ]  # fmt: skip
 RESUMABLE = ["record", "train", "eval"]
 

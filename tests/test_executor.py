@@ -28,7 +28,6 @@ from bitvla.serve.executor import Answer, Executor, Request, Summary, ask
 from bitvla.serve.guard import Axis, Guard, Limits
 from bitvla.serve.joining import Joining, RealTimeChunking, Replace, TemporalEnsemble, WeightedAverage
 from bitvla.serve.schedule import Plan, Settings, largest_delay, prove, settings_for, steps_of
-from checkpoints import tiny_config
 
 MS = 1_000_000
 PERIOD = 50 * MS
@@ -196,7 +195,7 @@ def test_the_bound_is_a_quantile_that_was_measured() -> None:
 
 
 def test_the_control_rate_and_the_execute_horizon_come_from_the_policy_file() -> None:
-    settings = settings_for(tiny_config().processing, KINDS, max_hold_s=3.0)
+    settings = settings_for({"control_hz": 20.0, "execute_horizon": 3}, KINDS, max_hold_s=3.0)
     assert (settings.control_hz, settings.replan_every, settings.max_hold_s) == (20.0, 3, 3.0)
     # Three of five cannot be played when an answer takes two: asked for earlier.
     assert prove(settings, 5, [51 * MS]).replan == 3

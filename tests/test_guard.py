@@ -15,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bitvla.errors import BitvlaError
+from bitvla.processing.vectors import action_range
 from bitvla.serve import guard as guard_module
 from bitvla.serve.guard import Axis, Guard, Limits, Workspace, limits_from, load_limits
 from checkpoints import tiny_config
@@ -207,16 +208,18 @@ def test_limits_that_cannot_be_right_are_refused(changes: dict[str, Any], messag
 
 
 def test_limits_from_training_statistics() -> None:
-    processing = tiny_config().processing
-    limits = limits_from(processing, ["displacement"] * 3 + ["gripper"], margin=0.25)
-    action = processing.action
+    action = tiny_config().processing.action
+    info = {"action": {"names": list(action.names)}, "action_range": action_range(tiny_config().processing)}
+    limits = limits_from(info, ["displacement"] * 3 + ["gripper"], margin=0.25)
     assert tuple(axis.name for axis in limits.axes) == action.names
     assert False in action.mask
     for axis, low, high, used in zip(limits.axes, action.low, action.high, action.mask, strict=True):
         room = (high - low) / 4 if used else math.inf
         assert (axis.low, axis.high) == pytest.approx((low - room, high + room))
     with pytest.raises(BitvlaError, match="3 kinds of action are given, the policy has 4"):
-        limits_from(processing, ["displacement"] * 3)
+        limits_from(info, ["displacement"] * 3)
+    with pytest.raises(BitvlaError, match="give the limits in a file"):
+        limits_from(info | {"action_range": None}, ["displacement"] * 4)
 
 
 def test_the_example_of_the_module_loads(tmp_path: Path) -> None:

@@ -39,7 +39,8 @@ inspect(sys.argv[1])
 from bitvla.doctor import doctor
 doctor()
 import bitvla.convert.pack
-import bitvla.serve.executor
+import bitvla.robot.run
+import bitvla.robot.lerobot
 print(json.dumps({"import_ms": 1e3 * (light - start), "load_ms": 1e3 * (loaded - light),
                   "first_call_ms": 1e3 * (acted - loaded)}))
 """

@@ -120,6 +120,18 @@ def test_another_answer_fails_the_golden_traces(path: Path, tmp_path: Path) -> N
     assert all("trace 1 differs" in detail for detail in wrong.values())
 
 
+def test_golden_traces_are_continued_too(tmp_path: Path) -> None:
+    action = msgspec.structs.replace(tiny_config().action, max_prefix=3)
+    path = pack_random(tmp_path, tiny_config(action=action))
+    assert verify(path)["passed"]
+    tensors = read(path).tensors
+    assert not np.array_equal(tensors["golden.1.continued"], tensors["golden.1.chunk"])
+    continued = tensors["golden.1.continued"].copy()
+    continued[4, 0] = np.nextafter(continued[4, 0], np.float32(9))
+    wrong = failed(rewritten(path, tmp_path / "policy", **{"golden.1.continued": continued}))
+    assert all("trace 1, continued, differs" in detail for detail in wrong.values())
+
+
 def test_a_policy_without_golden_traces_fails(path: Path, tmp_path: Path) -> None:
     policy = read(path)
     tensors = {name: tensor for name, tensor in policy.tensors.items() if not name.startswith("golden.")}

@@ -39,7 +39,7 @@ def tiny_config(**changes) -> PolicyConfig:
     return PolicyConfig(**{**values, **changes})
 
 
-def random_batch(padding: int = 0, size: int = 2) -> Batch:
+def random_batch(padding: int = 0, size: int = 2, max_prefix: int = 0) -> Batch:
     generator = torch.Generator().manual_seed(3)
     prompt = [0] * padding + [9, IMAGE, IMAGE, IMAGE, IMAGE, PROPRIO, 10, 11] + [1] * 6 + [4]
     token_ids = torch.tensor([prompt] * size)
@@ -48,6 +48,8 @@ def random_batch(padding: int = 0, size: int = 2) -> Batch:
         token_ids=token_ids,
         padding=torch.arange(len(prompt)).expand(size, -1) < padding,
         state=torch.randn(size, 3, generator=generator),
+        prefix=torch.randn(size, max_prefix, 3, generator=generator),
+        decided=torch.ones(size, max_prefix, dtype=torch.bool),
     )
 
 
@@ -117,3 +119,26 @@ def test_only_tower_and_decoder_layers_are_ternary():
     ternary = {name for name, module in network.named_modules() if isinstance(module, TernaryLinear)}
     assert len(ternary) == 2 * 6 + 2 * 7
     assert all(".layers." in name for name in ternary)
+
+
+def test_only_decided_actions_are_seen_and_only_then():
+    """Without one the network is the one that has no prefix, bit for bit."""
+    action = ActionConfig(
+        horizon=3, dim=3, state_dim=3, slots_per_step=2, head_hidden_size=16, head_blocks=1, max_prefix=2
+    )
+    torch.manual_seed(0)
+    network = BitVLA(tiny_config(precision="full", action=action), IMAGE, PROPRIO).eval()
+    plain = BitVLA(tiny_config(precision="full"), IMAGE, PROPRIO).eval()
+    plain.load_state_dict({k: v for k, v in network.state_dict().items() if not k.startswith("prefix_projector")})
+    batch = random_batch(max_prefix=2)
+    first = torch.tensor([[True, False]] * 2)
+    other = batch._replace(prefix=batch.prefix + torch.tensor([[[0.0], [1.0]]]))
+    with torch.no_grad():
+        none, one, both = (
+            network(batch._replace(decided=decided)).actions for decided in (~first & False, first, first | True)
+        )
+        assert torch.equal(none, plain(random_batch()).actions)
+        assert torch.equal(one, network(other._replace(decided=first)).actions)
+        assert not torch.equal(both, network(other).actions)
+        assert (none - one).abs().max() > 1e-3
+        assert (one - both).abs().max() > 1e-3

@@ -35,13 +35,14 @@ CONFIGS = {
     "one kv head": changed("language", num_kv_heads=1),
     "deep head": changed("action", head_blocks=2, slots_per_step=1),
     "rotated, lanczos": changed("processing", image=ImageProcessing(rotate180=True, resize="lanczos")),
+    "decided actions": changed("action", max_prefix=3),
     "one camera": tiny_config(processing=processing_config((Camera(name="top", height=28, width=28),), 3, 4, 5)),
 }
 
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_packed_equals_pytorch(tmp_path: Path, name: str) -> None:
-    config, errors = CONFIGS[name], []
+    config, errors, random = CONFIGS[name], [], np.random.default_rng(0)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     for seed in range(4):
@@ -49,9 +50,13 @@ def test_packed_equals_pytorch(tmp_path: Path, name: str) -> None:
         pack(checkpoint, tmp_path / "policy.safetensors", matrix_dtype="F32")
         trained, packed = TorchPolicy.load(checkpoint), bitvla.load(tmp_path / "policy.safetensors")
         for view in range(3):
-            chunks = [policy.act(observation(config, 10 * seed + view)) for policy in (trained, packed)]
+            seen, given = observation(config, 10 * seed + view), min(view + 1, config.action.max_prefix)
+            prefix = random.uniform(-0.4, 0.7, (given, 4)).astype(np.float32)
+            chunks = [policy.act(seen, prefix=prefix) for policy in (trained, packed)]
+            assert all(np.array_equal(chunk[:given], prefix) for chunk in chunks)
+            assert not given or np.abs(packed.act(seen) - chunks[1])[given:].max() > 1e-3
             one, other = (normalize(chunk, config.processing.action) for chunk in chunks)
-            errors.append(np.abs(one - other).mean())
+            errors.append(np.abs(one - other)[given:].mean())
     torch.set_num_threads(threads)
     print(name, np.sort(errors))
     assert np.max(errors) < PARITY_BOUND

@@ -5,6 +5,8 @@ pytest tests/test_processing.py
 
 from __future__ import annotations
 
+from typing import Any
+
 import msgspec
 import numpy as np
 import pytest
@@ -19,7 +21,7 @@ from bitvla.config import Camera, ImageProcessing, PolicyConfig, Statistics, che
 from bitvla.processing.images import crop_resized, to_patches, to_pixels
 from bitvla.processing.observation import check_observation
 from bitvla.processing.prompt import SLOT_ID, Prompt, train_tokenizer
-from bitvla.processing.vectors import normalize, robot_actions, unnormalize
+from bitvla.processing.vectors import check_prefix, network_actions, normalize, robot_actions, unnormalize
 from checkpoints import INSTRUCTIONS, processing_config, tiny_config
 
 CONFIG = tiny_config()
@@ -77,6 +79,35 @@ def test_normalize_maps_the_bounds_and_clips() -> None:
 def test_actions_beyond_the_bounds_are_not_clipped() -> None:
     table = statistics([(-2, 2)], [True])
     np.testing.assert_allclose(unnormalize(np.array([1.5], np.float32), table), [3], atol=1e-5)
+
+
+@pytest.mark.parametrize("gripper", ["as_is", "libero"])
+def test_decided_actions_become_what_the_network_gives(gripper: Any) -> None:
+    """In the robot's units and conventions there, and back to the network's."""
+    processing = processing_config(CONFIG.processing.cameras, 3, 4, 1, gripper=gripper)
+    outputs = np.random.default_rng(0).uniform(-1, 1, (50, 4)).astype(np.float32)
+    if gripper == "libero":
+        outputs[:, -1] = outputs[:, -1] > 0  # the robot's gripper knows no third state
+    np.testing.assert_allclose(network_actions(robot_actions(outputs, processing), processing), outputs, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("prefix", "most", "message"),
+    [
+        (np.zeros((1, 4)), 0, "prefix of 1 actions is given, the policy takes up to 0: it was not trained"),
+        (np.zeros((3, 4)), 2, "prefix of 3 actions is given, the policy takes up to 2$"),
+        (np.zeros((2, 3)), 2, r"shape \(2, 3\); the policy needs \(n, 4\)"),
+        (np.zeros(4), 2, r"shape \(4,\)"),
+        (np.full((1, 4), np.nan), 2, "not finite"),
+        ("now", 2, "not an array"),
+        ([[10**400] * 4], 2, "not an array"),
+    ],
+)
+def test_a_prefix_that_cannot_be_continued_is_refused(prefix: Any, most: int, message: str) -> None:
+    config = tiny_config(action=msgspec.structs.replace(tiny_config().action, max_prefix=most))
+    with pytest.raises(BitvlaError, match=message):
+        check_prefix(prefix, config)
+    assert check_prefix(None, config).shape == (0, 4)
 
 
 def test_the_gripper_convention_of_libero() -> None:

@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,19 @@ from bitvla.serve.mapping import KeyMap
 from bitvla.serve.openpi import NAMING
 from checkpoints import observation as tiny_observation
 from checkpoints import pack_random, tiny_config
-from serving import NANO, Held, Served, config, expected, load, observation, serving, wait_until
+from serving import (
+    NANO,
+    Held,
+    Served,
+    config,
+    expected,
+    load,
+    locked,
+    observation,
+    serving,
+    stalling_network,
+    wait_until,
+)
 
 
 @pytest.fixture(scope="module")
@@ -62,6 +75,21 @@ def test_a_chunk_is_that_of_the_policy_bit_for_bit(served: Served) -> None:
             assert chunk.tobytes() == expected(seed).tobytes()
         policy.reset()
         assert policy.act(observation(0)).tobytes() == expected(0).tobytes()
+
+
+def test_decided_actions_travel_to_the_policy(served: Served, tmp_path: Path) -> None:
+    action = msgspec.structs.replace(tiny_config().action, max_prefix=2)
+    path = pack_random(tmp_path, tiny_config(action=action))
+    local, seen = bitvla.load(path, threads=1), tiny_observation(tiny_config())
+    prefix = np.array([[0.1, 0.2, 0.3, 0.4]], np.float32)
+    with serving(partial(bitvla.load, path, threads=1)) as tiny, bitvla.connect(tiny.url) as policy:
+        assert policy.max_prefix == 2
+        assert policy.act(seen, prefix=prefix).tobytes() == local.act(seen, prefix=prefix).tobytes()
+        assert policy.act(seen).tobytes() == local.act(seen).tobytes()
+    with bitvla.connect(served.url) as policy:
+        assert policy.max_prefix == 0
+        with pytest.raises(BitvlaError, match="was not trained to continue"):
+            policy.act(observation(), prefix=prefix)
 
 
 def test_the_greeting_tells_what_a_robot_must_know(served: Served) -> None:
@@ -633,32 +661,6 @@ def test_a_server_that_stays_away_is_told_in_time() -> None:
         policy.act(observation())
 
 
-@contextlib.contextmanager
-def stalling_network(port: int, stalls: Iterator[float]) -> Iterator[str]:
-    """A relay to `port` that holds every packet back for the next of `stalls`, in seconds, as a bad radio link does."""
-    relay = socket.create_server(("127.0.0.1", 0))
-
-    def accept() -> None:
-        with contextlib.suppress(OSError):
-            while True:
-                near, _ = relay.accept()
-                far = socket.create_connection(("127.0.0.1", port))
-                for pair in ((near, far), (far, near)):
-                    threading.Thread(target=carry, args=pair, daemon=True).start()
-
-    def carry(source: socket.socket, sink: socket.socket) -> None:
-        with contextlib.suppress(OSError, StopIteration):
-            while data := source.recv(1 << 20):
-                time.sleep(next(stalls))
-                sink.sendall(data)
-        for end in (source, sink):
-            end.close()
-
-    threading.Thread(target=accept, daemon=True).start()
-    with relay:
-        yield f"ws://127.0.0.1:{relay.getsockname()[1]}"
-
-
 def test_a_stalling_network_delays_or_fails_but_never_mixes_answers(served: Served) -> None:
     random = np.random.default_rng(0)
     stalls = (0.6 if random.random() < 0.05 else random.uniform(0, 0.01) for _ in itertools.count())
@@ -673,12 +675,3 @@ def test_a_stalling_network_delays_or_fails_but_never_mixes_answers(served: Serv
                 assert policy.act(observation(count % 3)).tobytes() == expected(count % 3).tobytes()
                 outcomes.append(count)
     assert outcomes
-
-
-def locked(values: Iterator[float]) -> Iterator[float]:
-    """An iterator that several threads may share."""
-    lock = threading.Lock()
-    while True:
-        with lock:
-            value = next(values)
-        yield value

@@ -21,11 +21,12 @@ FORBIDDEN = {
     "processing": ("torch", "transformers", "bitvla.model", "bitvla.train", "bitvla.runtime", "bitvla.sim"),
     "bundle.py": ("torch", "transformers", "bitvla.model", "bitvla.train", "bitvla.sim"),
     "serve": ("torch", "transformers", "pickle", "bitvla.model", "bitvla.train", "bitvla.sim", "bitvla.evaluate"),
+    "robot": ("torch", "transformers", "bitvla.model", "bitvla.train"),
     "quantization.py": ("torch", "bitvla"),
     "model": ("bitvla.sim", "bitvla.serve", "bitvla.evaluate", "metaworld", "mujoco"),
     "train": ("bitvla.sim", "bitvla.serve", "bitvla.evaluate", "metaworld", "mujoco"),
     "data": ("bitvla.model", "bitvla.train", "bitvla.evaluate"),
-    "sim": ("torch", "bitvla.model", "bitvla.train", "bitvla.runtime", "bitvla.evaluate"),
+    "sim": ("torch", "bitvla.model", "bitvla.train", "bitvla.runtime", "bitvla.evaluate", "bitvla.robot"),
 }
 
 

@@ -15,6 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from bitvla.convert.pack import pack
 from bitvla.data.lerobot import LeRobotDataset
 from bitvla.errors import BitvlaError
 from bitvla.model.policy import TorchPolicy
@@ -271,6 +272,54 @@ def windows(data: Path, folder: Path, policy: str = POLICY, **options: Any) -> b
     prompt = Prompt(config, train_tokenizer(sorted(set(dataset.task_strings)), config.language.vocab_size, specials))
     options = {"augmentation": Augmentation(), **options}
     return batches.Windows(dataset, config, prompt, batch_size=8, seed=3, **options)
+
+
+def test_first_actions_are_given_as_decided_and_are_no_target(data, tmp_path):
+    policy = POLICY.replace("horizon = 3,", "horizon = 3, max_prefix = 2,")
+    some, none, all_ = (windows(data, tmp_path, policy, prefix_dropout=share) for share in (0.5, 1.0, 0.0))
+    lengths = np.concatenate([some._prefix_lengths(step) for step in range(100)])
+    assert [0.4 < (lengths == 0).mean() < 0.6, abs((lengths == 1).mean() - (lengths == 2).mean()) < 0.1] == [True] * 2
+    plain, given = none[3], all_[3]
+    assert not plain.inputs.decided.any()
+    assert given.inputs.decided[:, 0].all()
+    assert torch.equal(given.inputs.prefix, given.actions[:, :2])
+    assert torch.equal(given.actions, plain.actions)
+    assert torch.equal(given.inputs.pixels, plain.inputs.pixels)  # everything else is drawn as before
+    decided = torch.nn.functional.pad(given.inputs.decided, (0, 1))
+    assert torch.equal(given.valid, plain.valid & ~decided)
+    for rank in range(2):
+        share = windows(data, tmp_path, policy, prefix_dropout=0.5, rank=rank, world_size=2)[3]
+        assert torch.equal(share.inputs.decided, some[3].inputs.decided[rank::2])
+    assert windows(data, tmp_path)[3].inputs.prefix.shape == (8, 0, 3)
+
+
+def test_a_policy_learns_to_continue_decided_actions(data, tmp_path):
+    """Also one that was trained without; it then takes a prefix, and packs, and the decided action tells it more."""
+    run("finetune", write_config(tmp_path, steps=1), data, tmp_path / "plain")
+    with pytest.raises(BitvlaError, match="was not trained"):
+        TorchPolicy.load(tmp_path / "plain").act(first_observation(data), prefix=np.zeros((1, 3), np.float32))
+    settings = {"steps": 60, "learning_rate": 3e-3, "max_prefix": 2, "prefix_dropout": 0.2}
+    config = write_config(tmp_path, policy="", precision="ternary", **settings)
+    run("finetune", config, data, tmp_path / "rtc", init=tmp_path / "plain")
+    policy = TorchPolicy.load(tmp_path / "rtc")
+    assert policy.max_prefix == 2
+    free = policy.act(first_observation(data))
+    changes = [policy.act(first_observation(data), prefix=free[:1] + shift)[1:] - free[1:] for shift in (-0.5, 0.5)]
+    assert np.abs(changes).max() > 1e-3
+    pack(tmp_path / "rtc", tmp_path / "policy.safetensors")
+    with pytest.raises(BitvlaError, match="leaves nothing"):
+        run("finetune", write_config(tmp_path, policy="", max_prefix=3), data, tmp_path / "x", init=tmp_path / "plain")
+    with pytest.raises(BitvlaError, match="prefix_dropout 2"):
+        run("finetune", write_config(tmp_path, prefix_dropout=2), data, tmp_path / "x")
+
+
+def first_observation(data: Path) -> dict[str, Any]:
+    dataset = LeRobotDataset(data)
+    return {
+        "images": {"front": dataset.images("front")[0]},
+        "state": dataset.state[0],
+        "instruction": dataset.task_strings[0],
+    }
 
 
 @pytest.mark.parametrize("random_crop", [True, False])

@@ -186,10 +186,12 @@ def decoder_specs(language: LanguageConfig) -> dict[str, TensorSpec]:
 
 
 def action_specs(action: ActionConfig, hidden: int) -> dict[str, TensorSpec]:
-    """The tensors of the proprio projector and of the action head over a decoder of width `hidden`."""
+    """The tensors of the projectors of state and prefix, and of the action head, over a decoder of width `hidden`."""
     slots, width = action.slots_per_step * hidden, action.head_hidden_size
     specs = _linear("proprio_projector.fc1", hidden, action.state_dim)
     specs |= _linear("proprio_projector.fc2", hidden, hidden)
+    if action.max_prefix:
+        specs |= _linear("prefix_projector", slots, action.dim)
     specs |= _norm("action_head.model.layer_norm1", slots) | _linear("action_head.model.fc1", width, slots)
     for index in range(action.head_blocks):
         block = f"action_head.model.mlp_resnet_blocks.{index}.ffn."
@@ -231,10 +233,10 @@ def stored_tensors(document: Document[C]) -> dict[str, Stored]:
 
 
 def _golden_floats(index: int, action: ActionConfig) -> dict[str, Stored]:
-    return {
-        f"golden.{index}.state": Stored("F32", (action.state_dim,)),
-        f"golden.{index}.chunk": Stored("F32", (action.horizon, action.dim)),
-    }
+    chunk = Stored("F32", (action.horizon, action.dim))
+    floats = {f"golden.{index}.state": Stored("F32", (action.state_dim,)), f"golden.{index}.chunk": chunk}
+    # The answer when the first `max_prefix` actions of that chunk are given as decided.
+    return floats | ({f"golden.{index}.continued": chunk} if action.max_prefix else {})
 
 
 def _golden_images(index: int, config: PolicyConfig) -> dict[str, Stored]:

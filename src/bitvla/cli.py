@@ -27,6 +27,8 @@ PACKINGS = ("2bit", "base3")
 MATRICES: dict[str, Any] = {"float32": "F32", "bfloat16": "BF16", "int8": "I8"}
 KINDS = ("libero", "language", "language-bf16")
 PROTOCOLS = ("openpi", "lerobot", "gr00t")
+ROBOTS = ("fake", "metaworld", "libero", "lerobot")
+JOININGS = ("replace", "weighted_average", "temporal_ensemble", "real_time_chunking")
 GO_ON = "run the same command to go on where it stopped"
 NOTHING_LEFT = "nothing half-written was left behind"
 
@@ -200,6 +202,46 @@ def _serve(args: argparse.Namespace) -> Any:
     return serve(args.policy, options, threads=args.threads, watch=args.watch)
 
 
+def _run(args: argparse.Namespace) -> Any:
+    from bitvla import display
+    from bitvla.robot.base import make_robot
+    from bitvla.robot.run import Options, run
+
+    robot = partial(
+        make_robot,
+        args.robot,
+        instruction=args.instruction,
+        task=args.task,
+        seed=args.seed,
+        config=args.robot_config,
+    )
+    options = Options(
+        seconds=args.seconds,
+        episodes=args.episodes,
+        control_hz=args.hz,
+        joining=args.joining,
+        synchronous=args.synchronous,
+        lagged=args.lagged,
+        max_hold_s=args.max_hold,
+        limits=args.limits,
+        record=args.record,
+        log=args.log,
+        timeout=args.timeout,
+        token=args.token if args.token is not None else os.environ.get("BITVLA_TOKEN"),
+        threads=args.threads,
+    )
+    result = run(args.policy, robot, options)
+    return result if args.json else display.run(result)
+
+
+def _replay(args: argparse.Namespace) -> Any:
+    from bitvla import display
+    from bitvla.robot.replay import replay
+
+    with display.progress("replaying") as progress:
+        return replay(args.recording, args.policy, episode=args.episode, threads=args.threads, progress=progress)
+
+
 def _doctor(args: argparse.Namespace) -> Any:
     from bitvla.doctor import doctor
 
@@ -241,6 +283,16 @@ def _seed(text: str) -> int:
     if not text.isdecimal():
         raise argparse.ArgumentTypeError(f"'{text}' is not a whole number of at least 0")
     return int(text)
+
+
+def _amount(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"'{text}' is not a number of at least 0")
+    return value
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -494,6 +546,43 @@ def _add_serving(add: _Add) -> None:
     serve.add_argument("--threads", type=_count, metavar="N", help="threads of the kernels (default: all cores)")
     serve.add_argument("--watch", action="store_true", help="load the policy again when its file changes")
     serve.add_argument("--allow-kill", action="store_true", help="let a robot stop the server (gr00t's 'kill')")
+
+    run = add(
+        _run,
+        "run a policy on a robot, or on a simulated one, without running out of actions",
+        "run policy.safetensors --robot metaworld --task drawer-open-v3 --hz 20 --record datasets/runs",
+        "the robot was told to hold; the episode that ran was recorded",
+    )
+    run.add_argument("policy", metavar="POLICY", help="policy file, or address of `bitvla serve` (ws://host:8000)")
+    run.add_argument("--robot", choices=ROBOTS, required=True, metavar="R", help=" | ".join(ROBOTS))
+    run.add_argument("--robot-config", type=Path, metavar="FILE", help="TOML file of a LeRobot robot")
+    run.add_argument("--instruction", metavar="TEXT", help="what to do (a simulator knows its own)")
+    run.add_argument("--task", metavar="NAME", help="task of a simulator: drawer-open-v3, libero_spatial/0 ...")
+    run.add_argument("--seed", type=_seed, default=0, help="a simulator's first initial state (default: 0)")
+    run.add_argument("--seconds", type=_amount, default=30.0, metavar="S", help="longest episode (default: 30); 0: "
+                     "measure and prove, move nothing")  # fmt: skip
+    run.add_argument("--episodes", type=_count, default=1, metavar="N", help="episodes, one after the other")
+    run.add_argument("--hz", type=_amount, metavar="F", help="actions a second (default: as the policy was trained)")
+    run.add_argument("--joining", choices=JOININGS, default="replace", metavar="J", help=" | ".join(JOININGS))
+    run.add_argument("--synchronous", action="store_true", help="stand still while the next chunk is computed")
+    run.add_argument("--lagged", action="store_true", help="play every action, late; bears twice the latency")
+    run.add_argument("--max-hold", type=_amount, default=1.0, metavar="S", help="stop after so long without an action")
+    run.add_argument("--limits", type=Path, metavar="FILE", help="TOML file of the guard (default: training range)")
+    run.add_argument("--record", type=Path, metavar="OUT", help="dataset that gets every episode, to train or replay")
+    run.add_argument("--log", type=Path, metavar="FILE", help="every chunk and step, as JSON lines")
+    run.add_argument("--timeout", type=_amount, default=5.0, metavar="S", help="of a call to a server (default: 5)")
+    run.add_argument("--token", metavar="T", help="of the server (default: $BITVLA_TOKEN)")
+    run.add_argument("--threads", type=_count, metavar="N", help="threads of the kernels (default: all cores)")
+
+    replay = add(
+        _replay,
+        "ask another policy what a recorded run asked, and compare the chunks",
+        "replay datasets/runs policy.safetensors",
+    )
+    replay.add_argument("recording", type=Path, metavar="RECORDING", help="dataset that `bitvla run --record` wrote")
+    replay.add_argument("policy", metavar="POLICY", help="policy file")
+    replay.add_argument("--episode", type=_seed, metavar="N", help="this one alone (default: all)")
+    replay.add_argument("--threads", type=_count, metavar="N", help="threads of the kernels (default: all cores)")
 
 
 def _add_measuring(add: _Add) -> None:

@@ -63,6 +63,9 @@ class ActionConfig(Record, frozen=True, kw_only=True, forbid_unknown_fields=True
 
     `slots_per_step` decoder positions make up the input of the head for one step of the chunk: BitVLA uses one a
     dimension (56 slots for 8 x 7); a nano model may use fewer.
+
+    `max_prefix`: the most first actions of a chunk that may be given as decided, for the rest to continue
+    (real-time chunking); 0: the policy was not trained for any.
     """
 
     horizon: int = 8
@@ -71,6 +74,7 @@ class ActionConfig(Record, frozen=True, kw_only=True, forbid_unknown_fields=True
     slots_per_step: int = 7
     head_hidden_size: int = 2560
     head_blocks: int = 2
+    max_prefix: int = 0
 
     @property
     def num_slots(self) -> int:
@@ -193,6 +197,8 @@ def check(config: Model) -> Model:
          f"vision.num_heads {vision.num_heads}"),
         (1 <= processing.execute_horizon <= action.horizon, f"processing.execute_horizon "
          f"{processing.execute_horizon} is not within 1 and action.horizon {action.horizon}"),
+        (action.max_prefix < action.horizon, f"action.max_prefix {action.max_prefix} leaves nothing of action.horizon "
+         f"{action.horizon} to decide"),
         (0 < processing.image.crop_area <= 1, f"processing.image.crop_area {processing.image.crop_area} is not in "
          "(0, 1]"),
         (language.max_positions > action.num_slots + vision.num_patches * len(processing.cameras) + 2,
@@ -246,7 +252,7 @@ def _check_sizes(config: PolicyConfig | LanguageModelConfig) -> None:
     for section, value in sections.items():
         for field in value.__struct_fields__:
             size = getattr(value, field)
-            least = 0 if field == "head_blocks" else 1
+            least = 0 if field in ("head_blocks", "max_prefix") else 1
             if type(size) is int and not least <= size < 1 << 24:
                 raise BitvlaError(f"policy configuration: {section}.{field} is {size}; it must be a size from {least}")
 
@@ -277,13 +283,17 @@ def from_dict(kind: type[T], value: Any, origin: str) -> T:
 
 def load_toml(kind: type[T], path: Path) -> T:
     """Read a config of type `kind` from a TOML file."""
+    return from_dict(kind, read_toml(path), str(path))
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """What a TOML file holds; BitvlaError where it cannot be read."""
     try:
-        value = tomllib.loads(Path(path).read_text())
+        return tomllib.loads(Path(path).read_text())
     except OSError as error:
         raise BitvlaError(f"cannot read the configuration {path}: {error.strerror}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise BitvlaError(f"{path} is not valid TOML: {error}") from None
-    return from_dict(kind, value, str(path))
 
 
 def to_dict(config: msgspec.Struct) -> dict[str, Any]:

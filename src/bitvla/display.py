@@ -81,6 +81,28 @@ def comparison(result: Comparison) -> dict[str, Any]:
     return {"a": result.a, "b": result.b, "same initial states": rows}
 
 
+def run(result: dict[str, Any]) -> dict[str, Any]:
+    """What a person wants to know of a run on a robot."""
+    rows = [
+        {
+            "ended": summary.ended,
+            "seconds": summary.seconds,
+            "actions": summary.played,
+            "gaps": summary.gaps,
+            "idle s": summary.idle_s,
+            "overruns": summary.overruns,
+            "latency ms (p50, p99)": (
+                "-" if summary.latency_ms is None else f"{summary.latency_ms.p50:.1f}, {summary.latency_ms.p99:.1f}"
+            ),
+            "clipped": sum(summary.clipped.values()),
+        }
+        for summary in result["episodes"]
+    ]
+    plan = result["episodes"][0].plan
+    proof = f"no gap while answers take up to {plan.tolerated_ms:.0f} ms" if plan.proven else "not proven"
+    return {**result, "plan": f"ask {plan.replan} actions in; {proof}", "episodes": rows}
+
+
 def checkup(result: Checkup) -> dict[str, Any]:
     """What a person wants to know of a dataset's check."""
     return {

@@ -172,6 +172,8 @@ def _play_golden(
         chunk = policy.act(observation)
         tensors[f"golden.{index}.state"] = np.asarray(observation["state"], dtype=np.float32)
         tensors[f"golden.{index}.chunk"] = chunk
+        if policy.max_prefix:
+            tensors[f"golden.{index}.continued"] = policy.act(observation, prefix=chunk[: policy.max_prefix])
         for camera, image in observation["images"].items():
             tensors[f"golden.{index}.image.{camera}"] = image
         if compare and expected is not None:

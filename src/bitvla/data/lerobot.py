@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import av
 import numpy as np
@@ -64,7 +64,10 @@ class Episode:
 
 
 class LeRobotWriter:
-    """Appends batches of episodes to a dataset. `vectors` gives the names of each vector feature's dimensions."""
+    """Appends batches of episodes to a dataset. `vectors` gives the names of each vector feature's dimensions.
+
+    `lossless` videos hold every pixel as it was, in about ten times the space.
+    """
 
     def __init__(
         self,
@@ -74,9 +77,13 @@ class LeRobotWriter:
         fps: float,
         cameras: Mapping[str, tuple[int, int]],
         vectors: Mapping[str, Sequence[str]],
+        lossless: bool = False,
     ) -> None:
-        self.root, self.fps = Path(root), fps
-        images = {IMAGE_PREFIX + name: _video_feature(height, width, fps) for name, (height, width) in cameras.items()}
+        self.root, self.fps, self._coding = Path(root), fps, _LOSSLESS if lossless else _SMALL
+        images = {
+            IMAGE_PREFIX + name: _video_feature(height, width, fps, self._coding)
+            for name, (height, width) in cameras.items()
+        }
         values = {
             key: {"dtype": "float32", "shape": [len(names)], "names": list(names)} for key, names in vectors.items()
         }
@@ -127,7 +134,7 @@ class LeRobotWriter:
             if feature["dtype"] == "video":
                 path = self.root / _VIDEO_PATH.format(video_key=key, **place)
                 camera = key.removeprefix(IMAGE_PREFIX)
-                _write_video(path, (frame for e in episodes for frame in e.images[camera]), self.fps)
+                _write_video(path, (frame for e in episodes for frame in e.images[camera]), self.fps, self._coding)
         _write_table(self.root / _DATA_PATH.format(**place), self._frame_table(episodes, tasks))
         _write_table(self.root / _EPISODES_PATH.format(**place), pd.DataFrame(rows))
         _write_table(
@@ -213,10 +220,10 @@ class LeRobotDataset:
             raise BitvlaError(f"the dataset {self.root} holds no episode")
         self.episodes = read_episodes(self.root, self.info)
         self._frames = self._frame_table()
-        self.state = self._vectors("observation.state")
-        self.action = self._vectors("action")
+        self.state = self.vectors("observation.state")
+        self.action = self.vectors("action")
         key = "observation.environment_state"
-        self.environment_state = self._vectors(key) if key in self.features else None
+        self.environment_state = self.vectors(key) if key in self.features else None
         self.keypoints = self._keypoints("observation.keypoints")
         self.episode_index = self._frames["episode_index"].to_numpy()
         self.frame_index = self._frames["frame_index"].to_numpy()
@@ -293,7 +300,8 @@ class LeRobotDataset:
             raise BitvlaError(f"{self.root} has {len(table)} frames in its tables, info.json says {self.num_frames}")
         return table
 
-    def _vectors(self, key: str) -> NDArray[np.float32]:
+    def vectors(self, key: str) -> NDArray[np.float32]:
+        """A feature of every frame, float32 (N, n); BitvlaError where it is missing or not finite."""
         size = self.features.get(key, {}).get("shape", [0])[0]
         rows = self._frames.get(key, [])
         if len(rows) == 0 or not all(np.shape(row) == (size,) for row in rows):
@@ -308,7 +316,7 @@ class LeRobotDataset:
     def _keypoints(self, key: str) -> NDArray[np.float32] | None:
         if key not in self.features:
             return None
-        values = self._vectors(key)
+        values = self.vectors(key)
         if values.shape[1] % (2 * len(self.cameras)):
             raise BitvlaError(
                 f"'{key}' of {self.root} has {values.shape[1]} values; it must hold u and v of the same things in each "
@@ -325,12 +333,27 @@ class LeRobotDataset:
             expected = end
 
 
-def _video_feature(height: int, width: int, fps: float) -> dict[str, Any]:
+class _Coding(NamedTuple):
+    """How frames become a video: the encoder of H.264, its format and options, and the format that readers see."""
+
+    encoder: str
+    pix_fmt: str
+    options: dict[str, str]
+    seen_as: str
+
+
+# Half the colour would lose a marker of four pixels. A key frame every two frames, so that training tools can seek;
+# quality near the original.
+_SMALL = _Coding("libx264", "yuv444p", {"crf": "17", "g": "2", "preset": "veryfast"}, "yuv444p")
+_LOSSLESS = _Coding("libx264rgb", "rgb24", {"qp": "0", "g": "10", "preset": "ultrafast"}, "gbrp")
+
+
+def _video_feature(height: int, width: int, fps: float, coding: _Coding) -> dict[str, Any]:
     info = {
         "video.height": height,
         "video.width": width,
         "video.codec": "h264",
-        "video.pix_fmt": "yuv444p",
+        "video.pix_fmt": coding.seen_as,
         "video.is_depth_map": False,
         "video.fps": fps,
         "video.channels": 3,
@@ -340,18 +363,16 @@ def _video_feature(height: int, width: int, fps: float) -> dict[str, Any]:
     return {"dtype": "video", "shape": [height, width, 3], "names": names, "info": info}
 
 
-def _write_video(path: Path, frames: Iterator[NDArray[np.uint8]], fps: float) -> None:
+def _write_video(path: Path, frames: Iterator[NDArray[np.uint8]], fps: float, coding: _Coding) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".tmp.mp4")
     with av.open(str(temporary), "w") as container:
         stream: Any = None
         for frame in frames:
             if stream is None:
-                stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1000))
+                stream = container.add_stream(coding.encoder, rate=Fraction(fps).limit_denominator(1000))
                 stream.height, stream.width = frame.shape[:2]
-                stream.pix_fmt = "yuv444p"  # half the colour would lose a marker of four pixels
-                # A key frame every two frames, so that training tools can seek; quality near the original.
-                stream.options = {"crf": "17", "g": "2", "preset": "veryfast"}
+                stream.pix_fmt, stream.options = coding.pix_fmt, coding.options
             container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")))
         container.mux(stream.encode())
     os.replace(temporary, path)

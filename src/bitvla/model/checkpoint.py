@@ -33,14 +33,21 @@ def load_tokenizer(checkpoint: Path) -> Tokenizer:
 
 
 def load_network(checkpoint: Path, config: PolicyConfig | None = None) -> tuple[BitVLA, Prompt]:
-    """The network of a checkpoint (with another `precision` if `config` says so) and its prompt builder."""
+    """The network of a checkpoint and its prompt builder.
+
+    With another `precision` or a larger `max_prefix` if `config` says so; a projector of prefixes that the checkpoint
+    does not have begins at random.
+    """
     config = config or load_config(checkpoint)
     prompt = Prompt(config, load_tokenizer(checkpoint))
     network = BitVLA(config, prompt.image_id, prompt.proprio_id)
     weights = checkpoint / "model.safetensors"
     if not weights.is_file():
         raise BitvlaError(f"{checkpoint} has no model.safetensors: the training run has not saved a checkpoint yet")
-    missing, unexpected = network.load_state_dict(load_file(weights), strict=False)
+    stored = load_file(weights)
+    if load_config(checkpoint).action.max_prefix == 0:
+        stored = {k: v for k, v in network.state_dict().items() if k.startswith("prefix_projector.")} | stored
+    missing, unexpected = network.load_state_dict(stored, strict=False)
     if missing or unexpected:
         raise BitvlaError(
             f"{weights} does not fit its configuration: missing {missing[:3]}, unexpected {unexpected[:3]}"

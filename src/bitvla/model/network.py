@@ -32,6 +32,8 @@ class Batch(NamedTuple):
     token_ids: Tensor  # int64 (B, S)
     padding: Tensor  # bool (B, S), True where padded
     state: Tensor  # float (B, state_dim), normalised
+    prefix: Tensor  # float (B, max_prefix, dim), normalised: first actions of the chunk, where they are decided
+    decided: Tensor  # bool (B, max_prefix)
 
 
 class Output(NamedTuple):
@@ -182,6 +184,10 @@ class BitVLA(nn.Module):
         self.multi_modal_projector = Connector(config.vision, config.language)
         self.language_model = Decoder(config.language)
         self.proprio_projector = ProprioProjector(config.action, config.language)
+        if config.action.max_prefix:
+            self.prefix_projector = nn.Linear(
+                config.action.dim, config.action.slots_per_step * config.language.hidden_size
+            )
         self.action_head = ActionHead(config.action, config.language)
         self.apply(_initialize)
         if config.precision == "ternary":
@@ -194,7 +200,13 @@ class BitVLA(nn.Module):
         images = self.multi_modal_projector(vision_states[-1]).reshape(len(batch.state), -1)
 
         embeddings = self.language_model.model.embed_tokens(batch.token_ids)
-        embeddings[:, -1 - action.num_slots : -1] = 0  # slots: told apart by position alone
+        slots = embeddings[:, -1 - action.num_slots : -1]
+        slots[:] = 0  # told apart by position alone
+        if action.max_prefix:  # decided actions stand in the slots of their steps
+            given = self.prefix_projector(batch.prefix) * batch.decided[..., None]
+            slots[:, : action.max_prefix * action.slots_per_step] = given.reshape(len(given), -1, slots.shape[-1]).to(
+                slots.dtype
+            )
         is_image = (batch.token_ids == self.image_id)[..., None]
         is_proprio = (batch.token_ids == self.proprio_id)[..., None]
         embeddings = embeddings.masked_scatter(is_image, images.to(embeddings.dtype))
@@ -203,8 +215,8 @@ class BitVLA(nn.Module):
 
         decoder_states = self.language_model(embeddings, batch.padding)
         # The state that answers a slot stands one position before it, as in the reference.
-        slots = decoder_states[-1][:, -2 - action.num_slots : -2]
-        actions = self.action_head(slots.reshape(len(batch.state), action.horizon, -1))
+        answers = decoder_states[-1][:, -2 - action.num_slots : -2]
+        actions = self.action_head(answers.reshape(len(batch.state), action.horizon, -1))
         proprio_state = (decoder_states[-1] * is_proprio).sum(1)
         return Output(actions, vision_states, decoder_states, proprio_state)
 

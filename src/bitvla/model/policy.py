@@ -14,7 +14,7 @@ from bitvla.model.network import Batch, BitVLA
 from bitvla.processing.images import crop_resized, to_pixels
 from bitvla.processing.observation import check_observation
 from bitvla.processing.prompt import Prompt
-from bitvla.processing.vectors import normalize, robot_actions
+from bitvla.processing.vectors import check_prefix, network_actions, normalize, robot_actions
 
 
 class TorchPolicy:
@@ -30,6 +30,11 @@ class TorchPolicy:
         if threads is not None:
             torch.set_num_threads(threads)
         return cls(*load_network(Path(checkpoint)))
+
+    @property
+    def max_prefix(self) -> int:
+        """The most actions that `prefix` of `act` may hold."""
+        return self.config.action.max_prefix
 
     def reset(self) -> None:
         """Start a new episode. The network has no memory, so there is nothing to forget."""
@@ -47,10 +52,12 @@ class TorchPolicy:
         }
 
     @torch.inference_mode()
-    def act(self, observation: object) -> NDArray[np.float32]:
-        """Observation -> chunk, float32 (horizon, dim) in the robot's units."""
-        seen = check_observation(observation, self.config)
-        processing = self.config.processing
+    def act(self, observation: object, prefix: object = None) -> NDArray[np.float32]:
+        """Observation -> chunk, float32 (horizon, dim) in the robot's units. `prefix`: as of `bitvla.load(...).act`."""
+        seen, given = check_observation(observation, self.config), check_prefix(prefix, self.config)
+        processing, action = self.config.processing, self.config.action
+        padded = np.zeros((1, action.max_prefix, action.dim), np.float32)
+        padded[0, : len(given)] = network_actions(given, processing)
         views = [
             to_pixels(crop_resized(image, processing.image, self.config.vision.image_size), processing.image)
             for image in seen.images
@@ -61,5 +68,9 @@ class TorchPolicy:
             token_ids=token_ids,
             padding=torch.zeros_like(token_ids, dtype=torch.bool),
             state=torch.from_numpy(normalize(seen.state, processing.state))[None],
+            prefix=torch.from_numpy(padded),
+            decided=torch.arange(action.max_prefix)[None] < len(given),
         )
-        return robot_actions(self._network(batch).actions[0].numpy(), processing)
+        chunk = robot_actions(self._network(batch).actions[0].numpy(), processing)
+        chunk[: len(given)] = given
+        return chunk

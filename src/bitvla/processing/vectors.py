@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from bitvla.config import ProcessingConfig, Statistics
+from bitvla.config import PolicyConfig, ProcessingConfig, Statistics
 from bitvla.errors import BitvlaError
 
 _EPSILON = np.float32(1e-8)
@@ -51,6 +51,46 @@ def robot_actions(outputs: NDArray[np.float32], processing: ProcessingConfig) ->
     if processing.gripper == "libero":
         actions[..., -1] = -np.sign(2 * actions[..., -1] - 1)
     return actions
+
+
+def check_prefix(prefix: object, config: PolicyConfig) -> NDArray[np.float32]:
+    """Return decided actions as float32 (n, dim), n <= max_prefix, in the robot's units; otherwise BitvlaError.
+
+    None is no action, and is all that a policy takes which was not trained for a prefix.
+    """
+    most, dim = config.action.max_prefix, config.action.dim
+    try:
+        actions = np.asarray(np.empty((0, dim)) if prefix is None else prefix, dtype=np.float32)
+    except (TypeError, ValueError, OverflowError):
+        raise BitvlaError(f"the prefix is not an array of actions: {prefix!r}"[:200]) from None
+    if actions.ndim != 2 or actions.shape[1] != dim:
+        raise BitvlaError(f"the prefix has shape {actions.shape}; the policy needs (n, {dim}), a row an action")
+    if len(actions) > most:
+        raise BitvlaError(
+            f"a prefix of {len(actions)} actions is given, the policy takes up to {most}"
+            + ("" if most else ": it was not trained to continue decided actions (max_prefix)")
+        )
+    if not np.isfinite(actions).all():
+        raise BitvlaError("the prefix holds a value that is not finite; refusing to continue it")
+    return actions
+
+
+def network_actions(actions: NDArray[np.float32], processing: ProcessingConfig) -> NDArray[np.float32]:
+    """Actions (..., n) in the robot's units -> as the network gives them: the inverse of `robot_actions`."""
+    if processing.gripper == "libero":
+        actions = actions.copy()
+        actions[..., -1] = (1 - actions[..., -1]) / 2
+    return normalize(actions, processing.action)
+
+
+def action_range(processing: ProcessingConfig) -> dict[str, list[float]]:
+    """Bounds of the training actions in the robot's units: {"low", "high"}; infinite where they are not known."""
+    statistics = processing.action
+    low = np.where(statistics.mask, statistics.low, -np.inf)
+    high = np.where(statistics.mask, statistics.high, np.inf)
+    if processing.gripper == "libero":
+        low[-1], high[-1] = -1, 1
+    return {"low": low.tolist(), "high": high.tolist()}
 
 
 def _bounds(statistics: Statistics) -> tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.bool_]]:

@@ -15,6 +15,7 @@ PARTS = {
     "embeddings": "language_model.model.embed_tokens.",
     "decoder": "language_model.",
     "proprio": "proprio_projector.",
+    "prefix": "prefix_projector.",
     "head": "action_head.",
     "golden traces": "golden.",
 }

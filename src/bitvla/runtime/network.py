@@ -297,6 +297,7 @@ class Network:
 
         self.decoder = Decoder(config.language, bundle, self.workspace)
         self.proprio_projector = [linear(f"proprio_projector.fc{index}") for index in (1, 2)]
+        self.prefix_projector = linear("prefix_projector") if config.action.max_prefix else None
         head = "action_head.model."
         self.head_norms = [norm(f"{head}layer_norm{index}") for index in (1, 2)]
         self.head_layers = [linear(f"{head}fc{index}") for index in (1, 2)]
@@ -364,9 +365,10 @@ class Network:
         native.gelu_quantize(up, True, *wide)
         _ternary(wide, layer.fc2, x, accumulate=True)
 
-    def think(self, sequence: Plan, features: Floats, state: Floats) -> Floats:
-        """Image tokens and a normalised state (state_dim,) -> final hidden states at the answers (slots, H)."""
-        return self.decoder.run(self._embed(sequence, features, state), sequence.answers, record=self.record)
+    def think(self, sequence: Plan, features: Floats, state: Floats, prefix: Floats | None = None) -> Floats:
+        """Image tokens, a normalised state (state_dim,) and the normalised actions (n, dim) that are decided already
+        -> final hidden states at the answers (slots, H)."""
+        return self.decoder.run(self._embed(sequence, features, state, prefix), sequence.answers, record=self.record)
 
     def act(self, answers: Floats) -> Floats:
         """Final hidden states (slots, H) -> normalised actions (horizon, dim), a new array."""
@@ -390,12 +392,18 @@ class Network:
         self.head_layers[1].apply(normed, actions)
         return actions
 
-    def _embed(self, sequence: Plan, features: Floats, state: Floats) -> Floats:
+    def _embed(self, sequence: Plan, features: Floats, state: Floats, prefix: Floats | None) -> Floats:
         x = self.workspace.floats("x", sequence.length, self.config.language.hidden_size)
         x[sequence.text_positions] = sequence.text
         x[sequence.image_positions] = features
         x[sequence.proprio_positions] = self._gelu_mlp(state[None], self.proprio_projector, "proprio")
-        x[sequence.slots] = 0
+        slots = x[sequence.slots]
+        slots[:] = 0
+        if (
+            self.prefix_projector and prefix is not None and len(prefix)
+        ):  # decided actions stand in the slots of their steps
+            steps = slots.reshape(self.config.action.horizon, -1)
+            self.prefix_projector.apply(prefix, steps[: len(prefix)])
         return x
 
     def _gelu_mlp(self, x: Floats, layers: list[Linear], name: str) -> Floats:

@@ -17,7 +17,7 @@ from bitvla.errors import BitvlaError
 from bitvla.processing.images import crop_resized, to_patches, to_pixels
 from bitvla.processing.observation import check_observation
 from bitvla.processing.prompt import Prompt
-from bitvla.processing.vectors import normalize, robot_actions
+from bitvla.processing.vectors import action_range, check_prefix, network_actions, normalize, robot_actions
 from bitvla.runtime.inspect import bytes_by_part
 from bitvla.runtime.machine import give_back_memory
 from bitvla.runtime.network import Network, Plan
@@ -57,23 +57,32 @@ class Policy:
             native.set_num_threads(threads)
         return cls(read(path))
 
-    def act(self, observation: object) -> NDArray[np.float32]:
+    @property
+    def max_prefix(self) -> int:
+        """The most actions that `prefix` of `act` may hold; 0 if the policy was not trained for any."""
+        return self.config.action.max_prefix
+
+    def act(self, observation: object, prefix: object = None) -> NDArray[np.float32]:
         """The chunk for an observation: float32 (horizon, action_dim), in the robot's own units.
 
         `observation` is {"images": {camera: uint8 (height, width, 3) RGB}, "state": float (state_dim,) in the robot's
-        units, "instruction": str}. Raises BitvlaError, and never acts, on anything missing, unknown or unusable.
+        units, "instruction": str}. `prefix`, float (n, action_dim) with n <= max_prefix, are the first actions of the
+        chunk where those are decided already, in the robot's units; the rest continues them (real-time chunking).
+        Raises BitvlaError, and never acts, on anything missing, unknown or unusable.
         """
         times = [time.perf_counter()]
+        given = check_prefix(prefix, self.config)
         patches, sequence, state = self._preprocess(observation)
         times.append(time.perf_counter())
         features = self.network.see(patches)
         times.append(time.perf_counter())
-        answers = self.network.think(sequence, features, state)
+        answers = self.network.think(sequence, features, state, network_actions(given, self.config.processing))
         times.append(time.perf_counter())
         actions = self.network.act(answers)
         if not np.isfinite(actions).all():
             raise BitvlaError("the network answered with a value that is not finite; check the file: bitvla verify")
         chunk = robot_actions(actions, self.config.processing)
+        chunk[: len(given)] = given
         times.append(time.perf_counter())
         self.timings = {part: 1e3 * (times[i + 1] - times[i]) for i, part in enumerate(PARTS)}
         return chunk
@@ -91,8 +100,10 @@ class Policy:
             "cameras": [to_dict(camera) for camera in processing.cameras],
             "state": {"names": list(processing.state.names), "units": list(processing.state.units)},
             "action": {"names": list(processing.action.names), "units": list(processing.action.units)},
+            "action_range": action_range(processing),
             "control_hz": processing.control_hz,
             "horizon": action.horizon,
+            "max_prefix": action.max_prefix,
             "execute_horizon": processing.execute_horizon,
             "precision": self.config.precision,
             "instruction_set": native.isa(),

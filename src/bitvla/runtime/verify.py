@@ -94,7 +94,7 @@ def _replaying(config: PolicyConfig) -> list[str]:
 
 
 def golden_traces(bundle: Bundle[PolicyConfig]) -> Iterator[tuple[dict[str, Any], np.ndarray]]:
-    """The golden observations of a policy file, each with the chunk that must come out."""
+    """The golden observations of a policy file, each with the chunk that must come out (without a prefix)."""
     for index, instruction in enumerate(bundle.document.golden):
         images = {
             camera.name: bundle.tensors[f"golden.{index}.image.{camera.name}"]
@@ -182,7 +182,13 @@ def _golden(policy: Policy, isa: str, threads: int) -> str:
 
 def _replay(policy: Policy, threads: int) -> None:
     for index, (observation, expected) in enumerate(golden_traces(policy.bundle)):
-        chunk = policy.act(observation)
-        if chunk.tobytes() != expected.tobytes():
-            error = np.abs(chunk - expected).max()
-            raise BitvlaError(f"trace {index} differs by up to {error:.3g} on {threads} threads")
+        prefixes: list[Any] = [None, expected[: policy.max_prefix]]
+        answers = [expected, policy.bundle.tensors.get(f"golden.{index}.continued")]
+        for prefix, answer in zip(prefixes, answers, strict=True):
+            if answer is None:
+                continue
+            chunk = policy.act(observation, prefix=prefix)
+            if chunk.tobytes() != answer.tobytes():
+                error = np.abs(chunk - answer).max()
+                continued = "" if prefix is None else ", continued,"
+                raise BitvlaError(f"trace {index}{continued} differs by up to {error:.3g} on {threads} threads")

@@ -21,7 +21,12 @@ from bitvla.serve.arrays import pack, unpack
 RESET = {"bitvla": "reset"}
 _RETRY_SECONDS = 0.05  # between two tries to connect
 _MAX_REPLY = 1 << 22  # bytes
-_MAY_CHANGE = ("server", "name", "sha256")  # of what a server tells, when it comes back or loads another policy
+_MAY_CHANGE = (
+    "server",
+    "name",
+    "sha256",
+    "action_range",
+)  # of what a server tells, when it comes back or loads another policy
 
 
 class _LostError(Exception):
@@ -45,12 +50,18 @@ class RemotePolicy:
         self._info: dict[str, Any] = {}
         self._call(None)
 
-    def act(self, observation: dict[str, Any]) -> NDArray[np.float32]:
+    @property
+    def max_prefix(self) -> int:
+        """The most actions that `prefix` of `act` may hold."""
+        return int(self._info.get("max_prefix", 0))
+
+    def act(self, observation: dict[str, Any], prefix: NDArray[np.float32] | None = None) -> NDArray[np.float32]:
         """The chunk for an observation, float32 (horizon, action_dim): see `bitvla.runtime.policy.Policy.act`.
 
         Raises BitvlaError when the policy refuses the observation, or when no answer came in time.
         """
-        actions = self._call(pack(observation)).get("actions")
+        request = observation if prefix is None else {**observation, "prefix": prefix}
+        actions = self._call(pack(request)).get("actions")
         shape = (self._info["horizon"], len(self._info["action"]["names"]))
         if not isinstance(actions, np.ndarray) or actions.shape != shape or not np.isfinite(actions).all():
             self._drop()

@@ -29,11 +29,13 @@ _IDLE_SECONDS = 5.0  # after which a robot that has no connection to lose may lo
 
 
 class Policy(Protocol):
-    """All that a server knows of a policy. Each call of `act` stands alone, so sessions can share it."""
+    """All that a server knows of a policy. Each call of `act` stands alone, so sessions can share it.
+
+    One whose config has a `max_prefix` takes act(observation, prefix=...) too."""
 
     config: PolicyConfig
 
-    def act(self, observation: Observation) -> NDArray[np.float32]: ...
+    def act(self, observation: Observation, /) -> NDArray[np.float32]: ...
 
     def info(self) -> dict[str, Any]: ...
 
@@ -56,6 +58,7 @@ class Answer(NamedTuple):
 
 class _Request(NamedTuple):
     observation: Observation
+    prefix: Any
     arrived: float
     answer: asyncio.Future[Answer]
 
@@ -69,8 +72,8 @@ class Session:
         self._engine = engine
         self._waiting: _Request | None = None
 
-    async def act(self, observation: Observation) -> Answer:
-        """The answer of the policy.
+    async def act(self, observation: Observation, prefix: Any = None) -> Answer:
+        """The answer of the policy; `prefix` are actions that are decided already, for those that can continue them.
 
         Raises:
             SupersededError: `act` or `reset` was called again on this session before this call's turn came.
@@ -78,7 +81,7 @@ class Session:
             BitvlaError: the policy refused the observation.
         """
         self.touch()
-        request = _Request(observation, self.used, asyncio.get_running_loop().create_future())
+        request = _Request(observation, prefix, self.used, asyncio.get_running_loop().create_future())
         self._engine.enqueue(self, request)
         return await request.answer
 
@@ -271,7 +274,8 @@ class Engine:
                 continue
             started = time.monotonic()
             try:
-                chunk = await self._work(partial(self.policy.act, request.observation))
+                given = {} if request.prefix is None else {"prefix": request.prefix}
+                chunk = await self._work(partial(self.policy.act, request.observation, **given))
             except Exception as error:  # BitvlaError, or a fault of the policy: `request` logs either
                 if not request.answer.done():
                     request.answer.set_exception(error)
@@ -324,6 +328,7 @@ def interface(config: PolicyConfig) -> dict[str, Any]:
         "action": _names(processing.action),
         "control_hz": processing.control_hz,
         "horizon": config.action.horizon,
+        "max_prefix": config.action.max_prefix,
         "execute_horizon": processing.execute_horizon,
         "gripper": processing.gripper,
         "rotate180": processing.image.rotate180,

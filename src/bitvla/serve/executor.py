@@ -1,6 +1,6 @@
 """Plays chunks of actions at the control rate while the next chunk is computed.
 
-    executor = Executor(policy, robot, settings_for(policy.config.processing, actions), log="run.jsonl")
+    executor = Executor(policy, robot, settings_for(policy.info(), actions), log="run.jsonl")
     summary = executor.run(steps=400)
 
 Before anything moves it measures the policy and proves that actions cannot run out (`schedule.prove`). In each control
@@ -151,6 +151,26 @@ def ask(policy: Any, request: Request) -> Any:
         return error
 
 
+class Recorder(Protocol):
+    """Is told of a whole run, while it happens and in the thread that controls the robot: must be quick."""
+
+    def asked(self, request: Request) -> None:
+        """The policy was asked."""
+        ...
+
+    def answered(self, chunk: Chunk, latency: int) -> None:
+        """Its chunk is in use now, `latency` nanoseconds after looking."""
+        ...
+
+    def commanded(self, observation: dict[str, Any], planned: Action, step: Step) -> None:
+        """A command was sent: the last observation before it, what was planned before the guard, and the log's line."""
+        ...
+
+    def ended(self, summary: Summary) -> None:
+        """The run is over."""
+        ...
+
+
 class Distribution(Record, frozen=True, kw_only=True):
     """Percentiles of a quantity over the last steps of a run."""
 
@@ -218,6 +238,7 @@ class Executor:
         policy: anything with `act(observation) -> float (horizon, dim)` and `reset()`, local or remote.
         guard: looks at every observation and every action before the robot does.
         log: JSON lines: settings and plan, every chunk, every step, the summary.
+        recorder: is told all of that too, with an observation for every step (the robot is asked for it).
         plan: of an earlier run with the same policy; its latency is taken, and nothing is measured again.
         clock, worker: another time, another place to compute; for simulations and tests.
 
@@ -233,11 +254,12 @@ class Executor:
         *,
         guard: Guard | None = None,
         log: str | Path | None = None,
+        recorder: Recorder | None = None,
         plan: Plan | None = None,
         clock: Clock | None = None,
         worker: Worker | None = None,
     ) -> None:
-        self._policy, self._robot, self._guard = policy, robot, guard
+        self._policy, self._robot, self._guard, self._recorder = policy, robot, guard, recorder
         self._settings = check(settings)
         self._plan = plan
         self._clock = clock or RealClock()
@@ -249,6 +271,7 @@ class Executor:
         self._step = 0
         self._last: Action | None = None
         self._still_since: int | None = None
+        self._seen: dict[str, Any] | None = None  # the observation since the last command, if there was one
 
     def stop(self) -> None:
         """End the run at its next step; may be called from any thread."""
@@ -278,6 +301,8 @@ class Executor:
             finally:
                 summary = self._journal.close(ended, self._guard)
                 self._worker.close()
+                if self._recorder and summary:
+                    self._recorder.ended(summary)
         assert summary is not None  # only a run that failed before it began has none
         return summary
 
@@ -348,7 +373,7 @@ class Executor:
         return newest is None or self._step - newest.anchor >= self._pace.replan
 
     def _ask(self, now: int) -> None:
-        observation = self._robot.observe()
+        self._seen = observation = self._robot.observe()
         if self._guard:
             self._guard.observe(observation)
         prefix = None
@@ -356,6 +381,8 @@ class Executor:
             longest = min(self._pace.delay, self._policy.max_prefix)  # type: ignore[attr-defined]
             prefix = self._timeline.prefix(self._step, longest)
         self._pending = self._submit(now, observation, prefix)
+        if self._recorder:
+            self._recorder.asked(self._pending)
 
     def _submit(self, now: int, observation: dict[str, Any], prefix: Action | None) -> Request:
         self._requests += 1
@@ -381,6 +408,8 @@ class Executor:
         chunk = Chunk(asked.id, anchor, actions, asked.observed, frozen)
         self._timeline.add(chunk)
         self._journal.chunk(chunk, latency)
+        if self._recorder:
+            self._recorder.answered(chunk, latency)
 
     def _command(self, now: int, due: int) -> bool:
         """Send the action of this step, or hold; True when the robot is done."""
@@ -390,19 +419,20 @@ class Executor:
             self._check_still(now)
             if self._last is None:
                 return False  # nothing has moved yet, so there is nothing to hold
-            action = self._hold()
+            wanted = action = self._hold()
             if self._guard:
                 self._guard.rest()
         else:
             self._still_since = None
-            action, sources = planned
-            if self._guard:
-                action = self._guard(action)
+            wanted, sources = planned
+            action = self._guard(wanted) if self._guard else wanted
+        if self._recorder and self._seen is None:
+            self._seen = self._robot.observe()
         self._last = action  # before it is sent: an interruption while sending must be followed by the last command
         done = bool(self._robot.step(action))
         newest = self._timeline.newest
         assert newest is not None
-        self._journal.step(
+        line = self._journal.step(
             now=now,
             kind="play" if sources else "wait" if self._settings.synchronous else "hold",
             step=self._step,
@@ -413,6 +443,9 @@ class Executor:
             slack=due - self._clock.now(),
             period=self._pace.period,
         )
+        if self._recorder and self._seen is not None:
+            self._recorder.commanded(self._seen, wanted, line)
+        self._seen = None
         self._step += bool(sources)
         return done
 
@@ -502,7 +535,7 @@ class _Journal:
         age: int,
         slack: int,
         period: int,
-    ) -> None:
+    ) -> Step:
         counts, kept = self._counts, self._kept
         change, jerk = self._differences(action)
         seam = bool(sources) and sources[-1].chunk != self._chunk
@@ -517,21 +550,21 @@ class _Journal:
         if sources:
             kept["age_ms"].append(age / 1e6)
             kept["seam" if seam else "inside"].append(change)
-        self._write(
-            Step(
-                time_ms=(now - self._start) / 1e6,
-                kind=kind,
-                step=step,
-                action=tuple(action.tolist()),
-                sources=sources,
-                queue=queue,
-                age_ms=age / 1e6,
-                slack_ms=slack / 1e6,
-                change=change,
-                jerk=jerk,
-                seam=seam,
-            )
+        line = Step(
+            time_ms=(now - self._start) / 1e6,
+            kind=kind,
+            step=step,
+            action=tuple(action.tolist()),
+            sources=sources,
+            queue=queue,
+            age_ms=age / 1e6,
+            slack_ms=slack / 1e6,
+            change=change,
+            jerk=jerk,
+            seam=seam,
         )
+        self._write(line)
+        return line
 
     def _differences(self, action: Action) -> tuple[float, float]:
         """Norms of the first and second difference of motion; before the first action the robot stood still."""

@@ -26,14 +26,14 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from bitvla.config import ProcessingConfig, Record, load_toml
+from bitvla.config import Record, load_toml
 from bitvla.errors import BitvlaError
 from bitvla.serve.schedule import Kind
 
@@ -73,17 +73,20 @@ def load_limits(path: Path) -> Limits:
     return load_toml(Limits, path)
 
 
-def limits_from(processing: ProcessingConfig, actions: Sequence[Kind], margin: float = 0.1) -> Limits:
-    """The range of the training actions, widened by `margin` of its span on both sides. Knows neither workspace nor
-    jerk: statistics do not tell which state an action moves."""
-    statistics = processing.action
-    if len(actions) != len(statistics.names):
-        raise BitvlaError(f"{len(actions)} kinds of action are given, the policy has {len(statistics.names)} values")
+def limits_from(info: Mapping[str, Any], actions: Sequence[Kind], margin: float = 0.1) -> Limits:
+    """The range of the training actions that `policy.info()` tells, widened by `margin` of its span on both sides.
+
+    Knows neither workspace nor jerk: statistics do not tell which state an action moves.
+    """
+    names, trained = info["action"]["names"], info.get("action_range")
+    if trained is None:
+        raise BitvlaError("the server does not tell the range of the training actions; give the limits in a file")
+    if len(actions) != len(names):
+        raise BitvlaError(f"{len(actions)} kinds of action are given, the policy has {len(names)} values")
     axes = []
-    for index, kind in enumerate(actions):
-        low, high = statistics.low[index], statistics.high[index]
-        room = margin * (high - low) if statistics.mask[index] else math.inf
-        axes.append(Axis(name=statistics.names[index], kind=kind, low=low - room, high=high + room))
+    for name, kind, low, high in zip(names, actions, trained["low"], trained["high"], strict=True):
+        room = margin * (high - low) if math.isfinite(high - low) else 0.0
+        axes.append(Axis(name=name, kind=kind, low=low - room, high=high + room))
     return Limits(axes=tuple(axes))
 
 

@@ -2,7 +2,8 @@
 
 A request is an observation with any of the keys below, flat or nested; so the observation of `bitvla.load(...).act` is
 one as it is. The reply holds "actions", float32 (horizon, action_dim), and "server_timing" in milliseconds. What went
-wrong is a text frame, as openpi's clients expect. One addition of ours: {"bitvla": "reset"} begins a new episode.
+wrong is a text frame, as openpi's clients expect. Two additions of ours: {"bitvla": "reset"} begins a new episode, and
+"prefix" beside an observation holds actions that are decided already.
 """
 
 from __future__ import annotations
@@ -129,7 +130,8 @@ class OpenPi:
         if request == RESET:
             session.reset()
             return RESET
-        answer = await session.act(self._keys.observation(request))
+        prefix = request.pop("prefix", None) if isinstance(request, dict) else None
+        answer = await session.act(self._keys.observation(request), prefix)
         return {
             "actions": answer.chunk,
             "server_timing": {"infer_ms": answer.inference_ms, "wait_ms": answer.wait_ms},
@@ -142,6 +144,7 @@ class OpenPi:
             "server": f"bitvla {__version__}",
             "name": policy.config.name,
             "sha256": info.get("sha256"),
+            "action_range": info.get("action_range"),
             **interface(policy.config),
         }
 

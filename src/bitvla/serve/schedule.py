@@ -23,10 +23,10 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Sequence
-from typing import Literal
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
 
-from bitvla.config import ProcessingConfig, Record
+from bitvla.config import Record
 from bitvla.errors import BitvlaError
 from bitvla.serve.joining import Joining, RealTimeChunking, Replace
 
@@ -96,10 +96,10 @@ class Plan(Record, frozen=True, kw_only=True, forbid_unknown_fields=True):
     proven: bool
 
 
-def settings_for(processing: ProcessingConfig, actions: Sequence[Kind], **changes: object) -> Settings:
-    """Settings with the control rate of a policy file, and its execute_horizon as `replan_every`."""
-    known = {"control_hz": processing.control_hz, "replan_every": processing.execute_horizon}
-    return Settings(**{**known, "actions": tuple(actions), **changes})  # type: ignore[arg-type]
+def settings_for(info: Mapping[str, Any], actions: Sequence[Kind], **changes: object) -> Settings:
+    """Settings with the control rate that `policy.info()` tells, and its execute_horizon as `replan_every`."""
+    known = {"control_hz": info["control_hz"], "replan_every": info["execute_horizon"]}
+    return Settings(**{**known, "actions": tuple(actions), **changes})
 
 
 def check(settings: Settings) -> Settings:

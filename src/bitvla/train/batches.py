@@ -33,7 +33,7 @@ class Window(NamedTuple):
 
     inputs: Batch
     actions: Tensor  # float (B, horizon, dim), normalised
-    valid: Tensor  # bool (B, horizon): False past the end of the episode
+    valid: Tensor  # bool (B, horizon): False past the end of the episode, and where actions are given as decided
     auxiliary: Tensor  # float (B, E): standardised privileged state, E may be 0
     keypoints: Tensor  # float (B, V, K, 2): where things are in the network's images, K may be 0
 
@@ -50,12 +50,14 @@ class Windows(Dataset[Window]):
         batch_size: int,
         seed: int,
         augmentation: Augmentation | None,
+        prefix_dropout: float = 1.0,
         split: str = "train",
         balance_tasks: bool = False,
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
         self._config, self._augmentation, self._seed = config, augmentation, seed
+        self._prefix_dropout = prefix_dropout
         self._batch_size, self._rank, self._world_size = batch_size, rank, world_size
         self._images = [dataset.images(camera.name) for camera in config.processing.cameras]
         self._state = normalize(dataset.state, config.processing.state)
@@ -96,20 +98,32 @@ class Windows(Dataset[Window]):
         episode = self._episode[frames]
         ends = self._episode_end[episode][:, None]
         steps = frames[:, None] + np.arange(horizon)
+        actions = torch.from_numpy(self._actions[np.minimum(steps, ends - 1)])
+        decided = np.arange(horizon) < self._prefix_lengths(step)[share, None]
+        most = self._config.action.max_prefix
         token_ids = torch.from_numpy(self._token_ids[episode])
         inputs = Batch(
             pixels=torch.from_numpy(self._pixels(frames, changes)),
             token_ids=token_ids,
             padding=token_ids == self._pad_id,
             state=torch.from_numpy(self._state[frames]),
+            prefix=actions[:, :most],
+            decided=torch.from_numpy(decided[:, :most]),
         )
         return Window(
             inputs,
-            actions=torch.from_numpy(self._actions[np.minimum(steps, ends - 1)]),
-            valid=torch.from_numpy(steps < ends),
+            actions=actions,
+            valid=torch.from_numpy((steps < ends) & ~decided),
             auxiliary=torch.from_numpy(self._auxiliary[frames]),
             keypoints=torch.from_numpy(self._points(frames, changes)),
         )
+
+    def _prefix_lengths(self, step: int) -> NDArray[np.int64]:
+        """How many actions are given as decided in each window (B,) of the whole batch of `step`."""
+        random = np.random.default_rng([self._seed, step, 1])
+        lengths = random.integers(1, max(1, self._config.action.max_prefix) + 1, self._batch_size)
+        none = self._config.action.max_prefix == 0
+        return np.where(none | (random.random(self._batch_size) < self._prefix_dropout), 0, lengths)
 
     def _points(self, frames: NDArray[np.int64], changes: NDArray[np.float64]) -> NDArray[np.float32]:
         """Keypoints float32 (B, V, K, 2) where the crop of `_pixels` puts them; outside [0, 1) they are not seen."""

@@ -67,6 +67,10 @@ class TrainConfig(Record, frozen=True, kw_only=True, forbid_unknown_fields=True)
     mixed_precision: Literal["no", "bf16"] = "bf16"
     compile: bool = False
     alignment_weight: float = 0.1  # gamma of the paper: hidden states of student and teacher (distill)
+    # Real-time chunking: up to so many first actions of a window are given as decided (None: as the policy has it), in
+    # all windows but this share; the loss is over the others.
+    max_prefix: int | None = None
+    prefix_dropout: float = 0.5
     # Heads that are thrown away: privileged positions read from the proprio token, places in the image from patches.
     auxiliary_weight: float = 0.0
     keypoint_weight: float = 0.0
@@ -83,6 +87,8 @@ def load(path: Path) -> TrainConfig:
     for name in ("steps", "batch_size", "learning_rate", "log_every", "save_every", "gradient_accumulation"):
         if getattr(config, name) <= 0:
             raise BitvlaError(f"{path}: {name} must be positive, it is {getattr(config, name)}")
+    if not 0 <= config.prefix_dropout <= 1:
+        raise BitvlaError(f"{path}: prefix_dropout {config.prefix_dropout} is not a share from 0 to 1")
     return config
 
 

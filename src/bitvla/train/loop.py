@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.optim.swa_utils import AveragedModel
 
 import bitvla
-from bitvla.config import to_dict
+from bitvla.config import PolicyConfig, check, to_dict
 from bitvla.data.lerobot import LeRobotDataset
 from bitvla.errors import BitvlaError
 from bitvla.model.checkpoint import digest, golden_tensors, load_config, load_network, load_tokenizer, save_policy
@@ -169,12 +169,13 @@ class _Trainer:
     def _policy(self, start: Path | None, sentences: list[str] | None) -> tuple[BitVLA, Prompt, Tokenizer]:
         if start is not None:
             config = msgspec.structs.replace(load_config(start), precision=self.config.precision)
+            config = _with_prefix(config, self.config)
             _check_fits(config, self.dataset, start)
             network, prompt = load_network(start, config)
             return network, prompt, load_tokenizer(start)
         if self.config.policy is None:
             raise BitvlaError("the configuration has no [policy] section and no --init checkpoint gives one")
-        config = policy_config(self.config.policy, self.dataset, self.config.precision)
+        config = _with_prefix(policy_config(self.config.policy, self.dataset, self.config.precision), self.config)
         template = config.processing.prompt
         specials = [template.pad_token, "<|slot|>", template.image_token, template.proprio_token, template.stop_token]
         specials += [token for token in ("<|begin_of_text|>", "<|eot_id|>") if token in template.template]
@@ -211,6 +212,7 @@ class _Trainer:
             batch_size=self.config.batch_size,
             seed=self.config.seed,
             augmentation=self.config.augmentation if split == "train" else None,
+            prefix_dropout=self.config.prefix_dropout if split == "train" else 1.0,
             split=split,
             balance_tasks=self.config.balance_tasks,
             **shard,
@@ -422,6 +424,13 @@ def _learning_rate(step: int, config: TrainConfig) -> float:
 def _to(window: Window, device: torch.device) -> Window:
     inputs = type(window.inputs)(*(tensor.to(device) for tensor in window.inputs))
     return Window(inputs, *(tensor.to(device) for tensor in window[1:]))
+
+
+def _with_prefix(policy: PolicyConfig, config: TrainConfig) -> PolicyConfig:
+    if config.max_prefix is None:
+        return policy
+    action = msgspec.structs.replace(policy.action, max_prefix=config.max_prefix)
+    return check(msgspec.structs.replace(policy, action=action))
 
 
 def _check_fits(config: Any, dataset: LeRobotDataset, start: Path) -> None:
