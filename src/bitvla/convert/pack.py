@@ -157,7 +157,8 @@ def _play_golden(
     errors: list[tuple[float, float]] = []
     for index, (observation, expected) in enumerate(zip(golden.observations, golden.chunks, strict=True)):
         chunk = policy.act(observation)
-        tensors[f"golden.{index}.state"] = np.asarray(observation["state"], dtype=np.float32)
+        if "state" in observation:
+            tensors[f"golden.{index}.state"] = np.asarray(observation["state"], dtype=np.float32)
         tensors[f"golden.{index}.chunk"] = chunk
         for camera, image in observation["images"].items():
             tensors[f"golden.{index}.image.{camera}"] = image
