@@ -440,14 +440,15 @@ except BitvlaError as error:
 @pytest.mark.parametrize(
     ("call", "read_at_load", "said"),
     [
-        ("bundle.read(Path({path!r}))", 0, "its weights take 0."),  # mapped
-        ("bundle.read(Path({path!r}))", 1 << 30, "its weights take 0."),  # read
+        ("bundle.read(Path({path!r}))", 0, "its weights take 4."),  # mapped
+        ("bundle.read(Path({path!r}))", 1 << 30, "its weights take 4."),  # read
         ("Workspace().floats('up', 6912, 2560)", 0, "no memory for the buffer 'up' of 71 MB"),
     ],
 )
 def test_a_limit_of_memory_is_named(tmp_path: Path, call: str, read_at_load: int, said: str) -> None:
-    """`ulimit -v` just above what the process has already."""
-    path = pack_random(tmp_path, tiny_config())
+    """`ulimit -v` just above what the process has already; what the heap has left must not be enough."""
+    language = msgspec.structs.replace(tiny_config().language, vocab_size=20_000)
+    path = pack_random(tmp_path, tiny_config(language=language), matrix_dtype="F32")
     script = LIMITED.format(call=call.format(path=str(path)), read_at_load=read_at_load)
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert said in done.stdout, done.stdout + done.stderr

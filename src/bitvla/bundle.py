@@ -57,8 +57,9 @@ class TensorSpec(NamedTuple):
     """What a tensor is and its shape in a training checkpoint.
 
     ternary: a quantised linear layer. matrix: a linear layer that training keeps in full precision (connector,
-    projector, heads, at times the tower), stored by choice as float32, as bfloat16, or as int8 codes with a scale a row. embedding: of
-    tokens or patches, float32 with float32 matrices, else bfloat16. vector: norms, biases, positions, always float32.
+    projector, heads, at times the tower), stored by choice as float32, as bfloat16, or as int8 codes with a scale a
+    row. embedding: of tokens or patches, float32 with float32 matrices, else bfloat16. vector: norms, biases,
+    positions, always float32.
     """
 
     kind: _Kind

@@ -11,6 +11,7 @@ import argparse
 import contextlib
 import difflib
 import errno
+import math
 import os
 import sys
 import warnings
@@ -24,7 +25,7 @@ from bitvla.errors import BitvlaError
 
 STAGES = ("finetune", "distill")
 MATRICES: dict[str, Any] = {"float32": "F32", "bfloat16": "BF16", "int8": "I8"}
-KINDS = ("libero", "language", "language-bf16")
+KINDS = ("libero", "vision-language", "vision-language-bf16-tower", "pretrained", "language", "language-bf16")
 PROTOCOLS = ("openpi", "lerobot", "gr00t")
 GO_ON = "run the same command to go on where it stopped"
 NOTHING_LEFT = "nothing half-written was left behind"
@@ -87,6 +88,7 @@ def _pack(args: argparse.Namespace) -> Any:
             round_full_precision=args.round,
             views=args.views,
             statistics=args.statistics,
+            control_hz=args.control_hz,
             matrix_dtype=MATRICES.get(args.matrices),
             progress=progress,
         )
@@ -114,7 +116,14 @@ def _chat(args: argparse.Namespace) -> Any:
 
     sampler = Sampler(args.temperature, args.top_p, args.seed)
     run = chat.answer if args.json else chat.chat
-    return run(args.model, args.prompt, max_tokens=args.max_tokens, sampler=sampler, threads=args.threads)
+    return run(
+        args.model,
+        args.prompt,
+        images=args.image,
+        max_tokens=args.max_tokens,
+        sampler=sampler,
+        threads=args.threads,
+    )
 
 
 def _verify(args: argparse.Namespace) -> Any:
@@ -235,6 +244,16 @@ def _count(text: str) -> int:
     return int(text)
 
 
+def _rate(text: str) -> float:
+    try:
+        rate = float(text)
+    except ValueError:
+        rate = math.nan
+    if not 0 < rate < math.inf:
+        raise argparse.ArgumentTypeError(f"'{text}' is not a rate above 0")
+    return rate
+
+
 def _seed(text: str) -> int:
     if not text.isdecimal():
         raise argparse.ArgumentTypeError(f"'{text}' is not a whole number of at least 0")
@@ -333,7 +352,13 @@ def _add_making(add: _Add) -> None:
         "--views", type=_count, metavar="N", help="cameras that a published checkpoint was trained with (default: 2)"
     )
     pack.add_argument(
-        "--statistics", metavar="KEY", help="data set in dataset_statistics.json, where that holds several"
+        "--statistics",
+        metavar="KEY",
+        help="data set whose statistics to use, where a published checkpoint holds several; "
+        "for the pre-trained base model also a JSON file of them",
+    )
+    pack.add_argument(
+        "--control-hz", type=_rate, metavar="HZ", help="control rate of the robot of the pre-trained base model"
     )
     pack.add_argument(
         "--matrices",
@@ -352,7 +377,7 @@ def _add_making(add: _Add) -> None:
         choices=KINDS,
         default=KINDS[0],
         metavar="KIND",
-        help="a LIBERO fine-tune, or BitNet's language model, packed or in bfloat16: "
+        help="a LIBERO fine-tune, the base models it comes from, or BitNet's language model, packed or in bfloat16: "
         f"{' | '.join(KINDS)} (default: {KINDS[0]})",
     )
     make_checkpoint.add_argument("--reduced", action="store_true", help="small layers, published layout and tokens")
@@ -434,6 +459,14 @@ def _add_writing(add: _Add) -> None:
     )
     chat.add_argument("model", type=Path, metavar="MODEL", help="file of a language model, which `bitvla pack` wrote")
     chat.add_argument("--prompt", metavar="TEXT", help="what to answer (default: what is typed, turn after turn)")
+    chat.add_argument(
+        "--image",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="image that the (first) prompt is about, for a vision-language model; can be repeated",
+    )
     chat.add_argument("--max-tokens", type=_count, default=256, metavar="N", help="of an answer (default: 256)")
     chat.add_argument(
         "--temperature",

@@ -16,16 +16,18 @@ from bitvla.errors import BitvlaError
 _RESAMPLING = {"lanczos": Image.Resampling.LANCZOS, "bicubic": Image.Resampling.BICUBIC}
 
 
-def read_image(source: Path | bytes, name: str = "") -> NDArray[np.uint8]:
+def read_image(source: Path | bytes, name: str = "the image") -> NDArray[np.uint8]:
     """The image in a file, or in its bytes: uint8 (height, width, 3), RGB, turned as its EXIF data say.
 
-    BitvlaError, with the path or `name`, where there is none.
+    BitvlaError, with the path or the `name` of the bytes, where there is none.
     """
     try:
         with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as picture:
             return np.asarray(ImageOps.exif_transpose(picture).convert("RGB"))
     except Exception as error:  # each format's decoder has its own errors
-        raise BitvlaError(f"{name or source} cannot be read as an image: {error}") from None
+        raise BitvlaError(
+            f"{source if isinstance(source, Path) else name} cannot be read as an image: {error}"
+        ) from None
 
 
 def check_image(image: object, camera: Camera) -> NDArray[np.uint8]:

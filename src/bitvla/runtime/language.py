@@ -61,7 +61,7 @@ class LanguageModel:
         language, vision, workspace = self.config.language, self.config.vision, Workspace()
         self.decoder = Decoder(language, bundle, workspace)
         self.vision = VisionTower(vision, language.hidden_size, bundle, workspace) if vision else None
-        self.image_id = self._special(self.config.chat.image_token) if vision else None
+        self.image_id = self._special(self.config.chat.image_token) if vision else -1
         self.isa = choose_isa(self.parts)
         head = "model.embed_tokens" if self.config.tied else "lm_head"
         self._head = stored_linear(bundle.tensors, f"language_model.{head}")
@@ -194,7 +194,6 @@ class Conversation:
                 return
             if piece := text.step(self._model.tokenizer, chosen):  # None within a character of several bytes
                 yield piece
-
 
     def _next_logits(self) -> Floats:
         ids = self.ids[self._cache.length :]

@@ -443,9 +443,7 @@ class Network:
             self.head = ActionTokens(config.action, bundle, self.decoder)
         else:
             self.head = ActionHead(config.action, bundle, self.workspace)
-            self.proprio_projector = [
-                stored_linear(bundle.tensors, f"proprio_projector.fc{index}") for index in (1, 2)
-            ]
+            self.proprio_projector = [stored_linear(bundle.tensors, f"proprio_projector.fc{index}") for index in (1, 2)]
 
     @property
     def parts(self) -> list[VisionTower | Decoder | Linear]:
@@ -530,7 +528,7 @@ def _gelu_mlp(x: Floats, layers: list[Linear], workspace: Workspace, name: str) 
 def _project(x: Quantized | Floats, layer: Ternary | Linear, out: Floats, *, accumulate: bool = False) -> None:
     if isinstance(x, Quantized) and isinstance(layer, Ternary):
         _ternary(x, layer, out, accumulate=accumulate)
-    elif isinstance(layer, Linear):
+    elif isinstance(layer, Linear) and not isinstance(x, Quantized):
         layer.apply(x, out, accumulate=accumulate)
 
 
