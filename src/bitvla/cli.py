@@ -172,6 +172,26 @@ def _eval(args: argparse.Namespace) -> Any:
     return result if args.json is True else display.evaluation(result) | {"record": out}
 
 
+def _vqa(args: argparse.Namespace) -> Any:
+    from bitvla import display
+    from bitvla.evaluate.vqa import evaluate
+
+    default = Path("reports") / f"{args.model.stem}-{args.questions[0].stem}.json"
+    out = args.json if isinstance(args.json, Path) else default
+    with display.progress("asking") as progress:
+        result = evaluate(
+            args.model,
+            args.questions,
+            limit=args.limit,
+            max_tokens=args.max_tokens,
+            threads=args.threads,
+            resume=not args.restart,
+            out=out,
+            progress=progress,
+        )
+    return result if args.json is True else display.answers(result) | {"record": out}
+
+
 def _compare(args: argparse.Namespace) -> Any:
     from bitvla import display
     from bitvla.evaluate.files import load
@@ -282,7 +302,7 @@ def build_parser() -> argparse.ArgumentParser:
             allow_abbrev=False,
         )
         command.add_argument("--debug", action="store_true", help="show the traceback of an error")
-        if run is not _eval:
+        if run not in (_eval, _vqa):
             command.add_argument("--json", action="store_true", help="print one JSON document on standard output")
         command.set_defaults(run=run, parser=command, interrupted=interrupted)
         return command
@@ -407,14 +427,7 @@ def _add_running(add: _Add) -> None:
     )
     evaluate.add_argument("policy", type=Path, metavar="POLICY", help="policy file, or checkpoint folder")
     _add_environment(evaluate, "episodes of each task")
-    evaluate.add_argument(
-        "--json",
-        type=Path,
-        nargs="?",
-        const=True,
-        metavar="OUT",
-        help="write the record to OUT (default: a name under reports/); without OUT, print it too",
-    )
+    _add_record(evaluate)
     evaluate.add_argument("--processes", type=_count, metavar="N", help="simulators side by side (default: all cores)")
     evaluate.add_argument(
         "--full-precision", action="store_true", help="run the PyTorch network of a checkpoint, same protocol"
@@ -425,6 +438,26 @@ def _add_running(add: _Add) -> None:
     evaluate.add_argument("--first-seed", type=_seed, default=0, metavar="N", help="initial state of the first episode")
     evaluate.add_argument("--protocol", metavar="P", help="LIBERO's: official (default), lerobot or vla.cpp")
     evaluate.add_argument("--restart", action="store_true", help="do not go on from an interrupted evaluation")
+
+    vqa = add(
+        _vqa,
+        "measure how well a vision-language model answers multiple-choice questions",
+        "vqa model.safetensors ai2d/data/*.parquet --json reports/ai2d.json",
+        GO_ON,
+    )
+    vqa.add_argument("model", type=Path, metavar="MODEL", help="file of a vision-language model")
+    vqa.add_argument(
+        "questions",
+        type=Path,
+        nargs="+",
+        metavar="FILE",
+        help="questions: Parquet or JSON Lines of AI2D, MMMU, SEED-Bench or MMStar",
+    )
+    _add_record(vqa)
+    vqa.add_argument("--limit", type=_count, metavar="N", help="ask the first N questions (default: all)")
+    vqa.add_argument("--max-tokens", type=_count, default=16, metavar="N", help="of an answer (default: 16)")
+    vqa.add_argument("--threads", type=_count, metavar="N", help="threads of the kernels (default: all cores)")
+    vqa.add_argument("--restart", action="store_true", help="do not go on from an interrupted evaluation")
 
     compare = add(
         _compare,
@@ -531,6 +564,17 @@ def _add_measuring(add: _Add) -> None:
     bench.add_argument("--threads", type=_count, metavar="N", help="threads of the kernels (default: 1 to all cores)")
     bench.add_argument("--repeats", type=_count, default=50, metavar="N", help="calls to measure (default: 50)")
     add(_doctor, "show what this machine has: instruction set, rendering, simulators, extras", "doctor")
+
+
+def _add_record(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--json",
+        type=Path,
+        nargs="?",
+        const=True,
+        metavar="OUT",
+        help="write the record to OUT (default: a name under reports/); without OUT, print it too",
+    )
 
 
 def _add_environment(command: argparse.ArgumentParser, episodes: str) -> None:

@@ -25,9 +25,9 @@ def read_image(source: Path | bytes, name: str = "the image") -> NDArray[np.uint
         with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as picture:
             return np.asarray(ImageOps.exif_transpose(picture).convert("RGB"))
     except Exception as error:  # each format's decoder has its own errors
-        raise BitvlaError(
-            f"{source if isinstance(source, Path) else name} cannot be read as an image: {error}"
-        ) from None
+        place = source if isinstance(source, Path) else name
+        reason = getattr(error, "strerror", None) or error
+        raise BitvlaError(f"{place} cannot be read as an image: {reason}") from None
 
 
 def check_image(image: object, camera: Camera) -> NDArray[np.uint8]:

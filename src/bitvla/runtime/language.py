@@ -92,8 +92,10 @@ class LanguageModel:
         vision, processing = self.config.vision, self.config.image
         if self.vision is None or vision is None or processing is None:
             raise BitvlaError(NO_TOWER)
-        # One by one: images do not see each other, and the tower's buffers stay small.
-        return np.concatenate([self.vision.see(image_patches(image, processing, vision)) for image in images])
+        features = np.empty((len(images), vision.num_patches, self.config.language.hidden_size), np.float32)
+        for image, tokens in zip(images, features, strict=True):  # one by one, so that the tower's buffers stay small
+            tokens[:] = self.vision.see(image_patches(image, processing, vision))
+        return features.reshape(-1, features.shape[-1])
 
     def logits(self, ids: Iterable[int], cache: Cache, features: Floats | None = None) -> Floats:
         """Read tokens after those in `cache` -> logits (V,) of the token that follows; valid until the next call.
