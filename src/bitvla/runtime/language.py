@@ -64,7 +64,7 @@ class LanguageModel:
         self.image_id = self._special(self.config.chat.image_token) if vision else -1
         self.isa = choose_isa(self.parts)
         head = "model.embed_tokens" if self.config.tied else "lm_head"
-        self._head = stored_linear(bundle.tensors, f"language_model.{head}")
+        self.head = stored_linear(bundle.tensors, f"language_model.{head}")
 
     @classmethod
     def load(cls, path: Path, threads: int | None = None) -> LanguageModel:
@@ -115,8 +115,8 @@ class LanguageModel:
                 x[places] = features[seen : seen + len(places)]
                 seen += len(places)
             state = self.decoder.run(x, slice(len(block) - 1, len(block)), cache)
-        logits = self.decoder.workspace.floats("logits", 1, len(self._head.weight))
-        self._head.apply(state, logits)
+        logits = self.decoder.workspace.floats("logits", 1, len(self.head.weight))
+        self.head.apply(state, logits)
         return logits[0]
 
     def encode(self, text: str) -> list[int]:
