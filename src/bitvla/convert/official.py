@@ -435,6 +435,10 @@ def _read_pretrained_statistics(folder: Path, raw: Mapping[str, Any], given: str
     if given is not None and given.endswith(".json"):
         origin, key = Path(given), None
         tables = read_json(origin)
+        if len(tables) != 1:
+            raise BitvlaError(
+                f"{origin} has the statistics of {', '.join(tables) or 'nothing'}; leave one data set in it"
+            )
     elif not tables:
         raise BitvlaError(
             f"{folder} has no statistics to bring its actions into a robot's units: give --statistics FILE"

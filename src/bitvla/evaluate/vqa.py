@@ -30,8 +30,8 @@ MAX_TOKENS = 16  # of an answer, in lmms-eval
 
 
 class Rules(Record, frozen=True, kw_only=True):
-    """Results are comparable when these are equal. `files` are the questions' files with their SHA-256; `limit` is how
-    many questions were asked, from the first on, None for all."""
+    """Results are comparable when these are equal. `files` are the names of the questions' files by their SHA-256;
+    `limit` is how many questions were asked, from the first on, None for all."""
 
     format: int = FORMAT
     layout: str
@@ -106,7 +106,7 @@ def evaluate(
         raise BitvlaError(f"{source}: {NO_TOWER}")
     rules = Rules(
         layout=layout,
-        files={path.name: sha256(path) for path in files},
+        files={sha256(path): path.name for path in files},
         limit=limit,
         max_tokens=max_tokens,
         model=model.bundle.sha256,

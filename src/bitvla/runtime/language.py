@@ -17,7 +17,7 @@ from bitvla.bundle import Bundle, read_language_model
 from bitvla.config import LanguageModelConfig
 from bitvla.errors import BitvlaError
 from bitvla.processing.images import image_patches
-from bitvla.runtime.network import Cache, Decoder, Floats, VisionTower, Workspace, stored_linear
+from bitvla.runtime.network import Cache, Decoder, Floats, Linear, VisionTower, Workspace, stored_linear
 from bitvla.runtime.policy import parse_tokenizer
 from bitvla.runtime.selftest import choose_isa
 
@@ -60,7 +60,7 @@ class LanguageModel:
         self.stop_ids = [self._special(token) for token in self.config.chat.stop_tokens]
         language, vision, workspace = self.config.language, self.config.vision, Workspace()
         self.decoder = Decoder(language, bundle, workspace)
-        self.vision = VisionTower(vision, language.hidden_size, bundle, workspace) if vision else None
+        self.vision = VisionTower(vision, bundle, workspace) if vision else None
         self.image_id = self._special(self.config.chat.image_token) if vision else -1
         self.isa = choose_isa(self.parts)
         head = "model.embed_tokens" if self.config.tied else "lm_head"
@@ -74,9 +74,9 @@ class LanguageModel:
         return cls(read_language_model(Path(path)))
 
     @property
-    def parts(self) -> list[VisionTower | Decoder]:
-        """All kinds of kernels that it uses."""
-        return [self.decoder, self.vision] if self.vision else [self.decoder]
+    def parts(self) -> list[VisionTower | Decoder | Linear]:
+        """One of each thing that uses kernels of its own."""
+        return [self.decoder, self.vision, self.vision.connector[0]] if self.vision else [self.decoder]
 
     def generate(
         self, prompt: str, *, images: Sequence[Image] = (), max_tokens: int = 256, sampler: Sampler | None = None

@@ -267,8 +267,8 @@ class Decoder:
 class VisionTower:
     """SigLIP, ternary or in full precision, and the connector: patches in, image tokens of the decoder out."""
 
-    def __init__(self, vision: VisionConfig, hidden_size: int, bundle: Bundle[Any], workspace: Workspace) -> None:
-        self.vision, self.hidden_size, self.workspace = vision, hidden_size, workspace
+    def __init__(self, vision: VisionConfig, bundle: Bundle[Any], workspace: Workspace) -> None:
+        self.vision, self.workspace = vision, workspace
         tensors = bundle.tensors
         norm = partial(_stored_norm, tensors)
         width, inner = vision.hidden_size, vision.intermediate_size
@@ -435,7 +435,7 @@ class Network:
         self.config = config
         self.workspace = Workspace()
         self.record: Record | None = None
-        self.vision = VisionTower(config.vision, config.language.hidden_size, bundle, self.workspace)
+        self.vision = VisionTower(config.vision, bundle, self.workspace)
         self.decoder = Decoder(config.language, bundle, self.workspace)
         self.head: ActionHead | ActionTokens
         self.proprio_projector = None
@@ -447,16 +447,17 @@ class Network:
 
     @property
     def parts(self) -> list[VisionTower | Decoder | Linear]:
-        """All kinds of kernels that it uses."""
+        """One of each thing that uses kernels of its own."""
         linear = self.head.rows if isinstance(self.head, ActionTokens) else self.head.layers[0]
         return [self.vision, self.decoder, linear]
 
     def plan(self, prompt: Prompt, instruction: str) -> Plan:
         """The plan for `instruction`; BitvlaError where the instruction is unusable or the sequence too long."""
         ids = prompt.ids(instruction)
-        length, most = len(ids), self.config.language.max_positions
-        if length > most:
-            raise BitvlaError(f"the sequence has {length} tokens, the policy was built for {most}; shorten it")
+        length, most, action = len(ids), self.config.language.max_positions, self.config.action
+        needed = length + (action.dim if action.bins else 0)
+        if needed > most:
+            raise BitvlaError(f"the sequence has {needed} tokens, the policy was built for {most}; shorten it")
         slots = prompt.slots(length)
         is_text = (ids != prompt.image_id) & (ids != prompt.proprio_id)
         is_text[slots] = False
