@@ -3,11 +3,14 @@
     python benchmarks/parity.py --reduced                    # every layer small; seconds
     python benchmarks/parity.py --width                      # full width, two layers of each kind; a minute, 3 GB
     python benchmarks/parity.py --whole --folder runs/full   # the whole network; ten minutes, 3 GB
+    python benchmarks/parity.py --reduced --kind pretrained  # another of the published models
 
 A checkpoint of random weights in the published layout is written, packed and run. Beside the packed policy, the
 official network runs in PyTorch, a layer at a time: the blocks of `transformers`, whose linear layers multiply
 dequantised activations by dequantised weights. It runs in float64, in float32, and in bfloat16 as the official code
-does. `--folder` keeps `checkpoint/` and `policy.safetensors`, and uses them where they exist.
+does. A fine-tune ends in actions. Base models, which are causal, end in the logits of the token that follows their
+prompt: an answer about an image, or the first token of an action. `--folder` keeps `checkpoint/` and
+`policy.safetensors`, and uses them where they exist.
 
 Two questions, two tables. "alone": every layer is given the packed policy's own input, so an error is that layer's.
 "through": every network goes on from its own states, so errors add up. Two layers of each kind are the least, because
@@ -23,7 +26,7 @@ import tempfile
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from unittest import mock
 
 import msgspec
@@ -35,9 +38,9 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 from transformers.models.bitnet.modeling_bitnet import BitNetRMSNorm
 
-from bitvla.bundle import read
-from bitvla.config import LanguageConfig, PolicyConfig
-from bitvla.convert.make_checkpoint import make_checkpoint
+from bitvla.bundle import LANGUAGE_HEAD, is_language_model, read, read_language_model
+from bitvla.config import LanguageConfig, LanguageModelConfig, PolicyConfig, VisionConfig
+from bitvla.convert.make_checkpoint import Kind, make_checkpoint
 from bitvla.convert.pack import pack
 from bitvla.display import as_json, progress, show
 from bitvla.model.network import ActionHead, Connector, Decoder, ProprioProjector, VisionTower
@@ -46,11 +49,15 @@ from bitvla.processing.observation import check_observation
 from bitvla.processing.prompt import Prompt
 from bitvla.processing.vectors import normalize
 from bitvla.runtime import network as runtime
+from bitvla.runtime.language import Conversation, LanguageModel
+from bitvla.runtime.network import Network
 from bitvla.runtime.policy import Policy
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 from checkpoints import observation
 
+KINDS: tuple[Kind, ...] = ("libero", "vision-language", "vision-language-bf16-tower", "pretrained")
+QUESTION = "What is on the table?"
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16}
 MODES = ("alone", "through")
 # One of the layers that share an input: their int8 codes are the same.
@@ -114,9 +121,8 @@ class Checkpoint:
         index = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
         self._files = {name: folder / file for name, file in index.items()}
         self._beside: dict[str, Tensor] = {}
-        for part in ("action_head", "proprio_projector"):
-            (path,) = folder.glob(f"{part}--*_checkpoint.pt")
-            state = torch.load(path, weights_only=True)
+        for path in folder.glob("*--*_checkpoint.pt"):
+            part, state = path.name.split("--")[0], torch.load(path, weights_only=True)
             self._beside |= {f"{part}.{name.removeprefix('module.')}": tensor for name, tensor in state.items()}
 
     def tensor(self, name: str) -> Tensor:
@@ -144,84 +150,162 @@ class Checkpoint:
 class Official:
     """The official network in one dtype; every method loads a part of it and returns that as a function of rows."""
 
-    def __init__(self, config: PolicyConfig, checkpoint: Checkpoint, dtype: torch.dtype) -> None:
-        self.config, self.dtype = config, dtype
+    def __init__(self, config: PolicyConfig | LanguageModelConfig, checkpoint: Checkpoint, dtype: torch.dtype) -> None:
+        assert config.vision is not None
+        self.vision, self.language, self.dtype = config.vision, config.language, dtype
+        self.action = config.action if isinstance(config, PolicyConfig) else None
         self._fill = partial(checkpoint.fill, dtype=dtype)
         self._embedding = partial(checkpoint.tensor, "language_model.model.embed_tokens.weight")
+        self._head = partial(checkpoint.tensor, LANGUAGE_HEAD)
         self.module = nn.Module()  # the one loaded last
 
     def patch_embedding(self) -> Apply:
-        tower = VisionTower(msgspec.structs.replace(self.config.vision, num_layers=0))
+        tower = VisionTower(msgspec.structs.replace(self.vision, num_layers=0))
         self.module = self._fill(tower, "vision_tower.")
         return lambda pixels: tower.vision_model.embeddings(pixels).flatten(0, 1)
 
     def vision_layer(self, index: int) -> Apply:
-        vision = self.config.vision
+        vision = self.vision
         with META:
             (layer,) = VisionTower(msgspec.structs.replace(vision, num_layers=1)).vision_model.encoder.layers
-        self.module = self._fill(layer, f"vision_tower.vision_model.encoder.layers.{index}.", ternary=True)
+        prefix = f"vision_tower.vision_model.encoder.layers.{index}."
+        self.module = self._fill(layer, prefix, ternary=vision.ternary)
         views = (-1, vision.num_patches, vision.hidden_size)
         return lambda x: layer(x.reshape(views), attention_mask=None).flatten(0, 1)
 
     def connector(self) -> Apply:
         with META:
-            connector = Connector(self.config.vision, self.config.language)
+            connector = Connector(self.vision, self.language)
         self.module = self._fill(connector, "multi_modal_projector.")
         return connector
 
     def embed(self, ids: Tensor, is_image: Tensor, is_proprio: Tensor, state: Tensor) -> Apply:
         """Image features -> the decoder's input. Slots are zeros."""
-        with META:
-            projector = ProprioProjector(self.config.action, self.config.language)
-        self.module = self._fill(projector, "proprio_projector.")
         text = self._embedding()[ids].to(self.dtype)
-        text[-1 - self.config.action.num_slots : -1] = 0
+        if self.action and self.action.num_slots:
+            with META:
+                projector = ProprioProjector(self.action, self.language)
+            self.module = self._fill(projector, "proprio_projector.")
+            text[-1 - self.action.num_slots : -1] = 0
+            text[is_proprio] = projector(state.to(self.dtype)[None])
 
         def apply(features: Tensor) -> Tensor:
             x = text.clone()
             x[is_image] = features
-            x[is_proprio] = projector(state.to(self.dtype)[None])
             return x
 
         return apply
 
     def decoder_layer(self, index: int) -> Apply:
         with META:
-            blocks = Decoder(msgspec.structs.replace(self.config.language, vocab_size=1, num_layers=1))
+            blocks = Decoder(msgspec.structs.replace(self.language, vocab_size=1, num_layers=1))
         (layer,) = blocks.model.layers
         self.module = self._fill(layer, f"language_model.model.layers.{index}.", ternary=True)
 
         def apply(x: Tensor) -> Tensor:
-            everything = torch.zeros(1, 1, len(x), len(x), dtype=x.dtype)  # the mask of a bidirectional decoder
-            table = rotary(self.config.language, len(x), x.dtype)
-            return layer(x[None], attention_mask=everything, position_embeddings=table)[0]
+            mask = torch.zeros(1, 1, len(x), len(x), dtype=x.dtype)
+            if not self.language.bidirectional:
+                mask += torch.full_like(mask, torch.finfo(x.dtype).min).triu(1)
+            table = rotary(self.language, len(x), x.dtype)
+            return layer(x[None], attention_mask=mask, position_embeddings=table)[0]
 
         return apply
 
     def norm(self) -> Apply:
         with META:
-            norm = BitNetRMSNorm(self.config.language.hidden_size, eps=self.config.language.rms_norm_eps)
+            norm = BitNetRMSNorm(self.language.hidden_size, eps=self.language.rms_norm_eps)
         self.module = self._fill(norm, "language_model.model.norm.")
         return norm
 
-    def head(self) -> Apply:
+    def action_head(self) -> Apply:
+        action = self.action
+        assert action is not None
         with META:
-            head = ActionHead(self.config.action, self.config.language)
+            head = ActionHead(action, self.language)
         self.module = self._fill(head, "action_head.")
-        return lambda answers: head(answers.reshape(self.config.action.horizon, -1))
+        return lambda answers: head(answers.reshape(action.horizon, -1))
+
+    def language_head(self) -> Apply:
+        rows = self._head()[-self.action.bins if self.action else None :].to(self.dtype)
+        return lambda answers: answers @ rows.T
 
 
-# The packed policy.
+# The packed file.
 
 
-def run_packed(policy: Policy, pixels: list[NDArray[np.float32]], state: NDArray[np.float32], instruction: str) -> Any:
-    """Hidden states and int8 codes of the packed policy, by name, and the positions of its answers."""
-    network, plan = policy.network, policy.plan(instruction)
-    states: dict[str, Tensor] = {}
+class Subject(NamedTuple):
+    """What is compared: what a packed file is given, and where its answers are; `run` makes it answer.
+
+    `pixels` are those of each image (size, size, 3), `ids` the tokens of the whole sequence. `run` is given the
+    recorder of hidden states, and returns the last ones by their name.
+    """
+
+    config: PolicyConfig | LanguageModelConfig
+    parts: LanguageModel | Network
+    pixels: list[NDArray[np.float32]]
+    ids: NDArray[np.int64]
+    image_id: int
+    proprio_id: int
+    state: NDArray[np.float32]
+    answers: slice
+    run: Callable[[runtime.Record], Mapping[str, NDArray[np.float32]]]
+
+
+def policy_subject(policy: Policy, tokenizer: Tokenizer) -> Subject:
+    config, processing = policy.config, policy.config.processing
+    seen = check_observation(observation(config), config)
+    state = normalize(seen.state, processing.state)
+    pixels = [
+        to_pixels(crop_resized(image, processing.image, config.vision.image_size), processing.image)
+        for image in seen.images
+    ]
+    prompt, plan, network = Prompt(config, tokenizer), policy.plan(seen.instruction), policy.network
+
+    def run(record: runtime.Record) -> Mapping[str, NDArray[np.float32]]:
+        network.record = record
+        actions = network.act(network.think(plan, network.see(patches_of(pixels, config.vision)), state))
+        return {} if config.action.bins else {"actions": actions}
+
+    ids = prompt.ids(seen.instruction)
+    return Subject(config, network, pixels, ids, prompt.image_id, prompt.proprio_id, state, plan.answers, run)
+
+
+def model_subject(model: LanguageModel) -> Subject:
+    config, vision, tower = model.config, model.config.vision, model.vision
+    assert vision is not None
+    assert tower is not None
+    assert config.image is not None
+    image = np.random.default_rng(0).integers(0, 256, (300, 400, 3), dtype=np.uint8)
+    pixels = [to_pixels(crop_resized(image, config.image, vision.image_size), config.image)]
+    conversation = Conversation(model)
+    list(conversation.say(QUESTION, images=[image], max_tokens=1))
+    ids = np.array(conversation.ids[:-1])
+    answers = slice(len(ids) - 1, len(ids))
+
+    def run(record: runtime.Record) -> Mapping[str, NDArray[np.float32]]:
+        x = model.decoder.embedding_rows(ids)
+        x[ids == model.image_id] = tower.see(patches_of(pixels, vision), record)
+        state = model.decoder.run(x, answers, runtime.Cache(config.language, len(ids)), record)
+        logits = np.empty((1, config.language.vocab_size), np.float32)
+        model.head.apply(state, logits)
+        return {"logits.0": logits}
+
+    return Subject(config, model, pixels, ids, model.image_id, -1, np.zeros(0, np.float32), answers, run)
+
+
+def patches_of(pixels: list[NDArray[np.float32]], vision: VisionConfig) -> NDArray[np.float32]:
+    return np.concatenate([to_patches(view, vision.patch_size) for view in pixels])
+
+
+def run_packed(subject: Subject) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Hidden states and int8 codes of the packed file, by name."""
+    states: dict[str, NDArray[Any]] = {}
     blocks: dict[str, list[NDArray[np.int8]]] = {}
+    tower = subject.parts.vision
+    assert tower is not None
     names = {
         id(getattr(layer, field)): f"{part}.{index}.{field}"
-        for part, layers in (("vision", network.vision_layers), ("decoder", network.decoder.layers))
+        for part, layers in (("vision", tower.layers), ("decoder", subject.parts.decoder.layers))
         for index, layer in enumerate(layers, 1)
         for field in set(RECORDED) & set(layer._fields)
     }
@@ -231,12 +315,28 @@ def run_packed(policy: Policy, pixels: list[NDArray[np.float32]], state: NDArray
             blocks.setdefault(name, []).append(x.codes[:, : layer.columns].copy())
         product(x, layer, *rest, **options)
 
+    def record(name: str, values: NDArray[Any]) -> None:
+        states.setdefault(name, values)
+
     product = runtime._ternary
-    network.record = lambda name, values: states.__setitem__(name, torch.from_numpy(values))
     with mock.patch.object(runtime, "_ternary", ternary):
-        features = network.see(np.concatenate([to_patches(view, policy.config.vision.patch_size) for view in pixels]))
-        states["actions"] = torch.from_numpy(network.act(network.think(plan, features, state)))
-    return states, {name: torch.from_numpy(np.concatenate(parts)) for name, parts in blocks.items()}, plan.answers
+        states |= subject.run(record)
+    # Tokens that are written after the prompt pass the same layers; only the prompt is compared.
+    codes = {name: np.concatenate(parts)[: _tokens(name, subject)] for name, parts in blocks.items()}
+    return (
+        {name: torch.from_numpy(values) for name, values in states.items()},
+        {name: torch.from_numpy(values) for name, values in codes.items()},
+    )
+
+
+def _tokens(name: str, subject: Subject) -> int | None:
+    """Rows of a decoder layer's input that belong to the prompt."""
+    part, index, field = name.split(".")
+    last = int(index) == subject.config.language.num_layers
+    if part == "vision":
+        return None
+    answers = subject.answers.stop - subject.answers.start
+    return answers if last and field not in ("k_proj", "v_proj") else len(subject.ids)
 
 
 # Side by side.
@@ -313,67 +413,67 @@ def relative(values: Tensor, exact: Tensor, dim: int | None = None) -> float:
 
 
 @torch.inference_mode()
-def compare(checkpoint: Path, policy_file: Path) -> dict[str, Any]:
-    """Both tables, the shares of flipped codes, and the mean difference of actions in normalised units."""
-    policy = Policy(read(policy_file))
-    config, processing = policy.config, policy.config.processing
-    seen = check_observation(observation(config), config)
-    state = normalize(seen.state, processing.state)
-    pixels = [
-        to_pixels(crop_resized(image, processing.image, config.vision.image_size), processing.image)
-        for image in seen.images
-    ]
-    prompt = Prompt(config, Tokenizer.from_file(str(checkpoint / "tokenizer.json")))
-    ids = torch.from_numpy(prompt.ids(seen.instruction))
+def compare(checkpoint: Path, packed_file: Path) -> dict[str, Any]:
+    """Both tables, the shares of flipped codes, and the mean difference of what comes out last."""
+    if is_language_model(packed_file):
+        subject = model_subject(LanguageModel(read_language_model(packed_file)))
+    else:
+        tokenizer = Tokenizer.from_file(str(checkpoint / "tokenizer.json"))
+        subject = policy_subject(Policy(read(packed_file)), tokenizer)
+    config, ids = subject.config, torch.from_numpy(subject.ids)
+    assert config.vision is not None
+    layers = config.language.num_layers
+    total = config.vision.num_layers + layers + 5
+    by_actions = isinstance(config, PolicyConfig) and not config.action.bins
 
     weights = Checkpoint(checkpoint)
     networks = {name: Official(config, weights, dtype) for name, dtype in DTYPES.items()}
-    total = config.vision.num_layers + config.language.num_layers + 5
     with progress("comparing") as bar:
-        packed = run_packed(policy, pixels, state, seen.instruction)
+        packed = run_packed(subject)
         done: list[str] = []
 
         def moved(name: str) -> None:
             done.append(name)
             bar(len(done), total, name)
 
-        comparison = Comparison(networks, packed, moved)
-        comparison.start(torch.from_numpy(np.stack(pixels).transpose(0, 3, 1, 2)))
+        comparison = Comparison(networks, (*packed, subject.answers), moved)
+        comparison.start(torch.from_numpy(np.stack(subject.pixels).transpose(0, 3, 1, 2)))
         comparison.advance("vision.0", Official.patch_embedding)
         for index in range(config.vision.num_layers):
             comparison.advance(f"vision.{index + 1}", partial(Official.vision_layer, index=index))
         comparison.advance("connector", Official.connector)
-        places = (ids, ids == prompt.image_id, ids == prompt.proprio_id, torch.from_numpy(state))
+        places = (ids, ids == subject.image_id, ids == subject.proprio_id, torch.from_numpy(subject.state))
         comparison.advance("decoder.0", lambda network: network.embed(*places))
-        for index in range(config.language.num_layers):
-            comparison.advance(
-                f"decoder.{index + 1}",
-                partial(Official.decoder_layer, index=index),
-                answers_only=index == config.language.num_layers - 1,
-            )
+        for index in range(layers):
+            part = partial(Official.decoder_layer, index=index)
+            comparison.advance(f"decoder.{index + 1}", part, answers_only=index == layers - 1)
         comparison.advance("answers", Official.norm)
-        comparison.advance("actions", Official.head)
+        last = "actions" if by_actions else "logits.0"
+        comparison.advance(last, Official.action_head if by_actions else Official.language_head)
     exact = comparison.inputs["through"]["float64"]
-    chunks = {"packed": comparison.states["actions"]} | comparison.inputs["through"]
-    return {
+    outputs = {"packed": comparison.states[last]} | comparison.inputs["through"]
+    result = {
         "tokens": len(ids),
         "alone": comparison.rows["alone"],
         "through": comparison.rows["through"],
         "flipped alone": comparison.flips["alone"],
         "flipped through": comparison.flips["through"],
-        "mean difference of actions": {
-            name: float((chunk.double() - exact).abs().mean()) for name, chunk in chunks.items() if name != "float64"
+        f"mean difference of {last}": {
+            name: float((output.double() - exact).abs().mean()) for name, output in outputs.items() if name != "float64"
         },
     }
+    if not by_actions:
+        result["likeliest token"] = {name: int(output.argmax()) for name, output in outputs.items()}
+    return result
 
 
-def parity(folder: Path, *, reduced: bool = False, layers: int | None = None) -> dict[str, Any]:
+def parity(folder: Path, *, kind: Kind = "libero", reduced: bool = False, layers: int | None = None) -> dict[str, Any]:
     """Compare the random checkpoint and its packed file in `folder`; what is missing is made."""
     checkpoint, policy = folder / "checkpoint", folder / "policy.safetensors"
     if not checkpoint.exists():
-        make_checkpoint(checkpoint, reduced=reduced, layers=layers)
+        make_checkpoint(checkpoint, kind=kind, reduced=reduced, layers=layers)
     if not policy.exists():
-        pack(checkpoint, policy)
+        pack(checkpoint, policy, control_hz=5 if kind == "pretrained" else None)
     return compare(checkpoint, policy)
 
 
@@ -383,12 +483,14 @@ def main() -> None:
     size.add_argument("--reduced", action="store_true", help="the whole network, every layer small")
     size.add_argument("--width", action="store_true", help="full width, two layers of each kind")
     size.add_argument("--whole", action="store_true", help="the whole network of 3 billion parameters")
+    parser.add_argument("--kind", choices=KINDS, default=KINDS[0], help="of checkpoint (default: a fine-tune)")
     parser.add_argument("--folder", type=Path, help="where checkpoint and policy are or will be kept")
     parser.add_argument("--json", type=Path, help="also write the figures to this file")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         folder = arguments.folder or Path(temporary)
-        result = parity(folder, reduced=arguments.reduced, layers=2 if arguments.width else None)
+        layers = 2 if arguments.width else None
+        result = parity(folder, kind=arguments.kind, reduced=arguments.reduced, layers=layers)
     show(result)
     if arguments.json:
         arguments.json.parent.mkdir(parents=True, exist_ok=True)

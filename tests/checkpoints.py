@@ -51,6 +51,18 @@ def tiny_config(**changes: Any) -> PolicyConfig:
     return check(msgspec.structs.replace(config, **changes))
 
 
+def token_config() -> PolicyConfig:
+    """A tiny policy that sees with a full-precision tower, takes no state and writes its actions as tokens."""
+    processing = processing_config(cameras=tiny_config().processing.cameras, state_dim=0, action_dim=4)
+    prompt = msgspec.structs.replace(processing.prompt, template="{images}{instruction}<|end_of_text|>")
+    return tiny_config(
+        vision=msgspec.structs.replace(tiny_config().vision, ternary=False),
+        language=msgspec.structs.replace(tiny_config().language, bidirectional=False),
+        action=ActionConfig(horizon=1, dim=4, state_dim=0, slots_per_step=0, head_hidden_size=0, head_blocks=0, bins=9),
+        processing=msgspec.structs.replace(processing, prompt=prompt),
+    )
+
+
 def nano_config() -> PolicyConfig:
     """A policy of the size of the shipped one, for measurements."""
     return check(
@@ -74,7 +86,7 @@ def nano_config() -> PolicyConfig:
 
 
 def processing_config(
-    cameras: tuple[Camera, ...], state_dim: int, action_dim: int, execute_horizon: int, **changes: Any
+    cameras: tuple[Camera, ...], state_dim: int, action_dim: int, execute_horizon: int = 1, **changes: Any
 ) -> ProcessingConfig:
     return ProcessingConfig(
         cameras=cameras,
@@ -94,7 +106,7 @@ def _statistics(prefix: str, size: int) -> Statistics:
         units=("m",) * size,
         low=tuple(-0.5 - 0.25 * index for index in range(size)),
         high=tuple(0.75 + 0.5 * index for index in range(size)),
-        mask=(True,) * (size - 1) + (False,),
+        mask=((True,) * size)[1:] + (False,) * min(size, 1),
     )
 
 
@@ -141,7 +153,7 @@ def write_golden(path: Path, config: PolicyConfig, observations: list[dict[str, 
 def observation(config: PolicyConfig, seed: int = 0) -> dict[str, Any]:
     """A random observation that fits `config`: what a robot would hand to `Policy.act`."""
     rng = np.random.default_rng(seed)
-    return {
+    seen = {
         "images": {
             camera.name: rng.integers(0, 256, (camera.height, camera.width, 3), dtype=np.uint8)
             for camera in config.processing.cameras
@@ -149,6 +161,9 @@ def observation(config: PolicyConfig, seed: int = 0) -> dict[str, Any]:
         "state": rng.uniform(-0.5, 0.5, config.action.state_dim).astype(np.float32),
         "instruction": INSTRUCTIONS[seed % len(INSTRUCTIONS)],
     }
+    if not config.action.state_dim:
+        del seen["state"]
+    return seen
 
 
 def pack_random(folder: Path, config: PolicyConfig, *, seed: int = 0, golden: int = 2, **options: Any) -> Path:

@@ -47,20 +47,23 @@ class ReferenceNetwork:
     def vision_layer(self, index: int, x: Floats) -> Floats:
         prefix, vision = f"vision_tower.vision_model.encoder.layers.{index}.", self.config.vision
         h = self.layer_norm(f"{prefix}layer_norm1", x, vision.layer_norm_eps)
-        q, k, v = (self.ternary(f"{prefix}self_attn.{name}_proj", h) for name in "qkv")
+        project = self.ternary if vision.ternary else self.linear
+        q, k, v = (project(f"{prefix}self_attn.{name}_proj", h) for name in "qkv")
         views = [np.arange(len(x)) // vision.num_patches == view for view in range(len(x) // vision.num_patches)]
         attended = np.concatenate([attention(q[i], k[i], v[i], vision.num_heads, vision.num_heads) for i in views])
-        x = x + self.ternary(f"{prefix}self_attn.out_proj", attended)
-        h = self.ternary(f"{prefix}mlp.fc1", self.layer_norm(f"{prefix}layer_norm2", x, vision.layer_norm_eps))
-        return x + self.ternary(f"{prefix}mlp.fc2", gelu_tanh(h))
+        x = x + project(f"{prefix}self_attn.out_proj", attended)
+        h = project(f"{prefix}mlp.fc1", self.layer_norm(f"{prefix}layer_norm2", x, vision.layer_norm_eps))
+        return x + project(f"{prefix}mlp.fc2", gelu_tanh(h))
 
     def connector(self, x: Floats) -> Floats:
         return self.linear("multi_modal_projector.linear_2", gelu(self.linear("multi_modal_projector.linear_1", x)))
 
     def embed(self, ids: NDArray[np.int64], image_id: int, proprio_id: int, features: Floats, state: Floats) -> Floats:
         x = self.weights["language_model.model.embed_tokens.weight"][ids]
-        x[-1 - self.config.action.num_slots : -1] = 0
         x[ids == image_id] = features
+        if self.config.action.bins:
+            return x
+        x[-1 - self.config.action.num_slots : -1] = 0
         x[ids == proprio_id] = self.linear("proprio_projector.fc2", gelu(self.linear("proprio_projector.fc1", state)))
         return x
 
@@ -89,6 +92,16 @@ class ReferenceNetwork:
             block = f"{prefix}mlp_resnet_blocks.{index}.ffn."
             h = h + np.maximum(self.linear(f"{block}1", self.layer_norm(f"{block}0", h, 1e-5)), 0)
         return self.linear(f"{prefix}fc2", self.layer_norm(f"{prefix}layer_norm2", h, 1e-5))
+
+    def token_logits(self, x: Floats, tokens: NDArray[np.int64]) -> Floats:
+        """Logits (dim, bins) of an action's tokens after a prompt of embeddings (M, H), without a cache: before each,
+        `tokens`, counted from the first that means a value, have been written."""
+        first = self.config.language.vocab_size - self.config.action.bins
+        written = self.weights["language_model.model.embed_tokens.weight"][first + tokens[:-1]]
+        x = np.concatenate([x, written])
+        for index in range(self.config.language.num_layers):
+            x = self.decoder_layer(index, x)
+        return self.final_norm(x)[-len(tokens) :] @ self.weights["language_model.lm_head.weight"].T
 
     def linear(self, name: str, x: Floats) -> Floats:
         return x @ self.weights[f"{name}.weight"].T + self.weights[f"{name}.bias"]

@@ -476,8 +476,9 @@ except BitvlaError as error:
     ],
 )
 def test_a_limit_of_memory_is_named(tmp_path: Path, call: str, read_at_load: int, said: str) -> None:
-    """`ulimit -v` just above what the process has already."""
-    path = pack_random(tmp_path, tiny_config())
+    """`ulimit -v` just above what the process has already; what the heap has left must not be enough."""
+    language = msgspec.structs.replace(tiny_config().language, vocab_size=20_000)
+    path = pack_random(tmp_path, tiny_config(language=language), matrix_dtype="F32")
     script = LIMITED.format(call=call.format(path=str(path)), read_at_load=read_at_load)
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert said in done.stdout, done.stdout + done.stderr

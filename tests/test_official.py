@@ -589,21 +589,6 @@ def pack_rows(codes: np.ndarray) -> np.ndarray:
     return out
 
 
-BASE_MODELS = {
-    "vision-language": (base_model, "a vision-language base model .*bitsiglipL-224px-bf16"),
-    "full-precision tower": (full_precision_tower, "with a full-precision tower"),
-    "pretrained": (pretrained, "with discrete action tokens .lxsy/bitvla-bf16"),
-}
-
-
-@pytest.mark.parametrize("name", BASE_MODELS)
-def test_base_models_are_recognised(checkpoint: Path, tmp_path: Path, name: str) -> None:
-    make, message = BASE_MODELS[name]
-    make(checkpoint)
-    with pytest.raises(BitvlaError, match=f"{message}.*no action head"):
-        pack(checkpoint, tmp_path / "out")
-
-
 def test_base_models_are_checked(checkpoint: Path, tmp_path: Path) -> None:
     packed_language_model(checkpoint)
     tensors = load_file(checkpoint / "model.safetensors")

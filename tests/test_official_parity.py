@@ -18,7 +18,9 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
-from parity import parity
+from parity import KINDS, parity
+
+from bitvla.convert.make_checkpoint import Kind
 
 # Sums of float32 in another order: 1e-7 to 1e-6 of the result, ten times that at most.
 FLOAT_PRECISION = 1e-5
@@ -48,6 +50,21 @@ def test_reduced(tmp_path: Path) -> None:
     agrees(result)
     (tower,) = [row for row in result["through"] if row["state"] == "connector"]  # later, chance decides who is closer
     assert tower["packed"] < tower["bfloat16"]
+
+
+@pytest.mark.parametrize("kind", KINDS[1:])
+def test_reduced_base_models(tmp_path: Path, kind: Kind) -> None:
+    """Causal, to the logits of an answer about an image or of an action's first token."""
+    result = parity(tmp_path, kind=kind, reduced=True)
+    agrees(result)
+    assert result["alone"][-1]["state"] == "logits.0"
+    assert result["likeliest token"]["packed"] == result["likeliest token"]["float32"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS[1:])
+def test_full_width_base_models(tmp_path: Path, kind: Kind) -> None:
+    agrees(parity(tmp_path, kind=kind, layers=2))
 
 
 @pytest.mark.slow

@@ -17,11 +17,12 @@ import pytest
 import torch
 
 import bitvla
+from bitvla import BitvlaError
 from bitvla.config import Camera, ImageProcessing, PolicyConfig
 from bitvla.convert.pack import PARITY_BOUND, pack
 from bitvla.model.policy import TorchPolicy
 from bitvla.processing.vectors import normalize
-from checkpoints import observation, processing_config, tiny_config, write_random_checkpoint
+from checkpoints import observation, processing_config, tiny_config, token_config, write_random_checkpoint
 
 
 def changed(section: str, **fields: object) -> PolicyConfig:
@@ -32,6 +33,7 @@ def changed(section: str, **fields: object) -> PolicyConfig:
 CONFIGS = {
     "bidirectional": tiny_config(),
     "causal": changed("language", bidirectional=False),
+    "full-precision tower": changed("vision", ternary=False),
     "one kv head": changed("language", num_kv_heads=1),
     "deep head": changed("action", head_blocks=2, slots_per_step=1),
     "rotated, lanczos": changed("processing", image=ImageProcessing(rotate180=True, resize="lanczos")),
@@ -61,3 +63,8 @@ def test_packed_equals_pytorch(tmp_path: Path, name: str) -> None:
     print(name, np.sort(errors))
     assert np.max(errors) < PARITY_BOUND
     assert np.sum(np.array(errors) < 1e-5) >= 5
+
+
+def test_action_tokens_are_not_trained(tmp_path: Path) -> None:
+    with pytest.raises(BitvlaError, match="writes its actions as tokens can be packed and run, but not trained"):
+        TorchPolicy.load(write_random_checkpoint(tmp_path, token_config()))

@@ -29,7 +29,7 @@ from bitvla.quantization import STEPS, Packing, quantize_activations, unpack
 from bitvla.runtime import network as network_module
 from bitvla.runtime import selftest
 from bitvla.runtime.policy import PARTS, Policy
-from checkpoints import observation, pack_random, random_weights, tiny_config
+from checkpoints import observation, pack_random, random_weights, tiny_config, token_config
 from reference_network import ReferenceNetwork, attention, gelu, gelu_tanh
 
 
@@ -44,6 +44,7 @@ CONFIGS = {
     "bidirectional": tiny_config(),
     "causal": changed(language={"bidirectional": False}),
     "one kv head, deep head": changed(language={"num_kv_heads": 1}, action={"head_blocks": 2, "slots_per_step": 1}),
+    "full-precision tower": changed(vision={"ternary": False}),
     "no blocks, one layer": changed(language={"num_layers": 1, "num_kv_heads": 4}, action={"head_blocks": 0}),
 }
 
@@ -171,8 +172,9 @@ class CheckedNative:
 
     @staticmethod
     def check_gelu(args: Any, before: Any) -> None:
-        assert args[1] is False  # connector and proprio projector use the exact one
-        np.testing.assert_allclose(args[2], gelu(before[0]), rtol=1e-5, atol=1e-6)
+        # Connector and proprio projector use the exact one, a tower in full precision SigLIP's.
+        exact = gelu_tanh if args[1] else gelu
+        np.testing.assert_allclose(args[2], exact(before[0]), rtol=1e-5, atol=1e-6)
 
     @staticmethod
     def check_relu(args: Any, before: Any) -> None:
@@ -199,8 +201,9 @@ class CheckedNative:
         assert (np.abs(out - expected) <= 2.0**-22 * largest).all()
 
     @staticmethod
-    def check_linear(args: Any, before: Any, row_scales: Any) -> None:
+    def check_linear(args: Any, before: Any, row_scales: Any, accumulate: bool) -> None:
         x, weight, bias, out = args
+        bias = (0 if bias is None else bias) + (before[-1] if accumulate else 0)
         w = to_float32(weight).astype(np.float64) * (1 if row_scales is None else row_scales[:, None])
         bound = np.abs(x) @ np.abs(w).T + np.abs(bias)
         steps = x.shape[1] / 16 + 8  # sixteen running sums, then their sum
@@ -242,8 +245,42 @@ def test_every_kernel_call_matches_numpy(
     checked = CheckedNative()
     monkeypatch.setattr(network_module, "native", checked)
     policy.act(observation(CONFIGS[name], 3))
-    layers = policy.config.vision.num_layers * 6 + policy.config.language.num_layers * 7
-    assert checked.calls["ternary_linear"] == layers
+    tower = policy.config.vision.num_layers * 6 if policy.config.vision.ternary else 0
+    assert checked.calls["ternary_linear"] == tower + policy.config.language.num_layers * 7
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_an_action_is_written_token_by_token(tmp_path: Path, seed: int) -> None:
+    """With its cache the runtime gives the logits of a pass over the whole sequence, takes the likeliest token, and
+    maps it to a value and to the robot's units."""
+    config = token_config()
+    policy = bitvla.load(pack_random(tmp_path, config, seed=seed, matrix_dtype="F32"))
+    states: dict[str, NDArray[np.float32]] = {}
+    policy.network.record = states.__setitem__
+    chunk = policy.act(observation(config, seed))
+    logits = np.concatenate([states[f"logits.{index}"] for index in range(config.action.dim)])
+    tokens = logits.argmax(-1)
+    expected = ReferenceNetwork(config, random_weights(config, seed)).token_logits(states["decoder.0"], tokens)
+    error = np.abs(logits - expected) / np.abs(expected).max()
+    print(np.sort(error.max(-1)), tokens)
+    assert np.median(error) < 1e-5
+    assert error.max() < 0.05
+    # Nine tokens are the centres of eight bins, from high to low; the first two are the same.
+    centres = np.array([7, 7, 5, 3, 1, -1, -3, -5, -7]) / 8
+    bounds = config.processing.action
+    values = [
+        (centre + 1) / 2 * (high - low) + low if mask else centre
+        for centre, low, high, mask in zip(centres[tokens], bounds.low, bounds.high, bounds.mask, strict=True)
+    ]
+    np.testing.assert_allclose(chunk, [values], rtol=1e-6)
+    states.clear()
+    np.testing.assert_array_equal(policy.act(observation(config, seed)), chunk)  # nothing is left of the first call
+
+
+def test_a_policy_without_a_state_refuses_one(tmp_path: Path) -> None:
+    policy = bitvla.load(pack_random(tmp_path, token_config()))
+    with pytest.raises(BitvlaError, match="unknown entry 'state'; the policy takes images, instruction"):
+        policy.act(observation(policy.config) | {"state": np.zeros(0, np.float32)})
 
 
 @pytest.mark.parametrize("name", CONFIGS)

@@ -35,7 +35,7 @@ from bitvla.serve.core import Answer, Engine, SupersededError, UnavailableError
 from bitvla.serve.mapping import KeyMap
 from bitvla.serve.openpi import NAMING
 from checkpoints import observation as tiny_observation
-from checkpoints import pack_random, tiny_config
+from checkpoints import pack_random, tiny_config, token_config
 from serving import (
     NANO,
     Held,
@@ -560,6 +560,18 @@ ARRAYS = st.fixed_dictionaries(
 def test_whatever_comes_the_decoder_answers_or_refuses(data: bytes) -> None:
     with contextlib.suppress(BitvlaError):
         KEYS.observation(unpack(data))
+
+
+def test_a_policy_without_a_state_is_served(tmp_path: Path) -> None:
+    """It takes none, and a robot that sends one must say that it is not needed."""
+    path = pack_random(tmp_path, token_config())
+    seen = tiny_observation(token_config())
+    with serving(lambda: bitvla.load(path)) as server, bitvla.connect(server.url) as policy:
+        np.testing.assert_array_equal(policy.act(seen), bitvla.load(path).act(seen))
+    message = {"images": seen["images"], "prompt": "open", "state": np.zeros(8)}
+    with pytest.raises(BitvlaError, match="unknown key 'state'"):
+        KeyMap(token_config(), NAMING).observation(message)
+    assert KeyMap(token_config(), NAMING, ["state="]).observation(message).keys() == {"images", "instruction"}
 
 
 KEYS = KeyMap(config(), NAMING)

@@ -38,6 +38,7 @@ _READABLE = (1, 2)  # format 1 had one packing of ternary weights, and no field 
 READ_AT_LOAD = 64 << 20
 
 _ALIGNMENT = 64
+LANGUAGE_HEAD = "language_model.lm_head.weight"
 _MAX_HEADER = 100 << 20  # the limit of the safetensors format itself
 _DTYPES: dict[str, np.dtype[Any]] = {
     "U8": np.dtype(np.uint8),
@@ -49,15 +50,19 @@ _DTYPES: dict[str, np.dtype[Any]] = {
 MatrixDtype = Literal["F32", "BF16", "I8"]
 
 
+_Kind = Literal["ternary", "matrix", "embedding", "vector"]
+
+
 class TensorSpec(NamedTuple):
     """What a tensor is and its shape in a training checkpoint.
 
     ternary: a quantised linear layer. matrix: a linear layer that training keeps in full precision (connector,
-    projector, head), stored by choice as float32, as bfloat16, or as int8 codes with a scale a row. embedding: of
-    tokens or patches, float32 with float32 matrices, else bfloat16. vector: norms, biases, positions, always float32.
+    projector, heads, at times the tower), stored by choice as float32, as bfloat16, or as int8 codes with a scale a
+    row. embedding: of tokens or patches, float32 with float32 matrices, else bfloat16. vector: norms, biases,
+    positions, always float32.
     """
 
-    kind: Literal["ternary", "matrix", "embedding", "vector"]
+    kind: _Kind
     shape: tuple[int, ...]
 
 
@@ -130,7 +135,10 @@ class Bundle(Generic[C]):
 def tensor_specs(config: PolicyConfig | LanguageModelConfig) -> dict[str, TensorSpec]:
     """Every tensor by its name in a training checkpoint, in the order of the forward pass."""
     if isinstance(config, LanguageModelConfig):
-        return decoder_specs(config.language)
+        language = config.language
+        tower = vision_specs(config.vision, language.hidden_size) if config.vision else {}
+        head = {} if config.tied else {LANGUAGE_HEAD: TensorSpec("matrix", (language.vocab_size, language.hidden_size))}
+        return tower | decoder_specs(language) | head
     return {
         **vision_specs(config.vision, config.language.hidden_size),
         **decoder_specs(config.language),
@@ -141,6 +149,7 @@ def tensor_specs(config: PolicyConfig | LanguageModelConfig) -> dict[str, Tensor
 def vision_specs(vision: VisionConfig, hidden: int) -> dict[str, TensorSpec]:
     """The tensors of the vision tower and of the connector to a decoder of width `hidden`."""
     width = vision.hidden_size
+    kind: _Kind = "ternary" if vision.ternary else "matrix"
     tower = "vision_tower.vision_model."
     specs = {
         f"{tower}embeddings.patch_embedding.weight": TensorSpec(
@@ -153,10 +162,10 @@ def vision_specs(vision: VisionConfig, hidden: int) -> dict[str, TensorSpec]:
         layer = f"{tower}encoder.layers.{index}."
         specs |= _norm(f"{layer}layer_norm1", width)
         for name in ("q_proj", "k_proj", "v_proj", "out_proj"):
-            specs |= _linear(f"{layer}self_attn.{name}", width, width, "ternary")
+            specs |= _linear(f"{layer}self_attn.{name}", width, width, kind)
         specs |= _norm(f"{layer}layer_norm2", width)
-        specs |= _linear(f"{layer}mlp.fc1", vision.intermediate_size, width, "ternary")
-        specs |= _linear(f"{layer}mlp.fc2", width, vision.intermediate_size, "ternary")
+        specs |= _linear(f"{layer}mlp.fc1", vision.intermediate_size, width, kind)
+        specs |= _linear(f"{layer}mlp.fc2", width, vision.intermediate_size, kind)
     specs |= _linear("multi_modal_projector.linear_1", hidden, width)
     specs |= _linear("multi_modal_projector.linear_2", hidden, hidden)
     return specs
@@ -186,7 +195,12 @@ def decoder_specs(language: LanguageConfig) -> dict[str, TensorSpec]:
 
 
 def action_specs(action: ActionConfig, hidden: int) -> dict[str, TensorSpec]:
-    """The tensors of the projectors of state and prefix, and of the action head, over a decoder of width `hidden`."""
+    """The tensors of the projectors of state and prefix, and of the action head, over a decoder of width `hidden`.
+
+    Where actions are tokens, those are the rows of the language head that belong to them.
+    """
+    if action.bins:
+        return {LANGUAGE_HEAD: TensorSpec("matrix", (action.bins, hidden))}
     slots, width = action.slots_per_step * hidden, action.head_hidden_size
     specs = _linear("proprio_projector.fc1", hidden, action.state_dim)
     specs |= _linear("proprio_projector.fc2", hidden, hidden)
@@ -204,7 +218,7 @@ def _norm(name: str, size: int) -> dict[str, TensorSpec]:
     return {f"{name}.weight": TensorSpec("vector", (size,)), f"{name}.bias": TensorSpec("vector", (size,))}
 
 
-def _linear(name: str, rows: int, columns: int, kind: Literal["ternary", "matrix"] = "matrix") -> dict[str, TensorSpec]:
+def _linear(name: str, rows: int, columns: int, kind: _Kind = "matrix") -> dict[str, TensorSpec]:
     return {f"{name}.weight": TensorSpec(kind, (rows, columns)), f"{name}.bias": TensorSpec("vector", (rows,))}
 
 
@@ -234,7 +248,8 @@ def stored_tensors(document: Document[C]) -> dict[str, Stored]:
 
 def _golden_floats(index: int, action: ActionConfig) -> dict[str, Stored]:
     chunk = Stored("F32", (action.horizon, action.dim))
-    floats = {f"golden.{index}.state": Stored("F32", (action.state_dim,)), f"golden.{index}.chunk": chunk}
+    floats = {f"golden.{index}.state": Stored("F32", (action.state_dim,))} if action.state_dim else {}
+    floats |= {f"golden.{index}.chunk": chunk}
     # The answer when the first `max_prefix` actions of that chunk are given as decided.
     return floats | ({f"golden.{index}.continued": chunk} if action.max_prefix else {})
 

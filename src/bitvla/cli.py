@@ -11,6 +11,7 @@ import argparse
 import contextlib
 import difflib
 import errno
+import math
 import os
 import sys
 import warnings
@@ -25,7 +26,7 @@ from bitvla.errors import BitvlaError
 STAGES = ("localize", "finetune", "distill")
 PACKINGS = ("2bit", "base3")
 MATRICES: dict[str, Any] = {"float32": "F32", "bfloat16": "BF16", "int8": "I8"}
-KINDS = ("libero", "language", "language-bf16")
+KINDS = ("libero", "vision-language", "vision-language-bf16-tower", "pretrained", "language", "language-bf16")
 PROTOCOLS = ("openpi", "lerobot", "gr00t")
 ROBOTS = ("fake", "metaworld", "libero", "lerobot")
 JOININGS = ("replace", "weighted_average", "temporal_ensemble", "real_time_chunking")
@@ -91,6 +92,7 @@ def _pack(args: argparse.Namespace) -> Any:
             views=args.views,
             statistics=args.statistics,
             packing=args.packing,
+            control_hz=args.control_hz,
             matrix_dtype=MATRICES.get(args.matrices),
             progress=progress,
         )
@@ -118,7 +120,14 @@ def _chat(args: argparse.Namespace) -> Any:
 
     sampler = Sampler(args.temperature, args.top_p, args.seed)
     run = chat.answer if args.json else chat.chat
-    return run(args.model, args.prompt, max_tokens=args.max_tokens, sampler=sampler, threads=args.threads)
+    return run(
+        args.model,
+        args.prompt,
+        images=args.image,
+        max_tokens=args.max_tokens,
+        sampler=sampler,
+        threads=args.threads,
+    )
 
 
 def _verify(args: argparse.Namespace) -> Any:
@@ -165,6 +174,26 @@ def _eval(args: argparse.Namespace) -> Any:
         out=out,
     )
     return result if args.json is True else display.evaluation(result) | {"record": out}
+
+
+def _vqa(args: argparse.Namespace) -> Any:
+    from bitvla import display
+    from bitvla.evaluate.vqa import evaluate
+
+    default = Path("reports") / f"{args.model.stem}-{args.questions[0].stem}.json"
+    out = args.json if isinstance(args.json, Path) else default
+    with display.progress("asking") as progress:
+        result = evaluate(
+            args.model,
+            args.questions,
+            limit=args.limit,
+            max_tokens=args.max_tokens,
+            threads=args.threads,
+            resume=not args.restart,
+            out=out,
+            progress=progress,
+        )
+    return result if args.json is True else display.answers(result) | {"record": out}
 
 
 def _compare(args: argparse.Namespace) -> Any:
@@ -279,6 +308,16 @@ def _count(text: str) -> int:
     return int(text)
 
 
+def _rate(text: str) -> float:
+    try:
+        rate = float(text)
+    except ValueError:
+        rate = math.nan
+    if not 0 < rate < math.inf:
+        raise argparse.ArgumentTypeError(f"'{text}' is not a rate above 0")
+    return rate
+
+
 def _seed(text: str) -> int:
     if not text.isdecimal():
         raise argparse.ArgumentTypeError(f"'{text}' is not a whole number of at least 0")
@@ -317,7 +356,7 @@ def build_parser() -> argparse.ArgumentParser:
             allow_abbrev=False,
         )
         command.add_argument("--debug", action="store_true", help="show the traceback of an error")
-        if run is not _eval:
+        if run not in (_eval, _vqa):
             command.add_argument("--json", action="store_true", help="print one JSON document on standard output")
         command.set_defaults(run=run, parser=command, interrupted=interrupted)
         return command
@@ -387,7 +426,13 @@ def _add_making(add: _Add) -> None:
         "--views", type=_count, metavar="N", help="cameras that a published checkpoint was trained with (default: 2)"
     )
     pack.add_argument(
-        "--statistics", metavar="KEY", help="data set in dataset_statistics.json, where that holds several"
+        "--statistics",
+        metavar="KEY",
+        help="data set whose statistics to use, where a published checkpoint holds several; "
+        "for the pre-trained base model also a JSON file of them",
+    )
+    pack.add_argument(
+        "--control-hz", type=_rate, metavar="HZ", help="control rate of the robot of the pre-trained base model"
     )
     pack.add_argument(
         "--packing",
@@ -412,7 +457,7 @@ def _add_making(add: _Add) -> None:
         choices=KINDS,
         default=KINDS[0],
         metavar="KIND",
-        help="a LIBERO fine-tune, or BitNet's language model, packed or in bfloat16: "
+        help="a LIBERO fine-tune, the base models it comes from, or BitNet's language model, packed or in bfloat16: "
         f"{' | '.join(KINDS)} (default: {KINDS[0]})",
     )
     make_checkpoint.add_argument("--reduced", action="store_true", help="small layers, published layout and tokens")
@@ -442,14 +487,7 @@ def _add_running(add: _Add) -> None:
     )
     evaluate.add_argument("policy", type=Path, metavar="POLICY", help="policy file, or checkpoint folder")
     _add_environment(evaluate, "episodes of each task")
-    evaluate.add_argument(
-        "--json",
-        type=Path,
-        nargs="?",
-        const=True,
-        metavar="OUT",
-        help="write the record to OUT (default: a name under reports/); without OUT, print it too",
-    )
+    _add_record(evaluate)
     evaluate.add_argument("--processes", type=_count, metavar="N", help="simulators side by side (default: all cores)")
     evaluate.add_argument(
         "--full-precision", action="store_true", help="run the PyTorch network of a checkpoint, same protocol"
@@ -460,6 +498,26 @@ def _add_running(add: _Add) -> None:
     evaluate.add_argument("--first-seed", type=_seed, default=0, metavar="N", help="initial state of the first episode")
     evaluate.add_argument("--protocol", metavar="P", help="LIBERO's: official (default), lerobot or vla.cpp")
     evaluate.add_argument("--restart", action="store_true", help="do not go on from an interrupted evaluation")
+
+    vqa = add(
+        _vqa,
+        "measure how well a vision-language model answers multiple-choice questions",
+        "vqa model.safetensors ai2d/data/*.parquet --json reports/ai2d.json",
+        GO_ON,
+    )
+    vqa.add_argument("model", type=Path, metavar="MODEL", help="file of a vision-language model")
+    vqa.add_argument(
+        "questions",
+        type=Path,
+        nargs="+",
+        metavar="FILE",
+        help="questions: Parquet or JSON Lines of AI2D, MMMU, SEED-Bench or MMStar",
+    )
+    _add_record(vqa)
+    vqa.add_argument("--limit", type=_count, metavar="N", help="ask the first N questions (default: all)")
+    vqa.add_argument("--max-tokens", type=_count, default=16, metavar="N", help="of an answer (default: 16)")
+    vqa.add_argument("--threads", type=_count, metavar="N", help="threads of the kernels (default: all cores)")
+    vqa.add_argument("--restart", action="store_true", help="do not go on from an interrupted evaluation")
 
     compare = add(
         _compare,
@@ -494,6 +552,14 @@ def _add_writing(add: _Add) -> None:
     )
     chat.add_argument("model", type=Path, metavar="MODEL", help="file of a language model, which `bitvla pack` wrote")
     chat.add_argument("--prompt", metavar="TEXT", help="what to answer (default: what is typed, turn after turn)")
+    chat.add_argument(
+        "--image",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="image that the (first) prompt is about, for a vision-language model; can be repeated",
+    )
     chat.add_argument("--max-tokens", type=_count, default=256, metavar="N", help="of an answer (default: 256)")
     chat.add_argument(
         "--temperature",
@@ -598,6 +664,17 @@ def _add_measuring(add: _Add) -> None:
     )
     bench.add_argument("--views", type=_count, metavar="N", help="measure as if it had N cameras (default: as it has)")
     add(_doctor, "show what this machine has: instruction set, rendering, simulators, extras", "doctor")
+
+
+def _add_record(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--json",
+        type=Path,
+        nargs="?",
+        const=True,
+        metavar="OUT",
+        help="write the record to OUT (default: a name under reports/); without OUT, print it too",
+    )
 
 
 def _add_environment(command: argparse.ArgumentParser, episodes: str) -> None:

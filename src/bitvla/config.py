@@ -24,7 +24,7 @@ class Record(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
 
 class VisionConfig(Record, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """A SigLIP vision transformer whose linear layers are ternary."""
+    """A SigLIP vision transformer. `ternary`: its linear layers are; otherwise they stay in full precision."""
 
     image_size: int = 224
     patch_size: int = 14
@@ -33,6 +33,7 @@ class VisionConfig(Record, frozen=True, kw_only=True, forbid_unknown_fields=True
     num_layers: int = 26
     num_heads: int = 16
     layer_norm_eps: float = 1e-6
+    ternary: bool = True
 
     @property
     def num_patches(self) -> int:
@@ -40,7 +41,8 @@ class VisionConfig(Record, frozen=True, kw_only=True, forbid_unknown_fields=True
 
 
 class LanguageConfig(Record, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """A BitNet decoder. `bidirectional`: every token sees every token (OFT); otherwise causal."""
+    """A BitNet decoder. `bidirectional`: every token sees every token (OFT); otherwise causal, as what is written
+    token by token must be: text, and actions as tokens."""
 
     vocab_size: int = 128264
     hidden_size: int = 2560
@@ -66,6 +68,9 @@ class ActionConfig(Record, frozen=True, kw_only=True, forbid_unknown_fields=True
 
     `max_prefix`: the most first actions of a chunk that may be given as decided, for the rest to continue
     (real-time chunking); 0: the policy was not trained for any.
+
+    With `bins` there is neither slot, head nor state, and their sizes are 0: the decoder writes one action, a token a
+    dimension. The last `bins` tokens of the vocabulary are the values from high to low (OpenVLA).
     """
 
     horizon: int = 8
@@ -75,6 +80,7 @@ class ActionConfig(Record, frozen=True, kw_only=True, forbid_unknown_fields=True
     head_hidden_size: int = 2560
     head_blocks: int = 2
     max_prefix: int = 0
+    bins: int = 0
 
     @property
     def num_slots(self) -> int:
@@ -86,6 +92,7 @@ class ImageProcessing(Record, frozen=True, kw_only=True, forbid_unknown_fields=T
 
     rotate by 180 degrees -> JPEG round trip -> resize to `image_size` -> central crop of `crop_area`, resized back
     with bilinear interpolation -> (x / 255 - mean) / std. With `resize="none"` the crop is cut from the raw image.
+    The processor of SigLIP, which base models use, is "bicubic" with all of the area.
 
     `rounding` says how pixels become whole numbers again. "pillow": Pillow's integer arithmetic. "tensorflow": float
     arithmetic, rounded to nearest after the resize; after the crop, x * 255.5 / 255 is cut off, which is up to one
@@ -94,7 +101,7 @@ class ImageProcessing(Record, frozen=True, kw_only=True, forbid_unknown_fields=T
 
     rotate180: bool = False
     jpeg_quality: int | None = None
-    resize: Literal["none", "lanczos"] = "none"
+    resize: Literal["none", "lanczos", "bicubic"] = "none"
     crop_area: float = 0.9
     rounding: Literal["pillow", "tensorflow"] = "pillow"
     mean: float = 0.5
@@ -161,20 +168,29 @@ class PolicyConfig(Record, frozen=True, kw_only=True, forbid_unknown_fields=True
 class ChatConfig(Record, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """How a conversation becomes tokens: `begin` once, then `turn` for each thing the user says.
 
-    A stop token ends an answer; the first one is put where an answer was cut short.
+    A stop token ends an answer; the first one is put where an answer was cut short. What is said with images becomes
+    `turn_with_images`; there `{images}` expands to an `image_token` a patch for each, with a space between two images.
     """
 
     begin: str
     turn: str
     stop_tokens: tuple[str, ...]
+    turn_with_images: str = ""
+    image_token: str = ""
 
 
 class LanguageModelConfig(Record, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """A BitNet language model. Its head is its embedding."""
+    """A BitNet language model. Its head is its embedding, or with `tied` False a matrix of its own.
+
+    With a vision tower it answers questions about images; `image` says how they become pixels.
+    """
 
     name: str
     language: LanguageConfig
     chat: ChatConfig
+    tied: bool = True
+    vision: VisionConfig | None = None
+    image: ImageProcessing | None = None
     precision: Literal["ternary"] = "ternary"
 
 
@@ -187,14 +203,12 @@ def check(config: Model) -> Model:
             (not config.language.bidirectional, "language.bidirectional is true; only a causal decoder writes text"),
             (config.chat.turn.count("{prompt}") == 1, "chat.turn must hold {prompt} once"),
             (len(config.chat.stop_tokens) > 0, "chat.stop_tokens is empty: no answer would end"),
+            *_sight_rules(config),
         ])  # fmt: skip
         return config
     vision, language, action, processing = config.vision, config.language, config.action, config.processing
+    by_tokens = action.bins > 0
     rules = [
-        (vision.image_size % vision.patch_size == 0, f"vision.image_size {vision.image_size} is not a multiple of "
-         f"vision.patch_size {vision.patch_size}"),
-        (vision.hidden_size % vision.num_heads == 0, f"vision.hidden_size {vision.hidden_size} is not a multiple of "
-         f"vision.num_heads {vision.num_heads}"),
         (1 <= processing.execute_horizon <= action.horizon, f"processing.execute_horizon "
          f"{processing.execute_horizon} is not within 1 and action.horizon {action.horizon}"),
         (action.max_prefix < action.horizon, f"action.max_prefix {action.max_prefix} leaves nothing of action.horizon "
@@ -203,7 +217,6 @@ def check(config: Model) -> Model:
          "(0, 1]"),
         (language.max_positions > action.num_slots + vision.num_patches * len(processing.cameras) + 2,
          f"language.max_positions {language.max_positions} has no room for images, slots and an instruction"),
-        (vision.layer_norm_eps > 0, f"vision.layer_norm_eps {vision.layer_norm_eps} is not positive"),
         (processing.image.std > 0, f"processing.image.std {processing.image.std} is not positive"),
         (processing.image.jpeg_quality is None or 1 <= processing.image.jpeg_quality <= 100,
          f"processing.image.jpeg_quality {processing.image.jpeg_quality} is not within 1 and 100"),
@@ -211,14 +224,18 @@ def check(config: Model) -> Model:
         (len(processing.cameras) > 0, "processing.cameras is empty: a policy needs at least one camera"),
         (len({camera.name for camera in processing.cameras}) == len(processing.cameras),
          "processing.cameras names one camera twice"),
-        (all(processing.prompt.template.count(part) == 1 for part in ("{images}", "{instruction}",
-                                                                      processing.prompt.proprio_token)),
-         f"processing.prompt.template must hold {{images}}, {{instruction}} and {processing.prompt.proprio_token} "
-         "once each"),
+        (all(processing.prompt.template.count(part) == 1 for part in ("{images}", "{instruction}")),
+         "processing.prompt.template must hold {images} and {instruction} once each"),
+        (processing.prompt.template.count(processing.prompt.proprio_token) == (not by_tokens),
+         f"processing.prompt.template must hold {processing.prompt.proprio_token} once where the policy takes a "
+         "state, and otherwise not"),
+        (not by_tokens or (not language.bidirectional and action.horizon == 1 and action.bins < language.vocab_size),
+         f"action.bins is {action.bins}; actions as tokens need a causal decoder, a horizon of 1 and a vocabulary "
+         "that holds them"),
         (processing.prompt.image_token not in processing.prompt.template,
          f"processing.prompt.template holds {processing.prompt.image_token}; {{images}} stands for all of them"),
     ]  # fmt: skip
-    _check_rules("policy", _language_rules(language) + rules)
+    _check_rules("policy", _language_rules(language) + _vision_rules(vision) + rules)
     for name, statistics, size in (
         ("state", processing.state, action.state_dim),
         ("action", processing.action, action.dim),
@@ -238,6 +255,31 @@ def _language_rules(language: LanguageConfig) -> list[tuple[bool, str]]:
     ]  # fmt: skip
 
 
+def _vision_rules(vision: VisionConfig) -> list[tuple[bool, str]]:
+    return [
+        (vision.image_size % vision.patch_size == 0, f"vision.image_size {vision.image_size} is not a multiple of "
+         f"vision.patch_size {vision.patch_size}"),
+        (vision.hidden_size % vision.num_heads == 0, f"vision.hidden_size {vision.hidden_size} is not a multiple of "
+         f"vision.num_heads {vision.num_heads}"),
+        (vision.layer_norm_eps > 0, f"vision.layer_norm_eps {vision.layer_norm_eps} is not positive"),
+    ]  # fmt: skip
+
+
+def _sight_rules(config: LanguageModelConfig) -> list[tuple[bool, str]]:
+    """What a language model needs to see images; nothing for one that sees none."""
+    chat, image = config.chat, config.image
+    if config.vision is None or image is None:
+        return [(config.vision is None and image is None, "vision and image belong together; one of them is missing")]
+    return [
+        *_vision_rules(config.vision),
+        (all(chat.turn_with_images.count(part) == 1 for part in ("{images}", "{prompt}")),
+         "chat.turn_with_images must hold {images} and {prompt} once each"),
+        (len(chat.image_token) > 0, "chat.image_token is empty: nothing would stand for images"),
+        (image.std > 0 and 0 < image.crop_area <= 1, "image.std and image.crop_area must be positive, the latter at "
+         "most 1"),
+    ]  # fmt: skip
+
+
 def _check_rules(kind: str, rules: Iterable[tuple[bool, str]]) -> None:
     for holds, message in rules:
         if not holds:
@@ -246,15 +288,23 @@ def _check_rules(kind: str, rules: Iterable[tuple[bool, str]]) -> None:
 
 def _check_sizes(config: PolicyConfig | LanguageModelConfig) -> None:
     sections: dict[str, Record] = {"language": config.language}
+    if config.vision is not None:
+        sections["vision"] = config.vision
+    # Sizes of what a policy may do without.
+    optional = {"head_blocks", "bins", "max_prefix"}
+    absent = set()
     if isinstance(config, PolicyConfig):
-        sections |= {"vision": config.vision, "action": config.action}
+        if config.action.bins:
+            absent = {"state_dim", "slots_per_step", "head_hidden_size", "head_blocks"}
+        sections["action"] = config.action
         sections |= {f"camera '{camera.name}'": camera for camera in config.processing.cameras}
     for section, value in sections.items():
         for field in value.__struct_fields__:
             size = getattr(value, field)
-            least = 0 if field in ("head_blocks", "max_prefix") else 1
-            if type(size) is int and not least <= size < 1 << 24:
-                raise BitvlaError(f"policy configuration: {section}.{field} is {size}; it must be a size from {least}")
+            least, limit = 0 if field in optional | absent else 1, 1 if field in absent else 1 << 24
+            if type(size) is int and not least <= size < limit:
+                allowed = "0, as actions are tokens" if field in absent else f"a size from {least}"
+                raise BitvlaError(f"policy configuration: {section}.{field} is {size}; it must be {allowed}")
 
 
 def _check_statistics(name: str, statistics: Statistics, size: int) -> None:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from bitvla.data.check import Checkup
     from bitvla.evaluate.result import Comparison, Result
     from bitvla.evaluate.statistics import Paired, Rate
+    from bitvla.evaluate.vqa import VqaResult
 
 
 def as_json(result: Any) -> str:
@@ -60,6 +61,25 @@ def evaluation(result: Result) -> dict[str, Any]:
         "policy process MB (peak)": result.policy_peak_bytes / 1e6,
     }
     return summary | ({"episodes that could not run": result.errors} if result.errors else {})
+
+
+def answers(result: VqaResult) -> dict[str, Any]:
+    """What a person wants to know of a model's answers to questions."""
+    summary: dict[str, Any] = {
+        "questions": [
+            {
+                "category": name,
+                "right": f"{rate.successes}/{rate.total}",
+                "%": f"{100 * rate.rate:.1f}",
+                "95 % interval": _interval(rate),
+            }
+            for name, rate in [*result.categories.items(), ("all", result.total)]
+        ],
+        "answers without a letter": result.without_letter,
+        "milliseconds a question (median)": result.latency and result.latency.p50,
+    }
+    summary |= {"questions that could not be asked": result.errors} if result.errors else {}
+    return summary | ({"questions without choices, skipped": result.skipped} if result.skipped else {})
 
 
 def comparison(result: Comparison) -> dict[str, Any]:

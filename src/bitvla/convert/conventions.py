@@ -2,7 +2,8 @@
 
 Sources: arXiv 2506.07530 and the official repository, ustcwhy/BitVLA: `bitvla/constants.py` (token ids),
 `convert_ckpt.py` (chat template), `prismatic/vla/constants.py` (LIBERO's chunk), `experiments/robot/` (images, state,
-gripper).
+gripper). The base models' prompt is that of the port of lxsy/bitvla-bf16 to Core AI, which was compared with the
+official code.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from bitvla.config import Camera, ChatConfig, ImageProcessing, ProcessingConfig,
 # Rows of the text embedding. After 128,010 tokens of Llama 3 come <|image_pad|>, <proprio_pad> and the action tokens.
 FINETUNE_VOCABULARY = 128264  # 252 action tokens
 PRETRAINED_VOCABULARY = 128268  # 256 action tokens
+PRETRAINED_BINS = 256
 
 TOKEN_IDS = {
     "<|begin_of_text|>": 128000,
@@ -40,6 +42,13 @@ CHAT = ChatConfig(
     turn="User: {prompt}<|eot_id|>Assistant: ",
     stop_tokens=("<|eot_id|>", "<|end_of_text|>"),
 )
+
+# What base models are asked. Unlike a fine-tune, they are causal (their text and their action tokens are written one
+# after the other; the bidirectional mask came with the action slots), and keep the line break after the image (LLaVA).
+_BASE_TURN = "Human: {images}\n{prompt}<|eot_id|>Assistant: "
+PRETRAINED_TEMPLATE = CHAT.begin + _BASE_TURN.replace("{prompt}", "What action should the robot take to {instruction}?")
+# The processor of SigLIP in their preprocessor_config.json.
+SIGLIP = ImageProcessing(resize="bicubic", crop_area=1.0, mean=0.5, std=0.5)
 
 # The third-person image comes first, then those of the wrists.
 CAMERAS = {1: ("full",), 2: ("full", "wrist"), 3: ("full", "left_wrist", "right_wrist")}
@@ -70,4 +79,31 @@ def libero_processing(state: Statistics, action: Statistics, views: int) -> Proc
         control_hz=20.0,
         execute_horizon=LIBERO_HORIZON,
         gripper="libero",
+    )
+
+
+def base_chat(image_token: str) -> ChatConfig:
+    """How a vision-language base model is asked, with images and without."""
+    return ChatConfig(
+        begin=CHAT.begin,
+        turn=_BASE_TURN.replace("{images}\n", ""),
+        turn_with_images=_BASE_TURN,
+        image_token=image_token,
+        stop_tokens=CHAT.stop_tokens,
+    )
+
+
+def pretrained_processing(action: Statistics, image_size: int, control_hz: float) -> ProcessingConfig:
+    """What stands between a robot and the pre-trained base model, which sees one image and takes no state.
+
+    It was trained on robots of many kinds, so the camera is one that delivers what the network sees.
+    """
+    return ProcessingConfig(
+        cameras=(Camera(name=CAMERAS[1][0], height=image_size, width=image_size),),
+        image=SIGLIP,
+        prompt=PromptConfig(template=PRETRAINED_TEMPLATE, lower_case=True, max_instruction_tokens=128),
+        state=Statistics(names=(), units=(), low=(), high=(), mask=()),
+        action=action,
+        control_hz=control_hz,
+        execute_horizon=1,
     )

@@ -1,9 +1,9 @@
 """Checkpoints of random weights, in exactly the published layouts: to try everything without the real weights.
 
 Shapes, names, dtypes, files and token ids are those of `hongyuw/ft-bitvla-bitsiglipL-224px-libero_spatial-bf16`, with
-the statistics of its training data, or those of `microsoft/bitnet-b1.58-2B-4T`, packed or in bfloat16. What such a
-policy does, and what such a language model writes, is nonsense. Written shard by shard, so that memory stays
-small, and from a seed, so that it is the same everywhere.
+the statistics of its training data; of the base models it comes from; or of `microsoft/bitnet-b1.58-2B-4T`, packed or
+in bfloat16. What such a policy does, and what such a language model writes, is nonsense. Written shard by shard, so
+that memory stays small, and from a seed, so that it is the same everywhere.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from bitvla.convert.weights import SIDE_FILES, pack_rows
 from bitvla.errors import BitvlaError
 from bitvla.quantization import ternarize
 
-Kind = Literal["libero", "language", "language-bf16"]
+Kind = Literal["libero", "vision-language", "vision-language-bf16-tower", "pretrained", "language", "language-bf16"]
 
 SHARD_BYTES = 1 << 30
 STEP = 10000  # in the names of the side files; what the published ones were trained for
@@ -58,7 +58,7 @@ LIBERO_SPATIAL = {
 
 # Words of the prompt and of LIBERO's instructions, with the ids that Llama 3 gives them. "Ġ" is a space.
 WORDS = {
-    "'s": 596, "System": 2374, "User": 1502, "Assistant": 72803,
+    "'s": 596, "Human": 35075, "System": 2374, "User": 1502, "Assistant": 72803,
     "What": 3923, "ĠA": 362, "ĠThe": 578, "Ġa": 264, "Ġaction": 1957, "Ġalphabet": 28890, "Ġan": 459, "Ġand": 323,
     "Ġanswers": 11503, "Ġartificial": 21075, "Ġassistant": 18328, "Ġback": 1203, "Ġbasket": 14351, "Ġbetween": 1990,
     "Ġblack": 3776, "Ġbook": 2363, "Ġboth": 2225, "Ġbottle": 16893, "Ġbottom": 5740, "Ġbowl": 19763, "Ġbox": 3830,
@@ -94,10 +94,11 @@ def make_checkpoint(
 ) -> dict[str, Any]:
     """Write a checkpoint of random weights into the folder `out` and return a summary.
 
-    `kind` is a LIBERO fine-tune, or a language model whose weights are packed ("language") or latent
-    ("language-bf16"). Full size is 6.4, 1.2 or 4.8 GB; `reduced` keeps images, vocabulary and layout, and makes
-    everything else small; `layers` leaves that many layers in the tower and in the decoder. For a fine-tune, `views` is
-    the number of cameras it claims to have been trained with, `statistics` a dataset_statistics.json to use instead of
+    `kind` is a LIBERO fine-tune; a vision-language base model, whose tower is ternary or not; the pre-trained base
+    model, which acts by tokens; or a language model whose weights are packed ("language") or latent ("language-bf16").
+    Full size is 6.4, 6.3, 6.3, 6.3, 1.2 or 4.8 GB; `reduced` keeps images, vocabulary and layout, and makes everything
+    else small; `layers` leaves that many layers in the tower and in the decoder. `views` is the number of cameras a
+    fine-tune claims to have been trained with, `statistics` a dataset_statistics.json for what acts, instead of
     LIBERO-Spatial's. BitvlaError where `out` is not empty; it appears whole or not at all.
     """
     out = Path(out)
@@ -114,12 +115,17 @@ def make_checkpoint(
     try:
         temporary.mkdir(parents=True)
         if kind == "libero":
-            files = _descriptions(vision, language, views) | {"dataset_statistics.json": tables}
+            files = _descriptions(vision, language, {"num_images_in_input": views}) | {
+                "dataset_statistics.json": tables
+            }
             _write_fine_tune(temporary, vision, language, seed, progress)
-        else:
+        elif kind in ("language", "language-bf16"):
             language = msgspec.structs.replace(language, vocab_size=conventions.LANGUAGE_VOCABULARY)
             files = _language_descriptions(language, packed=kind == "language")
-            _write_language_model(temporary, language, seed, progress, packed=kind == "language")
+            specs = expected_tensors("language", vision, language)
+            _write_model(temporary, specs, seed, progress, packed=kind == "language")
+        else:
+            files = _write_base_model(temporary, kind, vision, language, tables, seed, progress)
         for name, content in files.items():
             _write_json(temporary / name, content)
         os.replace(temporary, out)
@@ -187,12 +193,33 @@ def _write_fine_tune(
     _write_backbone(out, backbone, lambda name: {name: random(name, backbone[name])})
 
 
-def _write_language_model(
-    out: Path, language: LanguageConfig, seed: int, progress: Progress | None, *, packed: bool
+def _write_base_model(
+    out: Path,
+    kind: Kind,
+    vision: VisionConfig,
+    language: LanguageConfig,
+    tables: Mapping[str, Any],
+    seed: int,
+    progress: Progress | None,
+) -> dict[str, Any]:
+    """Its weights are written, the files that describe them returned."""
+    more: dict[str, Any]
+    if kind == "pretrained":
+        language = msgspec.structs.replace(language, vocab_size=conventions.PRETRAINED_VOCABULARY)
+        more = {"norm_stats": tables}
+    else:
+        vision = msgspec.structs.replace(vision, ternary=kind == "vision-language")
+        more = {"architectures": ["LlavaForConditionalGeneration"], "model_type": "llava"}
+    _write_model(out, expected_tensors("vision-language", vision, language), seed, progress)
+    return _descriptions(vision, language, more)
+
+
+def _write_model(
+    out: Path, specs: Mapping[str, TensorSpec], seed: int, progress: Progress | None, *, packed: bool = False
 ) -> None:
     import torch
 
-    specs, done = expected_tensors("language", VisionConfig(), language), count(1)
+    done = count(1)
 
     def random(name: str) -> dict[str, Any]:
         values = _random(name, specs[name], seed)
@@ -240,18 +267,21 @@ def _bytes(spec: TensorSpec) -> int:
 # Descriptions.
 
 
-def _descriptions(vision: VisionConfig, language: LanguageConfig, views: int) -> dict[str, Any]:
-    """The JSON files beside the weights."""
+def _descriptions(vision: VisionConfig, language: LanguageConfig, more: dict[str, Any]) -> dict[str, Any]:
+    """The JSON files beside the weights; `more` is what is special about the config.json of a kind."""
+    tokens, bits = (
+        _special_tokens(language.vocab_size - conventions.FIRST_ACTION_ID),
+        (1, 8) if vision.ternary else (32, 32),
+    )
     special = {
         "bos_token": "<|begin_of_text|>", "eos_token": "<|end_of_text|>", "pad_token": "<|pad|>",
-        "additional_special_tokens": _special_tokens()[10:],
+        "additional_special_tokens": tokens[10:],
     }  # fmt: skip
-    return _tokenizer_files(special, _special_tokens()) | {
+    return _tokenizer_files(special, tokens) | {
         "config.json": {
             "architectures": ["BitVLAForActionPrediction"],
             "model_type": "bitvla",
-            "n_action_bins": conventions.FINETUNE_VOCABULARY - conventions.FIRST_ACTION_ID,
-            "num_images_in_input": views,
+            "n_action_bins": language.vocab_size - conventions.FIRST_ACTION_ID,
             "image_token_index": conventions.TOKEN_IDS["<|image_pad|>"],
             "image_seq_length": vision.num_patches,
             "projector_hidden_act": "gelu",
@@ -272,10 +302,11 @@ def _descriptions(vision: VisionConfig, language: LanguageConfig, views: int) ->
                 "layer_norm_eps": vision.layer_norm_eps,
                 "hidden_act": "gelu_pytorch_tanh",
                 "vision_use_head": False,
-                "vit_weight_bits": 1,
-                "vit_act_bits": 8,
+                "vit_weight_bits": bits[0],
+                "vit_act_bits": bits[1],
             },
-        },
+        }
+        | more,
         "preprocessor_config.json": {
             "image_processor_type": "SiglipImageProcessor",
             "do_normalize": True,
@@ -393,14 +424,13 @@ def _tokenizer(special_tokens: list[str]) -> dict[str, Any]:
     }
 
 
-def _special_tokens() -> list[str]:
+def _special_tokens(actions: int) -> list[str]:
     """The tokens from <|begin_of_text|> on, in the order of their ids."""
     llama = [
         "<|begin_of_text|>", "<|end_of_text|>", "<|pad|>", "<|reserved_special_token_1|>",
         "<|reserved_special_token_2|>", "<|reserved_special_token_3|>", "<|start_header_id|>", "<|end_header_id|>",
         "<|reserved_special_token_4|>", "<|eot_id|>",
     ]  # fmt: skip
-    actions = conventions.FINETUNE_VOCABULARY - conventions.FIRST_ACTION_ID
     return [*llama, "<|image_pad|>", "<proprio_pad>", *(f"<action_{index}>" for index in range(actions))]
 
 

@@ -7,23 +7,25 @@ A LIBERO fine-tune (`hongyuw/ft-bitvla-bitsiglipL-224px-libero_*-bf16`) is a fol
     dataset_statistics.json, tokenizer.json
 
 A language model (`microsoft/bitnet-b1.58-2B-4T`, packed, or `-bf16`) is a folder with config.json, model.safetensors
-and tokenizer.json. Other base models have neither an action head nor, here, a language head: they are recognised,
-checked in full, and refused.
+and tokenizer.json. So is a vision-language base model (`hongyuw/bitvla-bitsiglipL-224px-bf16`, and with a tower in full
+precision `hongyuw/bitvla-siglipL-224px-bf16`), and the pre-trained base model (`lxsy/bitvla-bf16`), which acts by
+tokens; its config.json may hold statistics under `norm_stats`.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 import msgspec
 import numpy as np
+from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 import bitvla
-from bitvla.bundle import TensorSpec, action_specs, decoder_specs, vision_specs
+from bitvla.bundle import LANGUAGE_HEAD, TensorSpec, action_specs, decoder_specs, vision_specs
 from bitvla.config import (
     ActionConfig,
     LanguageConfig,
@@ -41,17 +43,10 @@ from bitvla.errors import BitvlaError
 from bitvla.processing.prompt import Prompt
 from bitvla.runtime.policy import parse_tokenizer
 
-Kind = Literal["libero", "vision-language", "full-precision tower", "pretrained", "language"]
+Kind = Literal["libero", "vision-language", "pretrained", "language"]
 
 EMBEDDING = "language_model.model.embed_tokens.weight"
-LANGUAGE_HEAD = "language_model.lm_head.weight"
 
-_BASE_MODELS: dict[Kind, str] = {
-    "vision-language": "a vision-language base model (hongyuw/bitvla-bitsiglipL-224px-bf16)",
-    "full-precision tower": "a vision-language base model with a full-precision tower "
-    "(hongyuw/bitvla-siglipL-224px-bf16)",
-    "pretrained": "the pre-trained base model with discrete action tokens (lxsy/bitvla-bf16)",
-}
 _HUB_FILES = ["*.json", "*.safetensors", "*.pt"]  # also in lora_adapter/
 _INSTRUCTION = "pick up the black bowl and place it on the plate"
 
@@ -130,7 +125,7 @@ def kind_of(weights: Weights, config: Mapping[str, Any]) -> Kind:
         return "pretrained"
     if (weights.root / "dataset_statistics.json").is_file():
         return "libero"
-    return "vision-language" if _tower_is_ternary(config) else "full-precision tower"
+    return "vision-language"
 
 
 def _tower_is_ternary(config: Mapping[str, Any]) -> bool:
@@ -152,13 +147,8 @@ def expected_tensors(kind: Kind, vision: VisionConfig, language: LanguageConfig)
     decoder = decoder_specs(language)
     if kind == "language":  # its language head is the embedding
         return {name.removeprefix("language_model."): spec for name, spec in decoder.items()}
-    tower = vision_specs(vision, language.hidden_size)
-    if kind == "full-precision tower":
-        tower = {
-            name: TensorSpec("matrix", spec.shape) if spec.kind == "ternary" else spec for name, spec in tower.items()
-        }
     head = TensorSpec("matrix", (language.vocab_size, language.hidden_size))
-    return tower | decoder | {LANGUAGE_HEAD: head}
+    return vision_specs(vision, language.hidden_size) | decoder | {LANGUAGE_HEAD: head}
 
 
 def check_tensors(weights: Weights, expected: Mapping[str, TensorSpec]) -> None:
@@ -180,74 +170,179 @@ def check_tensors(weights: Weights, expected: Mapping[str, TensorSpec]) -> None:
             )
 
 
-# A LIBERO fine-tune as a policy.
+# Each kind as what packing needs.
 
 
-def open_official(folder: Path, views: int | None = None, statistics: str | None = None) -> Source:
+def open_official(
+    folder: Path, views: int | None = None, statistics: str | None = None, control_hz: float | None = None
+) -> Source:
     """Open a published checkpoint.
 
-    `views` is the number of cameras it was trained with: 1, 2 or 3, by default what config.json says under
-    `num_images_in_input`, or 2. `statistics` is the key in dataset_statistics.json, needed where it has several.
-    Both are refused for a language model. Raises BitvlaError for other base models, which no file can hold yet.
+    For a LIBERO fine-tune, `views` is the number of cameras it was trained with: 1, 2 or 3, by default what config.json
+    says under `num_images_in_input`, or 2; `statistics` is the key in dataset_statistics.json, needed where it has
+    several. For the pre-trained base model, `statistics` is the key in `norm_stats` of config.json, or a JSON file of
+    the same layout with one data set; `control_hz`, which no file says, is that robot's control rate. What a kind of
+    checkpoint knows or has no use for is refused.
     """
     origin = backbone_folder(folder) / "config.json"
     raw, weights = read_json(origin), find_weights(folder)
     kind = kind_of(weights, raw)
     vision, language = _read_sizes(origin, raw, kind)
     _check_vocabulary(weights, kind, language)
-    backbone = expected_tensors(kind, vision, language)
-    if kind == "language":
-        if views or statistics:
-            raise BitvlaError(f"{folder} is a language model: it has no views and no statistics; leave them out")
-        return _language_source(folder, raw, language, weights, backbone)
-    if kind != "libero":
-        check_tensors(weights, backbone)
-        raise BitvlaError(
-            f"{folder} is {_BASE_MODELS[kind]}: it has no action head, so it is not a policy; pack a fine-tune of it"
-        )
-    text, tokenizer = _read_tokenizer(folder / "tokenizer.json", conventions.TOKEN_IDS)
-    key, state, action = _read_statistics(folder / "dataset_statistics.json", statistics)
-    config = _policy_config(f"bitvla-{key}", vision, language, state, action, _views(folder, raw, views))
-    _check_policy(folder, config, tokenizer)
-    check_tensors(weights, backbone | action_specs(config.action, language.hidden_size))
-    digests = _digests(folder, [*weights.files, folder / "dataset_statistics.json", folder / "tokenizer.json"])
-    return Source(
-        config=config,
-        tokenizer=text,
-        golden=_golden(config),
-        provenance={"checkpoint": {"kind": kind, "statistics": key, "files": digests}},
-        sha256=hashlib.sha256(msgspec.json.encode(digests)).hexdigest(),
-        tensor=weights.read,
-        ternary=weights.ternary,
-        matrix_dtype="BF16",
-    )
+    if kind in ("language", "vision-language"):
+        if views or statistics or control_hz:
+            raise BitvlaError(f"{folder} does not act: it has no views, statistics or control rate; leave them out")
+        if kind == "language":
+            return _language_model(folder, raw, language, weights)
+        return _vision_language_model(folder, raw, vision, language, weights)
+    if kind == "pretrained":
+        if views not in (None, 1):
+            raise BitvlaError(f"{folder} is the pre-trained base model, which sees one image, not {views}")
+        return _pretrained(folder, raw, vision, language, weights, statistics, control_hz)
+    if control_hz:
+        raise BitvlaError(f"{folder} is a fine-tune on LIBERO, whose control rate is known; leave out --control-hz")
+    return _fine_tune(folder, raw, vision, language, weights, statistics, _views(folder, raw, views))
 
 
-def _language_source(
+def _fine_tune(
     folder: Path,
     raw: Mapping[str, Any],
+    vision: VisionConfig,
     language: LanguageConfig,
     weights: Weights,
-    expected: Mapping[str, TensorSpec],
+    statistics: str | None,
+    views: int,
 ) -> Source:
-    """A language model, which has no action head and no golden traces."""
+    """A LIBERO fine-tune as a policy."""
+    for name in SIDE_FILES:
+        if side_file(folder, name) is None:
+            raise BitvlaError(f"{folder} lacks {name}--*_checkpoint.pt: the checkpoint is not complete")
+    text, tokenizer = _read_tokenizer(folder / "tokenizer.json", conventions.TOKEN_IDS)
+    tables = folder / "dataset_statistics.json"
+    key, state, action = _read_statistics(tables, statistics)
+    config = PolicyConfig(
+        name=f"bitvla-{key}",
+        vision=vision,
+        language=language,
+        action=ActionConfig(
+            horizon=conventions.LIBERO_HORIZON,
+            dim=len(conventions.LIBERO_ACTION),
+            state_dim=len(conventions.LIBERO_STATE),
+            slots_per_step=len(conventions.LIBERO_ACTION),
+            head_hidden_size=language.hidden_size,
+        ),
+        processing=conventions.libero_processing(state, action, views),
+    )
+    _check_policy(folder, config, tokenizer)
+    check_tensors(
+        weights, expected_tensors("libero", vision, language) | action_specs(config.action, language.hidden_size)
+    )
+    return _source(folder, weights, config, text, {"kind": "libero", "statistics": key}, beside=[tables])
+
+
+def _pretrained(
+    folder: Path,
+    raw: Mapping[str, Any],
+    vision: VisionConfig,
+    language: LanguageConfig,
+    weights: Weights,
+    statistics: str | None,
+    control_hz: float | None,
+) -> Source:
+    """The pre-trained base model as a policy that writes its actions as tokens."""
+    text, tokenizer = _read_tokenizer(folder / "tokenizer.json", conventions.TOKEN_IDS)
+    key, action = _read_pretrained_statistics(folder, raw, statistics)
+    if control_hz is None:
+        raise BitvlaError(
+            f"{folder} was pre-trained on robots of many control rates; give the one of '{key}' with --control-hz"
+        )
+    config = PolicyConfig(
+        name=f"bitvla-pretrained-{key}",
+        vision=vision,
+        language=language,
+        action=ActionConfig(
+            horizon=1,
+            dim=len(action.names),
+            state_dim=0,
+            slots_per_step=0,
+            head_hidden_size=0,
+            head_blocks=0,
+            bins=conventions.PRETRAINED_BINS,
+        ),
+        processing=conventions.pretrained_processing(action, vision.image_size, control_hz),
+    )
+    _check_policy(folder, config, tokenizer)
+    check_tensors(weights, expected_tensors("pretrained", vision, language))
+    return _source(folder, weights, config, text, {"kind": "pretrained", "statistics": key})
+
+
+def _language_model(folder: Path, raw: Mapping[str, Any], language: LanguageConfig, weights: Weights) -> Source:
     text, _ = _read_tokenizer(folder / "tokenizer.json", conventions.LANGUAGE_TOKEN_IDS)
     config = LanguageModelConfig(name="bitnet", language=language, chat=conventions.CHAT)
-    try:
-        check(config)
-    except BitvlaError as error:
-        raise BitvlaError(f"{folder}: {error}") from None
-    check_tensors(weights, expected)
+    _check_config(folder, config)
+    check_tensors(weights, expected_tensors("language", VisionConfig(), language))
     _check_packing(folder, raw)
-    digests = _digests(folder, [*weights.files, folder / "tokenizer.json"])
+    return _source(folder, weights, config, text, {"kind": "language"}, prefix="language_model.")
+
+
+def _vision_language_model(
+    folder: Path, raw: Mapping[str, Any], vision: VisionConfig, language: LanguageConfig, weights: Weights
+) -> Source:
+    text, tokenizer = _read_tokenizer(folder / "tokenizer.json", conventions.LANGUAGE_TOKEN_IDS)
+    config = LanguageModelConfig(
+        name="bitvla",
+        language=language,
+        chat=conventions.base_chat(_image_token(folder, raw, tokenizer)),
+        tied=False,
+        vision=vision,
+        image=conventions.SIGLIP,
+    )
+    _check_config(folder, config)
+    check_tensors(weights, expected_tensors("vision-language", vision, language))
+    return _source(folder, weights, config, text, {"kind": "vision-language"})
+
+
+def _image_token(folder: Path, raw: Mapping[str, Any], tokenizer: Tokenizer) -> str:
+    """What stands for a patch in the text; its embedding is never used. The official code renames it for actions."""
+    token = "<|image_pad|>"
+    if tokenizer.token_to_id(token) is None:
+        special = tokenizer.get_added_tokens_decoder().get(raw.get("image_token_index", -1))
+        if special is None:
+            raise BitvlaError(
+                f"{folder / 'tokenizer.json'} has neither {token} nor a special token with the id image_token_index "
+                f"({raw.get('image_token_index')}) of config.json: it is the tokenizer of another model"
+            )
+        token = special.content
+    return token
+
+
+def _source(
+    folder: Path,
+    weights: Weights,
+    config: PolicyConfig | LanguageModelConfig,
+    tokenizer: str,
+    facts: Mapping[str, str],
+    *,
+    beside: Iterable[Path] = (),
+    prefix: str = "",
+) -> Source:
+    """`prefix` is what the names of the checkpoint's tensors lack; `beside` are more files that it was made from."""
+    digests = _digests(folder, [*weights.files, *beside, folder / "tokenizer.json"])
+
+    def tensor(name: str) -> NDArray[Any]:
+        values = weights.read(name.removeprefix(prefix))
+        if name == LANGUAGE_HEAD and isinstance(config, PolicyConfig):  # of which only action tokens are read
+            return values[-config.action.bins :].copy()
+        return values
+
     return Source(
         config=config,
-        tokenizer=text,
-        golden=Golden([], []),
-        provenance={"checkpoint": {"kind": "language", "files": digests}},
+        tokenizer=tokenizer,
+        golden=_golden(config) if isinstance(config, PolicyConfig) else Golden([], []),
+        provenance={"checkpoint": {**facts, "files": digests}},
         sha256=hashlib.sha256(msgspec.json.encode(digests)).hexdigest(),
-        tensor=lambda name: weights.read(name.removeprefix("language_model.")),
-        ternary=lambda name: weights.ternary(name.removeprefix("language_model.")),
+        tensor=tensor,
+        ternary=lambda name: weights.ternary(name.removeprefix(prefix)),
         matrix_dtype="BF16",
     )
 
@@ -279,7 +374,8 @@ def _read_sizes(origin: Path, raw: Mapping[str, Any], kind: Kind) -> tuple[Visio
             f"{origin}: vision_config.vit_weight_bits and vit_act_bits are not 1 and 8, so the vision tower was "
             "trained in full precision; only fine-tunes with a ternary tower can be packed"
         )
-    vision = from_dict(VisionConfig, _renamed(_section(raw, "vision_config"), _VISION_FIELDS), str(origin))
+    seen = _renamed(_section(raw, "vision_config"), _VISION_FIELDS) | {"ternary": _tower_is_ternary(raw)}
+    vision = from_dict(VisionConfig, seen, str(origin))
     text = raw if kind == "language" else _section(raw, "text_config")
     language = from_dict(LanguageConfig, _renamed(text, _TEXT_FIELDS), str(origin))
     return vision, msgspec.structs.replace(language, bidirectional=kind == "libero")
@@ -320,6 +416,41 @@ def _read_tokenizer(path: Path, token_ids: Mapping[str, int]) -> tuple[str, Toke
 def _read_statistics(path: Path, key: str | None) -> tuple[str, Statistics, Statistics]:
     """The key of the data set, the bounds of its state and of its actions."""
     tables = read_json(path)
+    key = _chosen(path, tables, key)
+    if not key.startswith("libero"):
+        raise BitvlaError(
+            f"{path} is of '{key}'; cameras, gripper and chunk are known only for fine-tunes on LIBERO (libero_*)"
+        )
+    state = _bounds(path, key, "proprio", tables[key], conventions.LIBERO_STATE)
+    return key, state, _bounds(path, key, "action", tables[key], conventions.LIBERO_ACTION)
+
+
+def _read_pretrained_statistics(folder: Path, raw: Mapping[str, Any], given: str | None) -> tuple[str, Statistics]:
+    """The key of the data set and the bounds of its actions, from the file `given` or the key `given` of config.json.
+
+    Names and units are those of the data set, which the tables do not tell.
+    """
+    origin, key = folder / "config.json", given
+    tables = _section(raw, "norm_stats")
+    if given is not None and given.endswith(".json"):
+        origin, key = Path(given), None
+        tables = read_json(origin)
+        if len(tables) != 1:
+            raise BitvlaError(
+                f"{origin} has the statistics of {', '.join(tables) or 'nothing'}; leave one data set in it"
+            )
+    elif not tables:
+        raise BitvlaError(
+            f"{folder} has no statistics to bring its actions into a robot's units: give --statistics FILE"
+        )
+    key = _chosen(origin, tables, key)
+    table = _section(tables, key, "action").get("q01")
+    count = len(table) if isinstance(table, list) else 0
+    return key, _bounds(origin, key, "action", tables[key], {f"action_{index}": "?" for index in range(count)})
+
+
+def _chosen(path: Path, tables: Mapping[str, Any], key: str | None) -> str:
+    """The key of a data set in a table of statistics: the one asked for, or the only one."""
     if key is None and len(tables) != 1:
         raise BitvlaError(
             f"{path} has the statistics of {', '.join(tables) or 'nothing'}; choose with --statistics KEY"
@@ -327,12 +458,7 @@ def _read_statistics(path: Path, key: str | None) -> tuple[str, Statistics, Stat
     key = key or next(iter(tables))
     if key not in tables:
         raise BitvlaError(f"{path} has no statistics of '{key}', only of {', '.join(tables)}")
-    if not key.startswith("libero"):
-        raise BitvlaError(
-            f"{path} is of '{key}'; cameras, gripper and chunk are known only for fine-tunes on LIBERO (libero_*)"
-        )
-    state = _bounds(path, key, "proprio", tables[key], conventions.LIBERO_STATE)
-    return key, state, _bounds(path, key, "action", tables[key], conventions.LIBERO_ACTION)
+    return key
 
 
 def _bounds(path: Path, key: str, part: str, tables: Any, units: Mapping[str, str]) -> Statistics:
@@ -355,30 +481,16 @@ def _views(folder: Path, raw: Mapping[str, Any], asked: int | None) -> int:
     return int(views)
 
 
-def _policy_config(
-    name: str, vision: VisionConfig, language: LanguageConfig, state: Statistics, action: Statistics, views: int
-) -> PolicyConfig:
-    return PolicyConfig(
-        name=name,
-        vision=vision,
-        language=language,
-        action=ActionConfig(
-            horizon=conventions.LIBERO_HORIZON,
-            dim=len(conventions.LIBERO_ACTION),
-            state_dim=len(conventions.LIBERO_STATE),
-            slots_per_step=len(conventions.LIBERO_ACTION),
-            head_hidden_size=language.hidden_size,
-        ),
-        processing=conventions.libero_processing(state, action, views),
-    )
+def _check_config(folder: Path, config: PolicyConfig | LanguageModelConfig) -> None:
+    try:
+        check(config)
+    except BitvlaError as error:
+        raise BitvlaError(f"{folder}: {error}") from None
 
 
 def _check_policy(folder: Path, config: PolicyConfig, tokenizer: Tokenizer) -> None:
-    for name in SIDE_FILES:
-        if side_file(folder, name) is None:
-            raise BitvlaError(f"{folder} lacks {name}--*_checkpoint.pt: the checkpoint is not complete")
+    _check_config(folder, config)
     try:
-        check(config)
         Prompt(config, tokenizer)
     except BitvlaError as error:
         raise BitvlaError(f"{folder}: {error}") from None
@@ -386,11 +498,13 @@ def _check_policy(folder: Path, config: PolicyConfig, tokenizer: Tokenizer) -> N
 
 def _golden(config: PolicyConfig) -> Golden:
     """One made-up observation, since published checkpoints have none: gradients, a state amid its bounds."""
-    rows, columns = np.mgrid[: conventions.LIBERO_IMAGE_SIZE, : conventions.LIBERO_IMAGE_SIZE]
-    images = {
-        camera.name: np.stack([rows, columns, (rows + columns) // 2 + 40 * index], axis=-1).astype(np.uint8)
-        for index, camera in enumerate(config.processing.cameras)
-    }
+    images = {}
+    for index, camera in enumerate(config.processing.cameras):
+        rows, columns = np.mgrid[: camera.height, : camera.width]
+        images[camera.name] = np.stack([rows, columns, (rows + columns) // 2 + 40 * index], axis=-1).astype(np.uint8)
+    observation: dict[str, Any] = {"images": images, "instruction": _INSTRUCTION}
     bounds = config.processing.state
-    state = np.asarray([(low + high) / 2 for low, high in zip(bounds.low, bounds.high, strict=True)], np.float32)
-    return Golden([{"images": images, "state": state, "instruction": _INSTRUCTION}], [None])
+    if bounds.names:
+        middle = [(low + high) / 2 for low, high in zip(bounds.low, bounds.high, strict=True)]
+        observation["state"] = np.asarray(middle, np.float32)
+    return Golden([observation], [None])

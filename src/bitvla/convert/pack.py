@@ -58,13 +58,14 @@ def pack(
     matrix_dtype: MatrixDtype | None = None,
     views: int | None = None,
     statistics: str | None = None,
+    control_hz: float | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Pack a checkpoint into the policy file `out` and return a summary of it.
 
     `checkpoint` is a folder that training wrote, or a published BitVLA checkpoint: its folder, or its id on the
-    Hugging Face Hub. For the latter, `views` is the number of cameras it was trained with and `statistics` the data
-    set whose statistics to use; see `bitvla.convert.official`.
+    Hugging Face Hub. For the latter, `views` is the number of cameras it was trained with, `statistics` the data set
+    whose statistics to use, and `control_hz` the control rate of its robot; see `official.open_official`.
 
     `round_full_precision` accepts a checkpoint trained in full precision and rounds it to ternary without training: an
     ablation, not a good policy. `packing` is how ternary weights are stored, which changes no result: in 2 bits, or in
@@ -75,7 +76,7 @@ def pack(
     Raises BitvlaError naming what is missing, not finite, wrongly shaped, or too different from PyTorch; `out` is then
     not touched.
     """
-    out, source = Path(out), _open(checkpoint, views, statistics)
+    out, source = Path(out), _open(checkpoint, views, statistics, control_hz)
     rounded = source.config.precision == "full"
     if rounded and not round_full_precision:
         raise BitvlaError(
@@ -109,14 +110,19 @@ def pack(
     return {"path": str(out), "sha256": digest, "file_bytes": out.stat().st_size} | parity
 
 
-def _open(checkpoint: str | os.PathLike[str], views: int | None, statistics: str | None) -> Source:
+def _open(
+    checkpoint: str | os.PathLike[str], views: int | None, statistics: str | None, control_hz: float | None
+) -> Source:
     folder = official.local(os.fspath(checkpoint))
     if not folder.is_dir():
         raise BitvlaError(f"{folder} is not a checkpoint folder (config.json, model.safetensors, ...)")
     if official.recognizes(folder):
-        return official.open_official(folder, views, statistics)
-    if views or statistics:
-        raise BitvlaError(f"{folder} knows its cameras and statistics; --views and --statistics are for published ones")
+        return official.open_official(folder, views, statistics, control_hz)
+    if views or statistics or control_hz:
+        raise BitvlaError(
+            f"{folder} knows its cameras, statistics and control rate; --views, --statistics and --control-hz are for "
+            "published checkpoints"
+        )
     return open_training(folder)
 
 
@@ -170,7 +176,8 @@ def _play_golden(
     errors: list[tuple[float, float]] = []
     for index, (observation, expected) in enumerate(zip(golden.observations, golden.chunks, strict=True)):
         chunk = policy.act(observation)
-        tensors[f"golden.{index}.state"] = np.asarray(observation["state"], dtype=np.float32)
+        if "state" in observation:
+            tensors[f"golden.{index}.state"] = np.asarray(observation["state"], dtype=np.float32)
         tensors[f"golden.{index}.chunk"] = chunk
         if policy.max_prefix:
             tensors[f"golden.{index}.continued"] = policy.act(observation, prefix=chunk[: policy.max_prefix])

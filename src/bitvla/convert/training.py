@@ -75,8 +75,10 @@ def _read_golden(path: Path, config: PolicyConfig) -> Golden:
                 camera.name: _golden_tensor(path, file, names, f"{index}.image.{camera.name}")
                 for camera in config.processing.cameras
             }
-            state = _golden_tensor(path, file, names, f"{index}.state")
-            golden.observations.append({"images": images, "state": state, "instruction": instruction})
+            seen = {"images": images, "instruction": instruction}
+            if config.action.state_dim:
+                seen["state"] = _golden_tensor(path, file, names, f"{index}.state")
+            golden.observations.append(seen)
             chunk = f"{index}.chunk"
             golden.chunks.append(file.get_tensor(chunk) if chunk in names else None)
     if not golden.observations:

@@ -6,20 +6,33 @@ import errno
 import fcntl
 import io
 import os
+from collections.abc import Hashable
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 import msgspec
 
 from bitvla.errors import BitvlaError
-from bitvla.evaluate.record import Episode, Job, Protocol, Record
-from bitvla.evaluate.result import FORMAT, Result
+from bitvla.evaluate.result import Result
 from bitvla.files import write_whole
 
 T = TypeVar("T")
 
 
-def save(result: Result, path: Path) -> None:
+class Entry(Protocol):
+    """What is done of an evaluation: which job it was, and what went wrong, if anything."""
+
+    @property
+    def job(self) -> Hashable: ...
+
+    @property
+    def error(self) -> str | None: ...
+
+
+E = TypeVar("E", bound=Entry)
+
+
+def save(result: msgspec.Struct, path: Path) -> None:
     """Write a result; the file appears whole or not at all."""
     write_whole(path, msgspec.json.format(msgspec.json.encode(result), indent=1))
 
@@ -39,27 +52,19 @@ def _decode(text: bytes, kind: type[T], origin: str) -> T:
         raise BitvlaError(f"{origin} is not a record of this version of bitvla: {error}") from None
 
 
-class Header(Record, frozen=True, kw_only=True):
-    """The first line of an unfinished evaluation: what must be the same for it to go on."""
+class Journal(Generic[E]):
+    """The entries of an unfinished evaluation, one a line, safe against being killed at any moment.
 
-    format: int = FORMAT
-    protocol: Protocol
-    policy: str
-    precision: str
-    versions: dict[str, str]
-
-
-class Journal:
-    """The episodes of an unfinished evaluation, one a line, safe against being killed at any moment.
-
-    Opening it returns to what was done before: `episodes` holds what need not be run again (an episode with an error
-    is run again). With `path` None it lives in memory only. When it closes after `complete` was set, the file goes.
-    Raises BitvlaError when the file belongs to another evaluation, or another evaluation is writing it now.
+    The first line is `header`: what must be the same for the evaluation to go on. Opening it returns to what was done
+    before: `entries`, of type `kind`, holds by its job what need not be done again (an entry with an error is). With
+    `path` None it lives in memory only. When it closes after `complete` was set, the file goes. Raises BitvlaError when
+    the file belongs to another evaluation, or another evaluation is writing it now.
     """
 
-    def __init__(self, path: Path | None, header: Header, resume: bool = True) -> None:
+    def __init__(self, path: Path | None, header: msgspec.Struct, kind: type[E], resume: bool = True) -> None:
         self.path = path
-        self.episodes: dict[Job, Episode] = {}
+        self.entries: dict[Any, E] = {}
+        self._kind = kind
         self.complete = False
         self._file: io.FileIO | None = None
         if path is None:
@@ -75,7 +80,7 @@ class Journal:
             self._file.close()
             raise
 
-    def _go_on(self, file: io.FileIO, path: Path, header: Header, resume: bool) -> None:
+    def _go_on(self, file: io.FileIO, path: Path, header: msgspec.Struct, resume: bool) -> None:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
@@ -89,13 +94,13 @@ class Journal:
             self._append(msgspec.json.encode(header))
             return
         first, *lines = whole.split(b"\n")
-        _check_same(path, header, _decode(first, Header, str(path)))
-        episodes = (_decode(line, Episode, str(path)) for line in lines)
-        self.episodes = {e.job: e for e in episodes if e.error is None}
+        _check_same(path, header, _decode(first, type(header), str(path)))
+        entries = (_decode(line, self._kind, str(path)) for line in lines)
+        self.entries = {entry.job: entry for entry in entries if entry.error is None}
 
-    def add(self, episode: Episode) -> None:
-        self.episodes[episode.job] = episode
-        self._append(msgspec.json.encode(episode))
+    def add(self, entry: E) -> None:
+        self.entries[entry.job] = entry
+        self._append(msgspec.json.encode(entry))
 
     def _append(self, data: bytes) -> None:
         if self._file is None:
@@ -107,7 +112,7 @@ class Journal:
         except OSError as error:
             raise BitvlaError(f"cannot write {self.path}: {error.strerror}; free some space and run again") from None
 
-    def __enter__(self) -> Journal:
+    def __enter__(self) -> Journal[E]:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -118,7 +123,7 @@ class Journal:
         self._file.close()
 
 
-def _check_same(path: Path, expected: Header, found: Header) -> None:
+def _check_same(path: Path, expected: msgspec.Struct, found: msgspec.Struct) -> None:
     for name in expected.__struct_fields__:
         if getattr(found, name) != getattr(expected, name):
             raise BitvlaError(

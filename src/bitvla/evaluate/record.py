@@ -41,6 +41,16 @@ class Protocol(Record, frozen=True, kw_only=True):
     benchmark_protocol: str | None = None
 
 
+class Header(Record, frozen=True, kw_only=True):
+    """What must be the same for an unfinished evaluation to go on."""
+
+    format: int
+    protocol: Protocol
+    policy: str
+    precision: str
+    versions: dict[str, str]
+
+
 class Job(Record, frozen=True, kw_only=True):
     """One episode to run."""
 

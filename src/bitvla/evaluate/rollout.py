@@ -15,11 +15,11 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from bitvla.errors import BitvlaError
-from bitvla.evaluate.files import Header, Journal, save
+from bitvla.evaluate.files import Journal, save
 from bitvla.evaluate.policy_host import PolicySource
 from bitvla.evaluate.pool import Pool
-from bitvla.evaluate.record import Episode, Machine, PolicyFacts, Protocol, jobs
-from bitvla.evaluate.result import Result, summarize
+from bitvla.evaluate.record import Episode, Header, Machine, PolicyFacts, Protocol, jobs
+from bitvla.evaluate.result import FORMAT, Result, summarize
 from bitvla.evaluate.statistics import rate_of
 from bitvla.evaluate.worker import SimulatorFacts, SimulatorSource
 from bitvla.files import write_whole
@@ -85,7 +85,7 @@ def evaluate(
                 machine=machine(),
                 processes=pool.size,
                 wall_seconds=round(time.perf_counter() - start, 3),
-                episodes=list(journal.episodes.values()),
+                episodes=list(journal.entries.values()),
             )
             if out is not None:
                 save(result, out)
@@ -123,15 +123,17 @@ def _protocol(
 
 def _journal(
     out: Path | None, protocol: Protocol, policy: PolicyFacts, simulator: SimulatorFacts, resume: bool
-) -> Journal:
-    header = Header(protocol=protocol, policy=policy.digest, precision=policy.precision, versions=simulator.versions)
-    return Journal(out and out.with_name(f"{out.name}.partial.jsonl"), header, resume)
+) -> Journal[Episode]:
+    header = Header(
+        format=FORMAT, protocol=protocol, policy=policy.digest, precision=policy.precision, versions=simulator.versions
+    )
+    return Journal(out and out.with_name(f"{out.name}.partial.jsonl"), header, Episode, resume)
 
 
 def _run(
     pool: Pool,
     protocol: Protocol,
-    journal: Journal,
+    journal: Journal[Episode],
     films: Path | None,
     on_episode: Callable[[Episode], None] | None,
     console: Console | None,
@@ -141,7 +143,7 @@ def _run(
     filmed = {job for job in every if job.seed == protocol.first_seed} if films else set()
     errors = 0
     with _progress(len(every), journal, console) as show:
-        for episode, film in pool.run([job for job in every if job not in journal.episodes], protocol, filmed):
+        for episode, film in pool.run([job for job in every if job not in journal.entries], protocol, filmed):
             if film is not None and films is not None:
                 episode = _keep_film(episode, film, films, journal.path)
             journal.add(episode)
@@ -163,7 +165,7 @@ def _keep_film(episode: Episode, film: bytes, folder: Path, beside: Path | None)
 
 
 @contextlib.contextmanager
-def _progress(total: int, journal: Journal, console: Console | None) -> Iterator[Callable[[], None]]:
+def _progress(total: int, journal: Journal[Episode], console: Console | None) -> Iterator[Callable[[], None]]:
     """A progress bar on standard error with the success rate so far."""
     columns = (
         TextColumn("{task.description}"),
@@ -176,7 +178,7 @@ def _progress(total: int, journal: Journal, console: Console | None) -> Iterator
         task = bar.add_task("starting", total=total)
 
         def show() -> None:
-            rate = rate_of(episode.success for episode in journal.episodes.values())
+            rate = rate_of(episode.success for episode in journal.entries.values())
             text = f"success {rate.rate:.0%} [{rate.low:.0%}, {rate.high:.0%}]" if rate.total else "running"
             bar.update(task, completed=rate.total, description=text)
 

@@ -19,6 +19,7 @@ from transformers.models.bitnet.modeling_bitnet import BitNetDecoderLayer, BitNe
 from transformers.models.siglip.modeling_siglip import SiglipEncoderLayer, SiglipVisionEmbeddings
 
 from bitvla.config import ActionConfig, LanguageConfig, PolicyConfig, VisionConfig
+from bitvla.errors import BitvlaError
 from bitvla.model.ternary import make_ternary
 
 # On a CPU the backward pass of PyTorch's fused attention is several times slower than plain products at these lengths.
@@ -178,6 +179,8 @@ class BitVLA(nn.Module):
 
     def __init__(self, config: PolicyConfig, image_id: int, proprio_id: int) -> None:
         super().__init__()
+        if config.action.bins:
+            raise BitvlaError("a policy that writes its actions as tokens can be packed and run, but not trained here")
         self.config = config
         self.image_id, self.proprio_id = image_id, proprio_id
         self.vision_tower = VisionTower(config.vision)
@@ -191,7 +194,8 @@ class BitVLA(nn.Module):
         self.action_head = ActionHead(config.action, config.language)
         self.apply(_initialize)
         if config.precision == "ternary":
-            make_ternary(self.vision_tower.vision_model.encoder)
+            if config.vision.ternary:
+                make_ternary(self.vision_tower.vision_model.encoder)
             make_ternary(self.language_model.model.layers)
 
     def forward(self, batch: Batch) -> Output:

@@ -4,13 +4,30 @@ from __future__ import annotations
 
 import io
 import math
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, ImageOps
 
-from bitvla.config import Camera, ImageProcessing
+from bitvla.config import Camera, ImageProcessing, VisionConfig
 from bitvla.errors import BitvlaError
+
+_RESAMPLING = {"lanczos": Image.Resampling.LANCZOS, "bicubic": Image.Resampling.BICUBIC}
+
+
+def read_image(source: Path | bytes, name: str = "the image") -> NDArray[np.uint8]:
+    """The image in a file, or in its bytes: uint8 (height, width, 3), RGB, turned as its EXIF data say.
+
+    BitvlaError, with the path or the `name` of the bytes, where there is none.
+    """
+    try:
+        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as picture:
+            return np.asarray(ImageOps.exif_transpose(picture).convert("RGB"))
+    except Exception as error:  # each format's decoder has its own errors
+        place = source if isinstance(source, Path) else name
+        reason = getattr(error, "strerror", None) or error
+        raise BitvlaError(f"{place} cannot be read as an image: {reason}") from None
 
 
 def check_image(image: object, camera: Camera) -> NDArray[np.uint8]:
@@ -46,8 +63,8 @@ def crop_resized(
         picture = Image.open(buffer)
     if processing.rounding == "tensorflow":
         return _crop_resized_in_float(np.asarray(picture, dtype=np.float32), processing, size, offset)
-    if processing.resize == "lanczos":
-        picture = picture.resize((size, size), Image.Resampling.LANCZOS)
+    if processing.resize != "none":
+        picture = picture.resize((size, size), _RESAMPLING[processing.resize])
     box = _crop_box(picture.width, picture.height, processing.crop_area, offset)
     return np.asarray(picture.resize((size, size), Image.Resampling.BILINEAR, box=box))
 
@@ -66,8 +83,8 @@ def _crop_resized_in_float(
 
     The sample points of `crop_and_resize`, which lie on the corners of its box, are those of Pillow for this box.
     """
-    if processing.resize == "lanczos":
-        values = np.clip(np.rint(_resized(values, size, Image.Resampling.LANCZOS)), 0, 255)
+    if processing.resize != "none":
+        values = np.clip(np.rint(_resized(values, size, _RESAMPLING[processing.resize])), 0, 255)
     box = _crop_box(values.shape[1], values.shape[0], processing.crop_area, offset)
     cropped = _resized(values, size, Image.Resampling.BILINEAR, box)
     return (cropped * np.float32(255.5 / 255)).astype(np.uint8)
@@ -82,6 +99,12 @@ def _resized(
     """Resize float (H, W, 3), or the `box` of it, to (size, size, 3), antialiased, without rounding."""
     channels = [Image.fromarray(np.ascontiguousarray(values[..., channel])) for channel in range(3)]
     return np.stack([np.asarray(channel.resize((size, size), method, box=box)) for channel in channels], axis=-1)
+
+
+def image_patches(image: NDArray[np.uint8], processing: ImageProcessing, vision: VisionConfig) -> NDArray[np.float32]:
+    """The whole chain: uint8 (H, W, 3) -> the rows of the patch embedding (patches, 3 * patch_size**2)."""
+    pixels = to_pixels(crop_resized(image, processing, vision.image_size), processing)
+    return to_patches(pixels, vision.patch_size)
 
 
 def to_pixels(image: NDArray[np.uint8], processing: ImageProcessing) -> NDArray[np.float32]:

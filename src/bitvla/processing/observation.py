@@ -13,11 +13,12 @@ from bitvla.errors import BitvlaError
 from bitvla.processing.images import check_image
 from bitvla.processing.vectors import check_state
 
-_KEYS = ("images", "state", "instruction")
-
 
 class Observation(NamedTuple):
-    """Images in the order of the policy's cameras, the state in the robot's units, the instruction as given."""
+    """Images in the order of the policy's cameras, the state in the robot's units, the instruction as given.
+
+    The state of a policy that takes none is empty.
+    """
 
     images: list[NDArray[np.uint8]]
     state: NDArray[np.float32]
@@ -27,15 +28,17 @@ class Observation(NamedTuple):
 def check_observation(observation: object, config: PolicyConfig) -> Observation:
     """The parts of `observation`, or BitvlaError naming what is missing, unknown or unusable.
 
-    It must be {"images": {camera name: uint8 (height, width, 3)}, "state": float (state_dim,), "instruction": str}.
-    The instruction itself is checked where it becomes tokens (`Prompt.ids`).
+    It must be {"images": {camera name: uint8 (height, width, 3)}, "state": float (state_dim,), "instruction": str},
+    without "state" where the policy takes none. The instruction itself is checked where it becomes tokens
+    (`Prompt.ids`).
     """
-    parts = _exactly(observation, _KEYS, "the observation", "entry")
+    keys = ("images", "state", "instruction") if config.action.state_dim else ("images", "instruction")
+    parts = _exactly(observation, keys, "the observation", "entry")
     cameras = config.processing.cameras
     images = _exactly(parts["images"], tuple(camera.name for camera in cameras), "observation['images']", "camera")
     return Observation(
         images=[check_image(images[camera.name], camera) for camera in cameras],
-        state=check_state(parts["state"], config.processing.state),
+        state=check_state(parts.get("state", ()), config.processing.state),
         instruction=parts["instruction"],
     )
 

@@ -17,7 +17,8 @@ SLOT_ID = 1  # what the reference feeds as an action placeholder; its embedding 
 class Prompt:
     """Builds the token sequence of a policy; one instance a policy, cheap to call for every observation.
 
-    The sequence is: prompt (with image and proprio tokens) | action slots | stop token.
+    The sequence is: prompt (with image and proprio tokens) | action slots | stop token. Where an action is written as
+    tokens, it ends with the prompt.
     """
 
     def __init__(self, config: PolicyConfig, tokenizer: Tokenizer) -> None:
@@ -67,12 +68,18 @@ class Prompt:
             )
         filled = self._prompt.template.replace("{images}", self._images).replace("{instruction}", text)
         ids = self._tokenizer.encode(filled, add_special_tokens=False).ids
-        return np.asarray([*ids, *[SLOT_ID] * self._num_slots, self.stop_id], dtype=np.int64)
+        end = [*[SLOT_ID] * self._num_slots, self.stop_id] if self._num_slots else []
+        return np.asarray([*ids, *end], dtype=np.int64)
+
+    def slots(self, length: int) -> slice:
+        """Positions of the action slots in a sequence of `length` tokens."""
+        return slice(length - 1 - self._num_slots, length - 1) if self._num_slots else slice(length, length)
 
     def slot_states(self, length: int) -> slice:
-        """Positions whose final hidden states feed the action head, one before each slot (as the reference does)."""
-        first_slot = length - 1 - self._num_slots
-        return slice(first_slot - 1, first_slot - 1 + self._num_slots)
+        """Positions whose final hidden states the action is read from, one before each slot (as the reference does);
+        where it is written as tokens, the last one, which the first token follows."""
+        first = self.slots(length).start
+        return slice(first - 1, first - 1 + max(1, self._num_slots))
 
 
 def train_tokenizer(sentences: Sequence[str], vocab_size: int, special_tokens: Sequence[str]) -> Tokenizer:

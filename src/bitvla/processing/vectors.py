@@ -42,6 +42,18 @@ def unnormalize(values: NDArray[np.float32], statistics: Statistics) -> NDArray[
     return np.where(mask, scaled, values).astype(np.float32)
 
 
+def token_values(tokens: NDArray[np.int64], bins: int) -> NDArray[np.float32]:
+    """Action tokens, counted from the first one of the vocabulary's last `bins`, -> values in [-1, 1].
+
+    As in OpenVLA: `bins` edges from -1 to 1 make one bin less, the value is its centre, and the first token is the
+    highest bin; so are the first two.
+    """
+    edges = np.linspace(-1, 1, bins)
+    centres = (edges[:-1] + edges[1:]) / 2
+    values: NDArray[np.float32] = centres[np.clip(bins - 1 - tokens, 0, bins - 2)].astype(np.float32)
+    return values
+
+
 def robot_actions(outputs: NDArray[np.float32], processing: ProcessingConfig) -> NDArray[np.float32]:
     """Network outputs (..., n) -> actions in the robot's units and gripper convention.
 

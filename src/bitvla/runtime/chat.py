@@ -4,22 +4,34 @@ from __future__ import annotations
 
 import statistics
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from bitvla.errors import BitvlaError
-from bitvla.runtime.language import Conversation, LanguageModel, Sampler
+from bitvla.processing.images import read_image
+from bitvla.runtime.language import Conversation, Image, LanguageModel, Sampler
 
 
 def chat(
-    source: Path, prompt: str | None = None, *, max_tokens: int = 256, sampler: Sampler, threads: int | None = None
+    source: Path,
+    prompt: str | None = None,
+    *,
+    images: Sequence[Path] = (),
+    max_tokens: int = 256,
+    sampler: Sampler,
+    threads: int | None = None,
 ) -> None:
-    """Answer `prompt` on standard output as it is written; without one, what the user types, until the end of it."""
+    """Answer `prompt` on standard output as it is written; without one, what the user types, until the end of it.
+
+    The files `images` belong to the first prompt.
+    """
+    seen = [read_image(path) for path in images]
     conversation = Conversation(LanguageModel.load(source, threads))
     if prompt is None and not sys.stdin.isatty():
         prompt = sys.stdin.read()
     if prompt is not None:
-        _print_answer(conversation, prompt, max_tokens, sampler)
+        _print_answer(conversation, prompt, seen, max_tokens, sampler)
         return
     while True:
         try:
@@ -28,21 +40,30 @@ def chat(
             print()
             return
         try:
-            _print_answer(conversation, prompt, max_tokens, sampler)
+            _print_answer(conversation, prompt, seen, max_tokens, sampler)
+            seen = []
         except BitvlaError as error:  # such a prompt is not a reason to end the conversation
             print(f"error: {error}", file=sys.stderr)
 
 
 def answer(
-    source: Path, prompt: str | None = None, *, max_tokens: int = 256, sampler: Sampler, threads: int | None = None
+    source: Path,
+    prompt: str | None = None,
+    *,
+    images: Sequence[Path] = (),
+    max_tokens: int = 256,
+    sampler: Sampler,
+    threads: int | None = None,
 ) -> dict[str, Any]:
     """The answer to `prompt`, or to standard input, as a record: the text, its tokens, and milliseconds."""
+    seen = [read_image(path) for path in images]
     conversation = Conversation(LanguageModel.load(source, threads))
     prompt = sys.stdin.read() if prompt is None else prompt
-    text = "".join(conversation.say(prompt, max_tokens=max_tokens, sampler=sampler))
+    text = "".join(conversation.say(prompt, images=seen, max_tokens=max_tokens, sampler=sampler))
     first, *others = conversation.milliseconds
     return {
         "prompt": prompt,
+        "images": [str(path) for path in images],
         "answer": text,
         "prompt_tokens": len(conversation.ids) - 1 - len(others),
         "answer_tokens": 1 + len(others),
@@ -52,8 +73,10 @@ def answer(
     }
 
 
-def _print_answer(conversation: Conversation, prompt: str, max_tokens: int, sampler: Sampler) -> None:
-    pieces = conversation.say(prompt, max_tokens=max_tokens, sampler=sampler)
+def _print_answer(
+    conversation: Conversation, prompt: str, images: Sequence[Image], max_tokens: int, sampler: Sampler
+) -> None:
+    pieces = conversation.say(prompt, images=images, max_tokens=max_tokens, sampler=sampler)
     try:
         for piece in pieces:
             print(piece, end="", flush=True)

@@ -9,14 +9,14 @@ from typing import Any
 from bitvla.bundle import Bundle, Document, TensorSpec, read, stored_tensors, tensor_specs
 from bitvla.config import PolicyConfig, Statistics, to_dict
 
-PARTS = {
+PARTS: dict[str, str | tuple[str, ...]] = {
     "vision": "vision_tower.",
     "connector": "multi_modal_projector.",
     "embeddings": "language_model.model.embed_tokens.",
-    "decoder": "language_model.",
+    "decoder": "language_model.model.",
     "proprio": "proprio_projector.",
     "prefix": "prefix_projector.",
-    "head": "action_head.",
+    "head": ("action_head.", "language_model.lm_head."),
     "golden traces": "golden.",
 }
 

@@ -1,9 +1,10 @@
-"""A language model that writes: a prompt in, text out token by token. NumPy and native kernels only."""
+"""A language model that writes: a prompt in, with images or without, text out token by token. NumPy and native kernels
+only."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -15,10 +16,13 @@ import bitvla._native as native
 from bitvla.bundle import Bundle, read_language_model
 from bitvla.config import LanguageModelConfig
 from bitvla.errors import BitvlaError
-from bitvla.runtime.network import Cache, Decoder, Floats, Workspace
+from bitvla.processing.images import image_patches
+from bitvla.runtime.network import Cache, Decoder, Floats, Linear, VisionTower, Workspace, stored_linear
 from bitvla.runtime.policy import parse_tokenizer
 from bitvla.runtime.selftest import choose_isa
 
+Image = NDArray[np.uint8]
+NO_TOWER = "the model has no vision tower, so it sees no images; give one that was packed from a vision-language model"
 PREFILL_BLOCK = 512  # tokens of a prompt that pass the decoder together: a long prompt needs no more memory
 
 
@@ -57,10 +61,14 @@ class LanguageModel:
         self.bundle, self.config = bundle, bundle.config
         self.tokenizer = _read_tokenizer(bundle)
         self.stop_ids = [self._special(token) for token in self.config.chat.stop_tokens]
-        self.decoder = Decoder(self.config.language, bundle, Workspace())
-        self.isa = choose_isa(self.decoder)
+        language, vision, workspace = self.config.language, self.config.vision, Workspace()
+        self.decoder = Decoder(language, bundle, workspace)
+        self.vision = VisionTower(vision, bundle, workspace) if vision else None
+        self.image_id = self._special(self.config.chat.image_token) if vision else -1
+        self.isa = choose_isa(self.parts)
+        head = "model.embed_tokens" if self.config.tied else "lm_head"
+        self.head = stored_linear(bundle.tensors, f"language_model.{head}")
         self.timings = {"decoder": 0.0, "head": 0.0}
-        self._head: NDArray[np.uint16] = bundle.tensors["language_model.model.embed_tokens.weight"]
 
     @classmethod
     def load(cls, path: Path, threads: int | None = None) -> LanguageModel:
@@ -69,25 +77,51 @@ class LanguageModel:
             native.set_num_threads(threads)
         return cls(read_language_model(Path(path)))
 
-    def generate(self, prompt: str, *, max_tokens: int = 256, sampler: Sampler | None = None) -> Iterator[str]:
-        """The answer to one prompt, piece by piece as it is written: a conversation of one turn."""
-        return Conversation(self).say(prompt, max_tokens=max_tokens, sampler=sampler)
+    @property
+    def parts(self) -> list[VisionTower | Decoder | Linear]:
+        """One of each thing that uses kernels of its own."""
+        return [self.decoder, self.vision, self.vision.connector[0]] if self.vision else [self.decoder]
 
-    def logits(self, ids: Iterable[int], cache: Cache) -> Floats:
+    def generate(
+        self, prompt: str, *, images: Sequence[Image] = (), max_tokens: int = 256, sampler: Sampler | None = None
+    ) -> Iterator[str]:
+        """The answer to one prompt, piece by piece as it is written: a conversation of one turn."""
+        return Conversation(self).say(prompt, images=images, max_tokens=max_tokens, sampler=sampler)
+
+    def see(self, images: Sequence[Image]) -> Floats:
+        """Images, uint8 (height, width, 3), -> the embeddings (images * P, H) of their tokens.
+
+        BitvlaError where the model has no vision tower.
+        """
+        vision, processing = self.config.vision, self.config.image
+        if self.vision is None or vision is None or processing is None:
+            raise BitvlaError(NO_TOWER)
+        features = np.empty((len(images), vision.num_patches, self.config.language.hidden_size), np.float32)
+        for image, tokens in zip(images, features, strict=True):  # one by one, so that the tower's buffers stay small
+            tokens[:] = self.vision.see(image_patches(image, processing, vision))
+        return features.reshape(-1, features.shape[-1])
+
+    def logits(self, ids: Iterable[int], cache: Cache, features: Floats | None = None) -> Floats:
         """Read tokens after those in `cache` -> logits (V,) of the token that follows; valid until the next call.
 
-        Raises BitvlaError where there are none, or more than the cache has room for.
+        `features` (n, H) are the embeddings of the image tokens among them. Raises BitvlaError where there are no
+        tokens, or more than the cache has room for.
         """
         tokens = np.fromiter(ids, np.int64)
         if not 0 < len(tokens) <= cache.capacity - cache.length:
             raise BitvlaError(f"{len(tokens)} tokens after {cache.length}; there is room for 1 to {cache.capacity}")
-        begin = time.perf_counter()
+        begin, seen = time.perf_counter(), 0
         for start in range(0, len(tokens), PREFILL_BLOCK):
             block = tokens[start : start + PREFILL_BLOCK]
-            state = self.decoder.run(self.decoder.embedding_rows(block), slice(len(block) - 1, len(block)), cache)
+            x = self.decoder.embedding_rows(block)
+            if features is not None:
+                (places,) = np.nonzero(block == self.image_id)
+                x[places] = features[seen : seen + len(places)]
+                seen += len(places)
+            state = self.decoder.run(x, slice(len(block) - 1, len(block)), cache)
         middle = time.perf_counter()
-        logits = self.decoder.workspace.floats("logits", 1, len(self._head))
-        native.linear(state, self._head, None, logits)
+        logits = self.decoder.workspace.floats("logits", 1, len(self.head.weight))
+        self.head.apply(state, logits)
         self.timings = {"decoder": 1e3 * (middle - begin), "head": 1e3 * (time.perf_counter() - middle)}
         return logits[0]
 
@@ -115,18 +149,22 @@ class Conversation:
         self.ids: list[int] = model.encode(model.config.chat.begin)
         self.milliseconds: list[float] = []
         self._cache = Cache(model.config.language, 0)
+        self._images: list[Image] = []  # whose tokens are not in the cache yet
 
     @property
     def ended(self) -> bool:
         """Did the model end its last answer itself? Otherwise it was cut short."""
         return self.ids[-1] in self._model.stop_ids
 
-    def say(self, prompt: str, *, max_tokens: int = 256, sampler: Sampler | None = None) -> Iterator[str]:
-        """The model's answer, piece by piece, of at most `max_tokens` tokens.
+    def say(
+        self, prompt: str, *, images: Sequence[Image] = (), max_tokens: int = 256, sampler: Sampler | None = None
+    ) -> Iterator[str]:
+        """The model's answer, piece by piece, of at most `max_tokens` tokens. Images are uint8 (height, width, 3), RGB.
 
-        Raises BitvlaError for a prompt that is empty, holds special tokens, or does not fit into the context.
+        Raises BitvlaError for a prompt that is empty, holds special tokens, or does not fit into the context, and for
+        images where the model sees none.
         """
-        ids = self._turn(prompt)
+        ids = self._turn(prompt, len(images))
         if not self.ended:
             ids.insert(0, self._model.stop_ids[0])
         most = self._model.config.language.max_positions
@@ -134,29 +172,47 @@ class Conversation:
         if needed >= most:
             raise BitvlaError(f"the conversation has {needed} tokens, the model was built for {most}; begin a new one")
         self.ids += ids
+        self._images += images
         self._cache = self._cache.grown(min(most, needed + max_tokens))
         return self._answer(max_tokens, sampler or Sampler())
 
-    def _turn(self, prompt: str) -> list[int]:
+    def _turn(self, prompt: str, images: int) -> list[int]:
         if not prompt.strip():
             raise BitvlaError("the prompt is empty; say something to the model")
         reserved = set(self._model.tokenizer.get_added_tokens_decoder())
         if reserved & set(self._model.encode(prompt)):
             raise BitvlaError(f"the prompt contains reserved tokens ({prompt.strip()[:60]!r}); remove them")
-        return self._model.encode(self._model.config.chat.turn.replace("{prompt}", prompt.strip()))
+        chat, vision = self._model.config.chat, self._model.config.vision
+        turn = chat.turn
+        if images:
+            if vision is None:
+                raise BitvlaError(NO_TOWER)
+            turn = chat.turn_with_images.replace("{images}", " ".join([chat.image_token * vision.num_patches] * images))
+        return self._model.encode(turn.replace("{prompt}", prompt.strip()))
 
     def _answer(self, max_tokens: int, sampler: Sampler) -> Iterator[str]:
         text = DecodeStream(skip_special_tokens=True)
         self.milliseconds = []
         for _ in range(min(max_tokens, self._cache.capacity - len(self.ids))):
             start = time.perf_counter()
-            chosen = sampler.choose(self._model.logits(self.ids[self._cache.length :], self._cache))
+            chosen = sampler.choose(self._next_logits())
             self.milliseconds.append(1e3 * (time.perf_counter() - start))
             self.ids.append(chosen)
             if chosen in self._model.stop_ids:
                 return
             if piece := text.step(self._model.tokenizer, chosen):  # None within a character of several bytes
                 yield piece
+
+    def _next_logits(self) -> Floats:
+        ids = self.ids[self._cache.length :]
+        if not self._images:
+            return self._model.logits(ids, self._cache)
+        features = self._model.see(self._images)
+        # Where an earlier reading was interrupted, the first of their tokens are in the cache already.
+        unread = ids.count(self._model.image_id)
+        logits = self._model.logits(ids, self._cache, features[len(features) - unread :])
+        self._images = []
+        return logits
 
 
 def _likeliest(weights: NDArray[np.float64], share: float) -> NDArray[np.int64]:

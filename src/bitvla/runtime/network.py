@@ -8,7 +8,7 @@ and used again, so a call in steady state allocates nothing large. M rows (token
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -16,10 +16,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 import bitvla._native as native
-from bitvla.bundle import Bundle
-from bitvla.config import LanguageConfig, PolicyConfig
+from bitvla.bundle import LANGUAGE_HEAD, Bundle
+from bitvla.config import ActionConfig, LanguageConfig, PolicyConfig, VisionConfig
 from bitvla.errors import BitvlaError, memory_for
 from bitvla.processing.prompt import Prompt
+from bitvla.processing.vectors import token_values
 from bitvla.quantization import Packing, code_columns
 
 Floats = NDArray[np.float32]
@@ -53,12 +54,12 @@ class Linear(NamedTuple):
     """A full-precision linear layer: weights (rows, columns) float32, bfloat16, or int8 with a scale for each row."""
 
     weight: NDArray[Any]
-    bias: Floats
+    bias: Floats | None
     scales: Floats | None
 
-    def apply(self, x: Floats, out: Floats) -> None:
-        """out (M, rows) = x (M, columns) @ weight.T + bias"""
-        native.linear(x, self.weight, self.bias, out, row_scales=self.scales)
+    def apply(self, x: Floats, out: Floats, *, accumulate: bool = False) -> None:
+        """out (M, rows) = x (M, columns) @ weight.T + bias, or added to `out`"""
+        native.linear(x, self.weight, self.bias, out, accumulate=accumulate, row_scales=self.scales)
 
 
 class Quantized(NamedTuple):
@@ -73,14 +74,16 @@ class Quantized(NamedTuple):
 
 
 class VisionLayer(NamedTuple):
+    """Its projections are all ternary, or all in full precision."""
+
     layer_norm1: Norm
-    q_proj: Ternary
-    k_proj: Ternary
-    v_proj: Ternary
-    out_proj: Ternary
+    q_proj: Ternary | Linear
+    k_proj: Ternary | Linear
+    v_proj: Ternary | Linear
+    out_proj: Ternary | Linear
     layer_norm2: Norm
-    fc1: Ternary
-    fc2: Ternary
+    fc1: Ternary | Linear
+    fc2: Ternary | Linear
 
 
 class DecoderLayer(NamedTuple):
@@ -256,64 +259,204 @@ class Decoder:
         _ternary(wide, layer.down_proj, x, accumulate=True)
 
 
+class VisionTower:
+    """SigLIP, ternary or in full precision, and the connector: patches in, image tokens of the decoder out."""
+
+    def __init__(self, vision: VisionConfig, bundle: Bundle[Any], workspace: Workspace) -> None:
+        self.vision, self.workspace = vision, workspace
+        tensors = bundle.tensors
+        norm = partial(_stored_norm, tensors)
+        width, inner = vision.hidden_size, vision.intermediate_size
+        tower = "vision_tower.vision_model."
+
+        def projection(name: str, rows: int, columns: int) -> Ternary | Linear:
+            return _stored_ternary(bundle, name, rows, columns) if vision.ternary else stored_linear(tensors, name)
+
+        self.patch_embedding = stored_linear(tensors, f"{tower}embeddings.patch_embedding")
+        self.position_embedding: Floats = tensors[f"{tower}embeddings.position_embedding.weight"]
+        self.layers = [
+            VisionLayer(
+                layer_norm1=norm(f"{layer}layer_norm1"),
+                q_proj=projection(f"{layer}self_attn.q_proj", width, width),
+                k_proj=projection(f"{layer}self_attn.k_proj", width, width),
+                v_proj=projection(f"{layer}self_attn.v_proj", width, width),
+                out_proj=projection(f"{layer}self_attn.out_proj", width, width),
+                layer_norm2=norm(f"{layer}layer_norm2"),
+                fc1=projection(f"{layer}mlp.fc1", inner, width),
+                fc2=projection(f"{layer}mlp.fc2", width, inner),
+            )
+            for layer in (f"{tower}encoder.layers.{index}." for index in range(vision.num_layers))
+        ]
+        self.connector = [stored_linear(tensors, f"multi_modal_projector.linear_{index}") for index in (1, 2)]
+
+    def see(self, patches: Floats, record: Record | None = None) -> Floats:
+        """Patches of all images (images * P, 3 * patch**2) -> image tokens (images * P, language H)."""
+        vision, tokens = self.vision, len(patches)
+        size = vision.hidden_size
+        scale = (size // vision.num_heads) ** -0.5
+        x = self.workspace.floats("x", tokens, size)
+        q, k, v = (self.workspace.floats(name, tokens, size) for name in ("q", "k", "v"))
+        views = [slice(start, start + vision.num_patches) for start in range(0, tokens, vision.num_patches)]
+
+        self.patch_embedding.apply(patches, x)
+        for view in views:
+            x[view] += self.position_embedding
+        if record:
+            record("vision.0", x.copy())
+        for index, layer in enumerate(self.layers):
+            normed = self._normed(x, layer.layer_norm1)
+            for projection, out in ((layer.q_proj, q), (layer.k_proj, k), (layer.v_proj, v)):
+                _project(normed, projection, out)
+            for view in views:  # images do not see each other
+                native.attention(q[view], k[view], v[view], vision.num_heads, vision.num_heads, scale, False, q[view])
+            _project(self._quantized(q), layer.out_proj, x, accumulate=True)
+            for start in range(0, tokens, FEED_FORWARD_BLOCK):
+                self._feed_forward(x[start : start + FEED_FORWARD_BLOCK], layer)
+            if record:
+                record(f"vision.{index + 1}", x.copy())
+        # A buffer that is free until the first decoder layer.
+        features = _gelu_mlp(x, self.connector, self.workspace, "up")
+        if record:
+            record("connector", features.copy())
+        return features
+
+    def _feed_forward(self, x: Floats, layer: VisionLayer) -> None:
+        """Add the feed-forward part of a vision layer to a block of tokens (M, H)."""
+        up = self.workspace.floats("up", len(x), self.vision.intermediate_size)
+        _project(self._normed(x, layer.layer_norm2), layer.fc1, up)
+        _project(self._gelu(up), layer.fc2, x, accumulate=True)
+
+    # What a projection takes: int8 codes, always in the same buffer, or in full precision the values themselves.
+
+    def _normed(self, x: Floats, norm: Norm) -> Quantized | Floats:
+        eps = self.vision.layer_norm_eps
+        if self.vision.ternary:
+            codes = self.workspace.quantized(*x.shape)
+            native.layer_norm_quantize(x, norm.weight, norm.bias, eps, *codes)
+            return codes
+        normed = self.workspace.floats("normed", *x.shape)
+        native.layer_norm(x, norm.weight, norm.bias, eps, normed)
+        return normed
+
+    def _quantized(self, x: Floats) -> Quantized | Floats:
+        if not self.vision.ternary:
+            return x
+        codes = self.workspace.quantized(*x.shape)
+        native.quantize(x, *codes)
+        return codes
+
+    def _gelu(self, x: Floats) -> Quantized | Floats:
+        if self.vision.ternary:
+            codes = self.workspace.quantized(*x.shape)
+            native.gelu_quantize(x, True, *codes)
+            return codes
+        native.gelu(x, True, x)
+        return x
+
+
+class ActionHead:
+    """The regression head: from the states of the action slots to a chunk of actions."""
+
+    def __init__(self, action: ActionConfig, bundle: Bundle[Any], workspace: Workspace) -> None:
+        self.action, self.workspace = action, workspace
+        linear, norm = partial(stored_linear, bundle.tensors), partial(_stored_norm, bundle.tensors)
+        head = "action_head.model."
+        self.norms = [norm(f"{head}layer_norm{index}") for index in (1, 2)]
+        self.layers = [linear(f"{head}fc{index}") for index in (1, 2)]
+        self.blocks = [
+            (norm(f"{head}mlp_resnet_blocks.{index}.ffn.0"), linear(f"{head}mlp_resnet_blocks.{index}.ffn.1"))
+            for index in range(action.head_blocks)
+        ]
+
+    def act(self, answers: Floats) -> Floats:
+        """Final hidden states (slots, H) -> normalised actions (horizon, dim), a new array."""
+        action = self.action
+        x = answers.reshape(action.horizon, -1)
+        width = action.head_hidden_size
+        first = self.workspace.floats("head.first", action.horizon, x.shape[1])
+        h, normed, change = (
+            self.workspace.floats(name, action.horizon, width) for name in ("head.h", "head.normed", "head.change")
+        )
+        native.layer_norm(x, *self.norms[0], HEAD_EPSILON, first)
+        self.layers[0].apply(first, h)
+        native.relu(h, h)
+        for norm, layer in self.blocks:
+            native.layer_norm(h, *norm, HEAD_EPSILON, normed)
+            layer.apply(normed, change)
+            native.relu(change, change)
+            h += change
+        native.layer_norm(h, *self.norms[1], HEAD_EPSILON, normed)
+        actions = np.empty((action.horizon, action.dim), dtype=np.float32)
+        self.layers[1].apply(normed, actions)
+        return actions
+
+
+class ActionTokens:
+    """Writes an action as tokens, a dimension after the other: each is the likeliest of those that mean a value."""
+
+    def __init__(self, action: ActionConfig, bundle: Bundle[Any], decoder: Decoder) -> None:
+        self.action, self.decoder = action, decoder
+        self.rows = stored_linear(bundle.tensors, LANGUAGE_HEAD.removesuffix(".weight"))
+        self.cache = Cache(decoder.language, 0)
+
+    def read(self, x: Floats, answers: slice, record: Record | None = None) -> Floats:
+        """Embeddings of a prompt (M, H) -> the final hidden state (1, H) that the first token follows."""
+        self.cache = self.cache.grown(len(x) + self.action.dim)
+        self.cache.length = 0
+        return self.decoder.run(x, answers, self.cache, record)
+
+    def act(self, state: Floats, record: Record | None = None) -> Floats:
+        """The state that `read` gave -> normalised actions (1, dim), a new array."""
+        action = self.action
+        first_id = self.decoder.language.vocab_size - action.bins
+        logits = self.decoder.workspace.floats("logits", 1, action.bins)
+        tokens = np.empty(action.dim, np.int64)
+        for index in range(action.dim):
+            if index:
+                x = self.decoder.embedding_rows(first_id + tokens[index - 1 : index])
+                state = self.decoder.run(x, slice(0, 1), self.cache)
+            self.rows.apply(state, logits)
+            tokens[index] = np.argmax(logits)
+            if record:
+                record(f"logits.{index}", logits.copy())
+        return token_values(tokens, action.bins)[None]
+
+
 class Network:
     """From patches, a plan and a normalised state to normalised actions. `record`, when set, sees hidden states."""
 
     def __init__(self, bundle: Bundle[PolicyConfig]) -> None:
-        config, tensors = bundle.config, bundle.tensors
+        config = bundle.config
         self.config = config
         self.workspace = Workspace()
         self.record: Record | None = None
-
-        def vector(name: str) -> Floats:
-            return tensors[name]
-
-        def linear(name: str) -> Linear:
-            weight = tensors[f"{name}.weight"]
-            return Linear(weight.reshape(len(weight), -1), tensors[f"{name}.bias"], tensors.get(f"{name}.weight_scale"))
-
-        def norm(name: str) -> Norm:
-            return Norm(tensors[f"{name}.weight"], tensors[f"{name}.bias"])
-
-        ternary = partial(_stored_ternary, bundle)
-        vision = config.vision
-        tower = "vision_tower.vision_model."
-        self.patch_embedding = linear(f"{tower}embeddings.patch_embedding")
-        self.position_embedding = vector(f"{tower}embeddings.position_embedding.weight")
-        self.vision_layers = [
-            VisionLayer(
-                layer_norm1=norm(f"{layer}layer_norm1"),
-                q_proj=ternary(f"{layer}self_attn.q_proj", vision.hidden_size, vision.hidden_size),
-                k_proj=ternary(f"{layer}self_attn.k_proj", vision.hidden_size, vision.hidden_size),
-                v_proj=ternary(f"{layer}self_attn.v_proj", vision.hidden_size, vision.hidden_size),
-                out_proj=ternary(f"{layer}self_attn.out_proj", vision.hidden_size, vision.hidden_size),
-                layer_norm2=norm(f"{layer}layer_norm2"),
-                fc1=ternary(f"{layer}mlp.fc1", vision.intermediate_size, vision.hidden_size),
-                fc2=ternary(f"{layer}mlp.fc2", vision.hidden_size, vision.intermediate_size),
-            )
-            for layer in (f"{tower}encoder.layers.{index}." for index in range(vision.num_layers))
-        ]
-        self.connector = [linear(f"multi_modal_projector.linear_{index}") for index in (1, 2)]
-
+        self.vision = VisionTower(config.vision, bundle, self.workspace)
         self.decoder = Decoder(config.language, bundle, self.workspace)
-        self.proprio_projector = [linear(f"proprio_projector.fc{index}") for index in (1, 2)]
-        self.prefix_projector = linear("prefix_projector") if config.action.max_prefix else None
-        head = "action_head.model."
-        self.head_norms = [norm(f"{head}layer_norm{index}") for index in (1, 2)]
-        self.head_layers = [linear(f"{head}fc{index}") for index in (1, 2)]
-        self.head_blocks = [
-            (norm(f"{head}mlp_resnet_blocks.{index}.ffn.0"), linear(f"{head}mlp_resnet_blocks.{index}.ffn.1"))
-            for index in range(config.action.head_blocks)
-        ]
+        self.head: ActionHead | ActionTokens
+        self.proprio_projector = None
+        if config.action.bins:
+            self.head = ActionTokens(config.action, bundle, self.decoder)
+        else:
+            self.head = ActionHead(config.action, bundle, self.workspace)
+            self.proprio_projector = [stored_linear(bundle.tensors, f"proprio_projector.fc{index}") for index in (1, 2)]
+        self.prefix_projector = stored_linear(bundle.tensors, "prefix_projector") if config.action.max_prefix else None
+
+    @property
+    def parts(self) -> list[VisionTower | Decoder | Linear]:
+        """One of each thing that uses kernels of its own."""
+        linear = self.head.rows if isinstance(self.head, ActionTokens) else self.head.layers[0]
+        return [self.vision, self.decoder, linear]
 
     def plan(self, prompt: Prompt, instruction: str) -> Plan:
         """The plan for `instruction`; BitvlaError where the instruction is unusable or the sequence too long."""
         ids = prompt.ids(instruction)
-        length, most, slots = len(ids), self.config.language.max_positions, self.config.action.num_slots
-        if length > most:
-            raise BitvlaError(f"the sequence has {length} tokens, the policy was built for {most}; shorten it")
+        length, most, action = len(ids), self.config.language.max_positions, self.config.action
+        needed = length + (action.dim if action.bins else 0)
+        if needed > most:
+            raise BitvlaError(f"the sequence has {needed} tokens, the policy was built for {most}; shorten it")
+        slots = prompt.slots(length)
         is_text = (ids != prompt.image_id) & (ids != prompt.proprio_id)
-        is_text[length - 1 - slots : length - 1] = False
+        is_text[slots] = False
         text = np.flatnonzero(is_text)
         return Plan(
             length=length,
@@ -321,103 +464,52 @@ class Network:
             text=self.decoder.embedding_rows(ids[text]),
             image_positions=np.flatnonzero(ids == prompt.image_id),
             proprio_positions=np.flatnonzero(ids == prompt.proprio_id),
-            slots=slice(length - 1 - slots, length - 1),
+            slots=slots,
             answers=prompt.slot_states(length),
         )
 
     def see(self, patches: Floats) -> Floats:
         """Patches of all cameras (cameras * P, 3 * patch**2) -> image tokens (cameras * P, language H)."""
-        vision, tokens = self.config.vision, len(patches)
-        size = vision.hidden_size
-        scale = (size // vision.num_heads) ** -0.5
-        x = self.workspace.floats("x", tokens, size)
-        q, k, v = (self.workspace.floats(name, tokens, size) for name in ("q", "k", "v"))
-        narrow = self.workspace.quantized(tokens, size)
-        views = [slice(start, start + vision.num_patches) for start in range(0, tokens, vision.num_patches)]
-
-        self.patch_embedding.apply(patches, x)
-        for view in views:
-            x[view] += self.position_embedding
-        self._recorded("vision.0", x)
-        for index, layer in enumerate(self.vision_layers):
-            _layer_norm_quantize(x, layer.layer_norm1, vision.layer_norm_eps, narrow)
-            for projection, out in ((layer.q_proj, q), (layer.k_proj, k), (layer.v_proj, v)):
-                _ternary(narrow, projection, out)
-            for view in views:  # cameras do not see each other
-                native.attention(q[view], k[view], v[view], vision.num_heads, vision.num_heads, scale, False, q[view])
-            native.quantize(q, *narrow)
-            _ternary(narrow, layer.out_proj, x, accumulate=True)
-            for start in range(0, tokens, FEED_FORWARD_BLOCK):
-                self._vision_feed_forward(x[start : start + FEED_FORWARD_BLOCK], layer)
-            self._recorded(f"vision.{index + 1}", x)
-        features = self._gelu_mlp(x, self.connector, "up")  # a buffer that is free until the first decoder layer
-        self._recorded("connector", features)
-        return features
-
-    def _vision_feed_forward(self, x: Floats, layer: VisionLayer) -> None:
-        """Add the feed-forward part of a vision layer to a block of tokens (M, H)."""
-        vision, tokens = self.config.vision, len(x)
-        up = self.workspace.floats("up", tokens, vision.intermediate_size)
-        narrow = self.workspace.quantized(tokens, vision.hidden_size)
-        _layer_norm_quantize(x, layer.layer_norm2, vision.layer_norm_eps, narrow)
-        _ternary(narrow, layer.fc1, up)
-        wide = self.workspace.quantized(tokens, vision.intermediate_size)  # over the narrow codes, which are used up
-        native.gelu_quantize(up, True, *wide)
-        _ternary(wide, layer.fc2, x, accumulate=True)
+        return self.vision.see(patches, self.record)
 
     def think(self, sequence: Plan, features: Floats, state: Floats, prefix: Floats | None = None) -> Floats:
         """Image tokens, a normalised state (state_dim,) and the normalised actions (n, dim) that are decided already
         -> final hidden states at the answers (slots, H)."""
-        return self.decoder.run(self._embed(sequence, features, state, prefix), sequence.answers, record=self.record)
+        x = self._embed(sequence, features, state, prefix)
+        if isinstance(self.head, ActionTokens):
+            return self.head.read(x, sequence.answers, self.record)
+        return self.decoder.run(x, sequence.answers, record=self.record)
 
     def act(self, answers: Floats) -> Floats:
-        """Final hidden states (slots, H) -> normalised actions (horizon, dim), a new array."""
-        action = self.config.action
-        x = answers.reshape(action.horizon, -1)
-        width = action.head_hidden_size
-        first = self.workspace.floats("head.first", action.horizon, x.shape[1])
-        h, normed, change = (
-            self.workspace.floats(name, action.horizon, width) for name in ("head.h", "head.normed", "head.change")
-        )
-        native.layer_norm(x, *self.head_norms[0], HEAD_EPSILON, first)
-        self.head_layers[0].apply(first, h)
-        native.relu(h, h)
-        for norm, layer in self.head_blocks:
-            native.layer_norm(h, *norm, HEAD_EPSILON, normed)
-            layer.apply(normed, change)
-            native.relu(change, change)
-            h += change
-        native.layer_norm(h, *self.head_norms[1], HEAD_EPSILON, normed)
-        actions = np.empty((action.horizon, action.dim), dtype=np.float32)
-        self.head_layers[1].apply(normed, actions)
-        return actions
+        """What `think` gave -> normalised actions (horizon, dim), a new array."""
+        if isinstance(self.head, ActionTokens):
+            return self.head.act(answers, self.record)
+        return self.head.act(answers)
 
     def _embed(self, sequence: Plan, features: Floats, state: Floats, prefix: Floats | None) -> Floats:
         x = self.workspace.floats("x", sequence.length, self.config.language.hidden_size)
         x[sequence.text_positions] = sequence.text
         x[sequence.image_positions] = features
-        x[sequence.proprio_positions] = self._gelu_mlp(state[None], self.proprio_projector, "proprio")
+        if self.proprio_projector:
+            projected = _gelu_mlp(state[None], self.proprio_projector, self.workspace, "proprio")
+            x[sequence.proprio_positions] = projected
         slots = x[sequence.slots]
         slots[:] = 0
-        if (
-            self.prefix_projector and prefix is not None and len(prefix)
-        ):  # decided actions stand in the slots of their steps
-            steps = slots.reshape(self.config.action.horizon, -1)
-            self.prefix_projector.apply(prefix, steps[: len(prefix)])
+        if self.prefix_projector and prefix is not None and len(prefix):
+            # Decided actions stand in the slots of their steps.
+            self.prefix_projector.apply(prefix, slots.reshape(self.config.action.horizon, -1)[: len(prefix)])
         return x
 
-    def _gelu_mlp(self, x: Floats, layers: list[Linear], name: str) -> Floats:
-        """Two linear layers with an exact GELU between them, written to the buffer `name`."""
-        rows, size = len(x), self.config.language.hidden_size
-        between, out = self.workspace.floats("gate", rows, size), self.workspace.floats(name, rows, size)
-        layers[0].apply(x, between)
-        native.gelu(between, False, between)
-        layers[1].apply(between, out)
-        return out
 
-    def _recorded(self, name: str, values: NDArray[Any]) -> None:
-        if self.record is not None:
-            self.record(name, values.copy())
+def stored_linear(tensors: Mapping[str, NDArray[Any]], name: str) -> Linear:
+    """A full-precision layer of a policy file, with its bias where it has one."""
+    weight = tensors[f"{name}.weight"]
+    rows = weight.reshape(len(weight), -1)
+    return Linear(rows, tensors.get(f"{name}.bias"), tensors.get(f"{name}.weight_scale"))
+
+
+def _stored_norm(tensors: Mapping[str, NDArray[Any]], name: str) -> Norm:
+    return Norm(tensors[f"{name}.weight"], tensors[f"{name}.bias"])
 
 
 def _stored_ternary(bundle: Bundle[Any], name: str, rows: int, columns: int) -> Ternary:
@@ -426,8 +518,21 @@ def _stored_ternary(bundle: Bundle[Any], name: str, rows: int, columns: int) -> 
     return Ternary(tensors[f"{name}.weight"], packing, rows, columns, scale, tensors.get(f"{name}.bias"))
 
 
-def _layer_norm_quantize(x: Floats, norm: Norm, eps: float, out: Quantized) -> None:
-    native.layer_norm_quantize(x, norm.weight, norm.bias, eps, *out)
+def _gelu_mlp(x: Floats, layers: list[Linear], workspace: Workspace, name: str) -> Floats:
+    """Two linear layers with an exact GELU between them, written to the buffer `name`."""
+    rows, size = len(x), len(layers[0].weight)
+    between, out = workspace.floats("gate", rows, size), workspace.floats(name, rows, size)
+    layers[0].apply(x, between)
+    native.gelu(between, False, between)
+    layers[1].apply(between, out)
+    return out
+
+
+def _project(x: Quantized | Floats, layer: Ternary | Linear, out: Floats, *, accumulate: bool = False) -> None:
+    if isinstance(x, Quantized) and isinstance(layer, Ternary):
+        _ternary(x, layer, out, accumulate=accumulate)
+    elif isinstance(layer, Linear) and not isinstance(x, Quantized):
+        layer.apply(x, out, accumulate=accumulate)
 
 
 def _ternary(x: Quantized, layer: Ternary, out: Floats, *, accumulate: bool = False) -> None:

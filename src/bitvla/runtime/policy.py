@@ -14,7 +14,7 @@ import bitvla._native as native
 from bitvla.bundle import Bundle, read
 from bitvla.config import PolicyConfig, to_dict
 from bitvla.errors import BitvlaError
-from bitvla.processing.images import crop_resized, to_patches, to_pixels
+from bitvla.processing.images import image_patches
 from bitvla.processing.observation import check_observation
 from bitvla.processing.prompt import Prompt
 from bitvla.processing.vectors import action_range, check_prefix, network_actions, normalize, robot_actions
@@ -44,7 +44,7 @@ class Policy:
         self._read_prompt()  # now, so that a wrong tokenizer is refused at load
         give_back_memory()
         self.network = Network(bundle)
-        self.isa = choose_isa(self.network)
+        self.isa = choose_isa(self.network.parts)
         self.timings = dict.fromkeys(PARTS, 0.0)
         self._plans: dict[str, Plan] = {}
 
@@ -66,9 +66,10 @@ class Policy:
         """The chunk for an observation: float32 (horizon, action_dim), in the robot's own units.
 
         `observation` is {"images": {camera: uint8 (height, width, 3) RGB}, "state": float (state_dim,) in the robot's
-        units, "instruction": str}. `prefix`, float (n, action_dim) with n <= max_prefix, are the first actions of the
-        chunk where those are decided already, in the robot's units; the rest continues them (real-time chunking).
-        Raises BitvlaError, and never acts, on anything missing, unknown or unusable.
+        units, "instruction": str}, without "state" where the policy takes none. `prefix`, float (n, action_dim) with
+        n <= max_prefix, are the first actions of the chunk where those are decided already, in the robot's units; the
+        rest continues them (real-time chunking). Raises BitvlaError, and never acts, on anything missing, unknown or
+        unusable.
         """
         times = [time.perf_counter()]
         given = check_prefix(prefix, self.config)
@@ -116,13 +117,7 @@ class Policy:
         seen = check_observation(observation, self.config)
         sequence = self.plan(seen.instruction)
         vision, processing = self.config.vision, self.config.processing
-        patches = [
-            to_patches(
-                to_pixels(crop_resized(image, processing.image, vision.image_size), processing.image),
-                vision.patch_size,
-            )
-            for image in seen.images
-        ]
+        patches = [image_patches(image, processing.image, vision) for image in seen.images]
         return np.concatenate(patches), sequence, normalize(seen.state, processing.state)
 
     def plan(self, instruction: str) -> Plan:

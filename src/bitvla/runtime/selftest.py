@@ -6,7 +6,7 @@ A few tokens go through every kind of kernel on the policy's own weights and wid
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,7 +14,16 @@ from numpy.typing import NDArray
 
 import bitvla._native as native
 from bitvla.quantization import BLOCK
-from bitvla.runtime.network import Decoder, DecoderLayer, Linear, Network, Quantized, Ternary, VisionLayer, Workspace
+from bitvla.runtime.network import (
+    Decoder,
+    DecoderLayer,
+    Linear,
+    Quantized,
+    Ternary,
+    VisionLayer,
+    VisionTower,
+    Workspace,
+)
 
 _log = logging.getLogger("bitvla")
 
@@ -22,11 +31,14 @@ TOKENS = 3
 _TILES = 4  # of each matrix: the last ones, which hold its tail
 
 
-def choose_isa(network: Network | Decoder) -> str:
+Part = VisionTower | Decoder | Linear
+
+
+def choose_isa(parts: Sequence[Part]) -> str:
     """Check the instruction set in use and keep it, or warn and fall back to the next one that agrees with scalar."""
     available = list(native.available())
     for isa in available[available.index(native.isa()) :]:
-        wrong = mismatches(network, isa)
+        wrong = mismatches(parts, isa)
         if not wrong:
             native.set_isa(isa)
             return isa
@@ -41,36 +53,38 @@ def choose_isa(network: Network | Decoder) -> str:
     return "scalar"
 
 
-def mismatches(network: Network | Decoder, isa: str) -> list[str]:
+def mismatches(parts: Sequence[Part], isa: str) -> list[str]:
     """The names of the kernels whose results under `isa` differ from the scalar ones. Leaves the set in use alone."""
     if isa == "scalar":
         return []
     before = native.isa()
     try:
         native.set_isa("scalar")
-        expected = list(_results(network))
+        expected = list(_results(parts))
         native.set_isa(isa)
-        actual = list(_results(network))
+        actual = list(_results(parts))
     finally:
         native.set_isa(before)
     wrong = [name for (name, a), (_, b) in zip(expected, actual, strict=True) if a.tobytes() != b.tobytes()]
     return list(dict.fromkeys(wrong))
 
 
-def _results(network: Network | Decoder) -> Iterator[tuple[str, NDArray[Any]]]:
+def _results(parts: Sequence[Part]) -> Iterator[tuple[str, NDArray[Any]]]:
     """Kernel name and output, always the same ones in the same order."""
     random = np.random.default_rng(0)
-    decoder = network if isinstance(network, Decoder) else network.decoder
-    layers: list[VisionLayer | DecoderLayer] = [decoder.layers[0]]
-    if isinstance(network, Network):
-        layers.insert(0, network.vision_layers[0])
-    for layer in _distinct_shapes(*layers):
-        yield from _ternary_results(layer, random)
-    if isinstance(network, Network):
-        yield from _vision_results(network, network.vision_layers[0], random)
-    yield from _decoder_results(decoder, random)
-    if isinstance(network, Network):
-        yield "linear", _linear_result(network.head_layers[0], random)
+    for part in parts:
+        if isinstance(part, Linear):
+            yield "linear", _linear_result(part, random)
+            continue
+        for layer in _distinct_shapes(part.layers[0]):
+            if isinstance(layer, Linear):
+                yield "linear", _linear_result(layer, random)
+            else:
+                yield from _ternary_results(layer, random)
+        if isinstance(part, VisionTower):
+            yield from _vision_results(part, random)
+        else:
+            yield from _decoder_results(part, random)
 
 
 def _linear_result(layer: Linear, random: np.random.Generator) -> NDArray[np.float32]:
@@ -80,9 +94,13 @@ def _linear_result(layer: Linear, random: np.random.Generator) -> NDArray[np.flo
     return out
 
 
-def _distinct_shapes(*layers: VisionLayer | DecoderLayer) -> list[Ternary]:
-    matrices = [field for layer in layers for field in layer if isinstance(field, Ternary)]
-    return list({(matrix.rows, matrix.columns): matrix for matrix in matrices}.values())
+def _distinct_shapes(layer: VisionLayer | DecoderLayer) -> list[Ternary | Linear]:
+    matrices = [field for field in layer if isinstance(field, Ternary | Linear)]
+    return list({_shape(matrix): matrix for matrix in matrices}.values())
+
+
+def _shape(matrix: Ternary | Linear) -> tuple[int, ...]:
+    return (matrix.rows, matrix.columns) if isinstance(matrix, Ternary) else matrix.weight.shape
 
 
 def _ternary_results(layer: Ternary, random: np.random.Generator) -> Iterator[tuple[str, NDArray[Any]]]:
@@ -106,10 +124,8 @@ def _ternary_results(layer: Ternary, random: np.random.Generator) -> Iterator[tu
         yield f"ternary_linear {layer.rows}x{layer.columns}", out
 
 
-def _vision_results(
-    network: Network, layer: VisionLayer, random: np.random.Generator
-) -> Iterator[tuple[str, NDArray[Any]]]:
-    vision = network.config.vision
+def _vision_results(tower: VisionTower, random: np.random.Generator) -> Iterator[tuple[str, NDArray[Any]]]:
+    vision, layer = tower.vision, tower.layers[0]
     quantized = Workspace().quantized(TOKENS, vision.hidden_size)
     x = _floats(random, vision.hidden_size)
     norm = layer.layer_norm1

@@ -26,7 +26,7 @@ class Work(NamedTuple):
 
 def work(config: PolicyConfig, length: int) -> dict[str, Work]:
     """The multiply-adds of one call by part, for a sequence of `length` tokens."""
-    return {"vision": _vision(config), "decoder": _decoder(config, length), "head": _head(config)}
+    return {"vision": _vision(config), "decoder": _decoder(config, length), "head": _head(config, length)}
 
 
 def estimated_joules(parts: dict[str, Work]) -> float:
@@ -51,10 +51,12 @@ def _vision(config: PolicyConfig) -> Work:
     vision, hidden = config.vision, config.language.hidden_size
     patches, width = vision.num_patches, vision.hidden_size
     seen = patches * len(config.processing.cameras)
+    projections = seen * vision.num_layers * width * (4 * width + 2 * vision.intermediate_size)
+    around = seen * (3 * vision.patch_size**2 * width + width * hidden + hidden * hidden)
     return Work(
-        ternary=seen * vision.num_layers * width * (4 * width + 2 * vision.intermediate_size),
+        ternary=projections if vision.ternary else 0,
         attention=seen * vision.num_layers * 2 * patches * width,
-        full_precision=seen * (3 * vision.patch_size**2 * width + width * hidden + hidden * hidden),
+        full_precision=around if vision.ternary else around + projections,
     )
 
 
@@ -63,15 +65,26 @@ def _decoder(config: PolicyConfig, length: int) -> Work:
     language, action = config.language, config.action
     hidden = language.hidden_size
     keys = language.num_layers * length * 2 * hidden * language.num_kv_heads * language.head_dim
-    rows = (language.num_layers - 1) * length + action.num_slots
+    rows = (language.num_layers - 1) * length + (1 if action.bins else action.num_slots)
     return Work(
         ternary=keys + rows * hidden * (2 * hidden + 3 * language.intermediate_size),
-        attention=rows * 2 * length * hidden,
-        full_precision=hidden * (action.state_dim + hidden),
+        attention=rows * 2 * hidden * (length if language.bidirectional else (length + 1) // 2),
+        full_precision=hidden * (action.state_dim + hidden) if action.state_dim else 0,
     )
 
 
-def _head(config: PolicyConfig) -> Work:
-    action, width = config.action, config.action.head_hidden_size
-    inputs = action.slots_per_step * config.language.hidden_size
+def _head(config: PolicyConfig, length: int) -> Work:
+    """The action head; or the tokens of an action, of which all but the last pass the decoder again."""
+    language, action, width = config.language, config.action, config.action.head_hidden_size
+    hidden = language.hidden_size
+    if action.bins:
+        keys = 2 * language.num_kv_heads * language.head_dim
+        layer = hidden * (2 * hidden + keys + 3 * language.intermediate_size)
+        passes = (action.dim - 1) * language.num_layers
+        return Work(
+            ternary=passes * layer,
+            attention=passes * 2 * (length + action.dim // 2) * hidden,
+            full_precision=action.dim * action.bins * hidden,
+        )
+    inputs = action.slots_per_step * hidden
     return Work(full_precision=action.horizon * (inputs * width + action.head_blocks * width**2 + width * action.dim))

@@ -347,12 +347,14 @@ def _warm_up(policy: Policy) -> None:
     """Let it see something: gray images, the middle of every state."""
     config = policy.config
     state = config.processing.state
-    observation = {
+    observation: dict[str, Any] = {
         "images": {
             camera.name: np.full((camera.height, camera.width, 3), 128, np.uint8)
             for camera in config.processing.cameras
         },
-        "state": np.where(state.mask, (np.asarray(state.low) + np.asarray(state.high)) / 2, 0).astype(np.float32),
         "instruction": "warm up",
     }
+    if state.names:
+        middle = (np.asarray(state.low) + np.asarray(state.high)) / 2
+        observation["state"] = np.where(state.mask, middle, 0).astype(np.float32)
     policy.act(observation)

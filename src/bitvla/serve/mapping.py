@@ -74,7 +74,8 @@ class KeyMap:
         return chosen
 
     def observation(self, message: object) -> dict[str, Any]:
-        """The policy's observation {"images", "state", "instruction"} from a message of nested dictionaries."""
+        """The policy's observation {"images", "state", "instruction"} from a message of nested dictionaries; no state
+        where the policy takes none."""
         flat = dict(_flatten(message))
         chosen = self.check(list(flat))
         images = {camera: flat[chosen[camera][0]] for camera in self._cameras}
@@ -84,11 +85,10 @@ class KeyMap:
         instruction = flat[chosen["instruction"][0]]
         if not isinstance(instruction, str):
             raise BitvlaError(f"the instruction is a {type(instruction).__name__}, not text")
-        return {
-            "images": images,
-            "state": _joined([flat[key] for key in chosen["state"]]),
-            "instruction": instruction,
-        }
+        seen: dict[str, Any] = {"images": images, "instruction": instruction}
+        if "state" in chosen:
+            seen["state"] = _joined([flat[key] for key in chosen["state"]])
+        return seen
 
 
 def _by_name(config: PolicyConfig, naming: Naming) -> dict[str, list[tuple[str, ...]]]:
@@ -98,7 +98,8 @@ def _by_name(config: PolicyConfig, naming: Naming) -> dict[str, list[tuple[str, 
         for camera in config.processing.cameras
     }
     values = tuple(naming.state_value.format(name) for name in names)
-    parts["state"] = list(dict.fromkeys([*((key,) for key in naming.state), values]))
+    if names:  # some policies take no state
+        parts["state"] = list(dict.fromkeys([*((key,) for key in naming.state), values]))
     parts["instruction"] = [(key,) for key in naming.instruction]
     return parts
 
