@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -24,61 +23,12 @@ from bitvla.train import batches, stages
 from bitvla.train.config import Augmentation, load, policy_config
 from bitvla.train.loop import run
 from datasets import make_writer, random_episode, write_dataset
-
-POLICY = """
-[policy]
-name = "test"
-vision = { image_size = 16, patch_size = 8, hidden_size = 16, intermediate_size = 32, num_layers = 2, num_heads = 2 }
-
-action = { horizon = 3, dim = 3, state_dim = 3, slots_per_step = 1, head_hidden_size = 16, head_blocks = 1 }
-image = { crop_area = 0.9 }
-state_units = ["m", "m", "m"]
-action_units = ["m", "m", "m"]
-execute_horizon = 2
-
-[policy.language]
-vocab_size = 300
-hidden_size = 32
-intermediate_size = 32
-num_layers = 2
-num_heads = 2
-num_kv_heads = 1
-max_positions = 64
-
-[policy.prompt]
-template = "<|begin_of_text|>{images}<proprio_pad>{instruction}<|eot_id|>"
-"""
+from training import POLICY, TOKENS, losses_of, write_config
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> Path:
     return write_dataset(tmp_path_factory.mktemp("data") / "random")
-
-
-def write_config(folder: Path, policy: str = POLICY, **changes: object) -> Path:
-    values = {
-        "precision": "full",
-        "steps": 8,
-        "batch_size": 8,
-        "learning_rate": 1e-3,
-        "warmup_steps": 2,
-        "mixed_precision": "no",
-        "log_every": 1,
-        "save_every": 4,
-        "validation_batches": 1,
-        "auxiliary_weight": 0.1,
-        "keypoint_weight": 0.1,
-        **changes,
-    }
-    path = folder / f"config-{len(list(folder.glob('config-*')))}.toml"
-    path.write_text("".join(f"{key} = {json.dumps(value)}\n" for key, value in values.items()) + policy)
-    return path
-
-
-def losses_of(out: Path) -> dict[int, float]:
-    """Training loss by step, as logged."""
-    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    return {row["step"]: row["loss"] for row in rows if "loss" in row}
 
 
 def test_three_stages_learn_and_make_a_policy(data, tmp_path):
@@ -136,21 +86,56 @@ def test_golden_answers_are_those_of_the_saved_network(data, tmp_path):
     np.testing.assert_allclose(TorchPolicy.load(tmp_path / "out").act(observation), golden["0.chunk"], atol=1e-6)
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_a_killed_run_goes_on_to_the_same_weights(data, tmp_path, optimizer):
-    whole = write_config(tmp_path, steps=12, save_every=4, optimizer=optimizer)
-    run("finetune", whole, data, tmp_path / "whole")
+@pytest.fixture(scope="module")
+def teacher(data, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("teacher")
+    run("finetune", write_config(folder, steps=1), data, folder / "teacher")
+    return folder / "teacher"
 
-    command = ["train", "finetune", "--config", whole, "--data", data, "--out", tmp_path / "cut"]
-    process = subprocess.Popen([sys.executable, "-m", "bitvla", *map(str, command)], stderr=subprocess.DEVNULL)
-    state = tmp_path / "cut" / "training_state.pt"
-    deadline = time.monotonic() + 60
-    while not state.exists() and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.01)
-    process.kill()
-    process.wait()
-    assert state.exists()
-    run("finetune", whole, data, tmp_path / "cut")
+
+# Runs a command that dies, without a chance to tidy up, where {where} says.
+DYING = """
+import os, signal, sys
+from bitvla.cli import main
+from bitvla.train import loop
+
+def die(*_):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+step = loop._Trainer._step
+loop._Trainer._step = lambda self, window: die() if self.step == {at} else step(self, window)
+if {saving}:
+    loop.torch.save = die
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize(
+    ("stage", "at", "saving", "changes"),
+    [
+        ("localize", 6, False, {}),
+        ("pretrain", 6, False, {"gradient_accumulation": 2}),
+        ("distill", 6, False, {"precision": "ternary"}),
+        ("finetune", 2, False, {}),  # before anything is saved
+        ("finetune", 6, False, {"optimizer": "muon"}),
+        ("finetune", -1, True, {}),  # the policy is written, the state of the run not yet
+    ],
+)
+def test_a_killed_run_goes_on_to_the_same_weights(data, teacher, tmp_path, stage, at, saving, changes):
+    policy = {"pretrain": TOKENS, "distill": ""}.get(stage, POLICY)
+    config = write_config(tmp_path, policy, **changes)
+    parents = {"teacher": teacher} if stage == "distill" else {}
+    run(stage, config, data, tmp_path / "whole", **parents)
+
+    command = ["train", stage, "--config", config, "--data", data, "--out", tmp_path / "cut"]
+    command += [word for name, path in parents.items() for word in (f"--{name}", path)]
+    code = DYING.format(at=at, saving=saving)
+    with (tmp_path / "told").open("wb") as told:  # no pipe: its loader, which outlives it a little, would hold it open
+        words = [sys.executable, "-c", code, *map(str, command)]
+        status = subprocess.run(words, stdout=told, stderr=told, timeout=900).returncode
+    assert status == -signal.SIGKILL, (tmp_path / "told").read_text()
+    assert (tmp_path / "cut" / "training_state.pt").exists() == (at == 6)
+    run(stage, config, data, tmp_path / "cut", **parents)
     expected, actual = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "cut"))
     for name, tensor in expected.items():
         assert torch.equal(tensor, actual[name]), name
@@ -184,7 +169,7 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_checkpoint(data, tmp
         return step(self, window)
 
     monkeypatch.setattr(loop._Trainer, "_step", poison)
-    with pytest.raises(BitvlaError, match="nan at step 6"):
+    with pytest.raises(BitvlaError, match=r"nan at step 6, on episodes [0-9, ]+ of random; the last good"):
         run("finetune", write_config(tmp_path), data, tmp_path / "out")
     assert torch.load(tmp_path / "out" / "training_state.pt", weights_only=True)["step"] == 4
     TorchPolicy.load(tmp_path / "out")
@@ -199,7 +184,11 @@ def test_another_configuration_does_not_continue_a_run(data, tmp_path):
 @pytest.mark.parametrize(
     ("stage", "changes", "message"),
     [
-        ("finetune", {"learning_rat": 1}, "learning_rat"),
+        ("finetune", {"learning_rat": 1}, "unknown field `learning_rat`; did you mean 'learning_rate'?"),
+        ("finetune", {"augmentation": {"brightnes": 1}}, "brightnes.*; did you mean 'brightness'?"),
+        ("finetune", {"mixture": {"random": 0}}, "weight of 'random' is 0"),
+        ("finetune", {"shard": True, "optimizer": "muon"}, "shard = true needs"),
+        ("finetune", {"trackers": ["wandb"]}, "'wandb' is not installed"),
         ("finetune", {"batch_size": 0}, "batch_size must be positive"),
         ("finetune", {"precision": "int3"}, "int3"),
         ("distill", {}, "needs a full-precision teacher"),
@@ -215,8 +204,14 @@ def test_what_is_wrong_is_named(data, tmp_path, stage, changes, message):
 def test_a_policy_is_needed(data, tmp_path):
     with pytest.raises(BitvlaError, match=r"\[policy\]"):
         run("finetune", write_config(tmp_path, policy=""), data, tmp_path / "out")
-    with pytest.raises(BitvlaError, match="not a training checkpoint"):
-        run("finetune", write_config(tmp_path, policy=""), data, tmp_path / "out", init=tmp_path)
+    config, file = write_config(tmp_path, policy=""), tmp_path / "policy.safetensors"
+    file.touch()
+    for start in (tmp_path, file):
+        with pytest.raises(BitvlaError, match="not a training checkpoint"):
+            run("finetune", config, data, tmp_path / "out", init=start)
+    (tmp_path / "config.json").write_text('{"model_type": "bitvla"}')
+    with pytest.raises(BitvlaError, match="is a published checkpoint"):
+        run("finetune", config, data, tmp_path / "out", init=tmp_path)
 
 
 def test_a_ternary_teacher_is_refused(data, tmp_path):

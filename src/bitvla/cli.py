@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import difflib
 import errno
 import math
 import os
@@ -21,9 +20,9 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from bitvla import __version__
-from bitvla.errors import BitvlaError
+from bitvla.errors import BitvlaError, meant
 
-STAGES = ("localize", "finetune", "distill")
+STAGES = ("localize", "pretrain", "finetune", "distill")
 PACKINGS = ("2bit", "base3")
 MATRICES: dict[str, Any] = {"float32": "F32", "bfloat16": "BF16", "int8": "I8"}
 KINDS = ("libero", "vision-language", "vision-language-bf16-tower", "pretrained", "language", "language-bf16")
@@ -75,9 +74,18 @@ def _data(args: argparse.Namespace) -> Any:
 
 
 def _train(args: argparse.Namespace) -> Any:
+    if args.plan:
+        from bitvla.train.plan import plan
+
+        data = args.data[0] if args.data else None
+        parents = {"init": args.init, "teacher": args.teacher}
+        return plan(args.stage, args.config, data=data, devices=args.devices, tflops=args.tflops, **parents)
     from bitvla.train.loop import run
 
-    return run(args.stage, args.config, args.data, args.out, init=args.init, teacher=args.teacher)
+    if not args.data or args.out is None:
+        raise BitvlaError("training needs --data and --out; --plan does without")
+    result = run(args.stage, args.config, args.data, args.out, init=args.init, teacher=args.teacher)
+    return result if os.environ.get("RANK", "0") == "0" else None  # one of several processes speaks
 
 
 def _pack(args: argparse.Namespace) -> Any:
@@ -290,16 +298,11 @@ class _Parser(argparse.ArgumentParser):
     def _check_value(self, action: argparse.Action, value: Any) -> None:
         if action.choices is not None and value not in action.choices:
             names = [str(name) for name in action.choices]
-            message = f"'{value}' is not one of {', '.join(names)}{_meant(str(value), names)}"
+            message = f"'{value}' is not one of {', '.join(names)}{meant(str(value), names)}"
             raise argparse.ArgumentError(action, message)
 
     def option_names(self) -> list[str]:
         return [name for action in self._actions for name in action.option_strings]
-
-
-def _meant(word: str, names: Sequence[str]) -> str:
-    close = difflib.get_close_matches(word, names, n=1)
-    return f"; did you mean '{close[0]}'?" if close else ""
 
 
 def _count(text: str) -> int:
@@ -405,10 +408,17 @@ def _add_making(add: _Add) -> None:
     )
     train.add_argument("stage", choices=STAGES, metavar="STAGE", help=" | ".join(STAGES))
     train.add_argument("--config", type=Path, required=True, metavar="FILE", help="TOML file of the run")
-    train.add_argument("--data", type=Path, required=True, metavar="D", help="folder of the dataset")
-    train.add_argument("--out", type=Path, required=True, metavar="OUT", help="folder of the checkpoint")
+    train.add_argument(
+        "--data", type=Path, action="append", metavar="D", help="folder of the dataset; pretrain takes several"
+    )
+    train.add_argument("--out", type=Path, metavar="OUT", help="folder of the checkpoint")
     train.add_argument("--init", type=Path, metavar="CKPT", help="checkpoint whose weights to start from")
     train.add_argument("--teacher", type=Path, metavar="CKPT", help="checkpoint to align with (distill)")
+    train.add_argument("--plan", action="store_true", help="say what it takes, without weights or data, and end")
+    train.add_argument("--devices", type=_count, default=1, metavar="N", help="of a --plan (default: 1)")
+    train.add_argument(
+        "--tflops", type=float, metavar="T", help="what one device of a --plan reaches in training, for the time"
+    )
 
     pack = add(
         _pack,
@@ -687,7 +697,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     args, unknown = build_parser().parse_known_args(argv)
     if unknown:
         names = args.parser.option_names()
-        args.parser.error(f"unknown argument '{unknown[0]}'{_meant(unknown[0].split('=')[0], names)}")
+        args.parser.error(f"unknown argument '{unknown[0]}'{meant(unknown[0].split('=')[0], names)}")
     return args
 
 

@@ -6,14 +6,15 @@ values of `PolicyConfig`. Nothing about a robot (cameras, statistics, rates, uni
 
 from __future__ import annotations
 
+import re
 import tomllib
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, get_args, get_type_hints
 
 import msgspec
 
-from bitvla.errors import BitvlaError
+from bitvla.errors import BitvlaError, meant
 
 T = TypeVar("T")
 Model = TypeVar("Model", bound="PolicyConfig | LanguageModelConfig")
@@ -328,7 +329,25 @@ def from_dict(kind: type[T], value: Any, origin: str) -> T:
     try:
         return msgspec.convert(value, kind)
     except msgspec.ValidationError as error:
-        raise BitvlaError(f"{origin}: {error}") from None
+        raise BitvlaError(f"{origin}: {error}{_field_meant(kind, str(error))}") from None
+
+
+def _field_meant(kind: Any, message: str) -> str:
+    """Which field of `kind`, or of the record inside it that `message` names, an unknown one was meant to be."""
+    found = re.fullmatch(r"Object contains unknown field `(.+?)`(?: - at `(.+)`)?", message)
+    if found is None:
+        return ""
+    record = kind
+    for name in re.findall(r"\.(\w+)", found[2] or ""):
+        record = _record_of(get_type_hints(record)[name])
+    return meant(found[1], record.__struct_fields__)
+
+
+def _record_of(hint: Any) -> Any:
+    """The record in a type: itself, or the one in its union or tuple."""
+    if isinstance(hint, type) and issubclass(hint, msgspec.Struct):
+        return hint
+    return next(filter(None, map(_record_of, get_args(hint))), None)
 
 
 def load_toml(kind: type[T], path: Path) -> T:

@@ -27,7 +27,12 @@ from bitvla.quantization import ternarize
 
 def open_training(checkpoint: Path) -> Source:
     """Open a training checkpoint; BitvlaError names what is missing or does not fit."""
-    config = _read_config(checkpoint)
+    config, provenance = _read_config(checkpoint), read_json(checkpoint / "provenance.json")
+    if provenance.get("stage") == "localize":
+        raise BitvlaError(
+            f"{checkpoint} is a vision tower (stage 'localize'): its policy has not learnt to act. Train one from it, "
+            f"with `bitvla train finetune --init {checkpoint}`"
+        )
     weights, specs = checkpoint / "model.safetensors", tensor_specs(config)
     with safetensors(weights) as file:
         check_names(weights, file.keys(), specs)
@@ -35,7 +40,7 @@ def open_training(checkpoint: Path) -> Source:
         config=config,
         tokenizer=read_text(checkpoint / "tokenizer.json"),
         golden=_read_golden(checkpoint / "golden.safetensors", config),
-        provenance=read_json(checkpoint / "provenance.json"),
+        provenance=provenance,
         sha256=sha256(weights),
         tensor=lambda name: _read_weight(weights, name, specs[name]),
         ternary=lambda name: ternarize(_read_weight(weights, name, specs[name])),

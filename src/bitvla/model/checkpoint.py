@@ -21,7 +21,11 @@ from bitvla.processing.prompt import Prompt
 
 def load_config(checkpoint: Path) -> PolicyConfig:
     """The policy configuration of a checkpoint folder."""
-    return check(from_dict(PolicyConfig, _read_json(checkpoint / "config.json"), str(checkpoint / "config.json")))
+    path = checkpoint / "config.json"
+    stored = _read_json(path)
+    if isinstance(stored, dict) and "model_type" in stored:
+        raise BitvlaError(f"{checkpoint} is a published checkpoint; `bitvla pack` reads it, training does not")
+    return check(from_dict(PolicyConfig, stored, str(path)))
 
 
 def load_tokenizer(checkpoint: Path) -> Tokenizer:
@@ -35,8 +39,8 @@ def load_tokenizer(checkpoint: Path) -> Tokenizer:
 def load_network(checkpoint: Path, config: PolicyConfig | None = None) -> tuple[BitVLA, Prompt]:
     """The network of a checkpoint and its prompt builder.
 
-    With another `precision` or a larger `max_prefix` if `config` says so; a projector of prefixes that the checkpoint
-    does not have begins at random.
+    With another `precision`, a larger `max_prefix`, or an action head in place of action tokens if `config` says so;
+    projectors and head that the checkpoint does not have begin at random.
     """
     config = config or load_config(checkpoint)
     prompt = Prompt(config, load_tokenizer(checkpoint))
@@ -44,9 +48,12 @@ def load_network(checkpoint: Path, config: PolicyConfig | None = None) -> tuple[
     weights = checkpoint / "model.safetensors"
     if not weights.is_file():
         raise BitvlaError(f"{checkpoint} has no model.safetensors: the training run has not saved a checkpoint yet")
-    stored = load_file(weights)
-    if load_config(checkpoint).action.max_prefix == 0:
-        stored = {k: v for k, v in network.state_dict().items() if k.startswith("prefix_projector.")} | stored
+    stored, action = load_file(weights), load_config(checkpoint).action
+    absent = () if action.max_prefix else ("prefix_projector.",)
+    if action.bins and not config.action.bins:
+        del stored["language_model.lm_head.weight"]
+        absent += ("proprio_projector.", "action_head.")
+    stored = {name: value for name, value in network.state_dict().items() if name.startswith(absent)} | stored
     missing, unexpected = network.load_state_dict(stored, strict=False)
     if missing or unexpected:
         raise BitvlaError(
@@ -81,7 +88,7 @@ def digest(path: Path) -> str:
 def _read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text())
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise BitvlaError(f"{path} is missing: {path.parent} is not a training checkpoint of bitvla") from None
     except (OSError, ValueError) as error:
         raise BitvlaError(f"{path} cannot be read: {error}") from None
@@ -107,6 +114,7 @@ def golden_tensors(
     for i, (observation, chunk) in enumerate(zip(observations, chunks, strict=True)):
         for camera, image in observation["images"].items():
             tensors[f"{i}.image.{camera}"] = torch.from_numpy(np.array(image))
-        tensors[f"{i}.state"] = torch.from_numpy(np.asarray(observation["state"], dtype=np.float32))
+        if "state" in observation:
+            tensors[f"{i}.state"] = torch.from_numpy(np.asarray(observation["state"], dtype=np.float32))
         tensors[f"{i}.chunk"] = torch.from_numpy(chunk)
     return tensors, [str(observation["instruction"]) for observation in observations]

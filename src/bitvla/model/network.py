@@ -10,16 +10,18 @@ the published BitVLA checkpoints. Tensor letters: B batch, V views, P patches, S
 
 from __future__ import annotations
 
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import BitNetConfig, SiglipVisionConfig
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.bitnet.modeling_bitnet import BitNetDecoderLayer, BitNetRMSNorm, BitNetRotaryEmbedding
 from transformers.models.siglip.modeling_siglip import SiglipEncoderLayer, SiglipVisionEmbeddings
 
 from bitvla.config import ActionConfig, LanguageConfig, PolicyConfig, VisionConfig
-from bitvla.errors import BitvlaError
 from bitvla.model.ternary import make_ternary
 
 # On a CPU the backward pass of PyTorch's fused attention is several times slower than plain products at these lengths.
@@ -29,7 +31,7 @@ ATTENTION = "sdpa" if torch.cuda.is_available() else "eager"
 class Batch(NamedTuple):
     """What the network sees. Sequences of different lengths are padded on the left; `padding` marks those tokens."""
 
-    pixels: Tensor  # float (B, V, 3, size, size)
+    pixels: Tensor  # float (B, V, 3, size, size); (1, all views, ...) where windows have different numbers of them
     token_ids: Tensor  # int64 (B, S)
     padding: Tensor  # bool (B, S), True where padded
     state: Tensor  # float (B, state_dim), normalised
@@ -38,9 +40,9 @@ class Batch(NamedTuple):
 
 
 class Output(NamedTuple):
-    """Normalised actions (B, horizon, dim) and, when asked for, the hidden states that distillation aligns."""
+    """What the policy answers, and the hidden states that distillation aligns."""
 
-    actions: Tensor
+    actions: Tensor  # normalised (B, horizon, dim); where they are tokens, logits (B, S, bins) of the one that follows
     vision_states: list[Tensor]  # each (B * V, P, H)
     decoder_states: list[Tensor]  # each (B, S, H)
     proprio_state: Tensor  # (B, H): the final state at the proprio token
@@ -49,7 +51,7 @@ class Output(NamedTuple):
 class VisionTower(nn.Module):
     """SigLIP without its final norm: the features are the output of the last layer."""
 
-    def __init__(self, config: VisionConfig) -> None:
+    def __init__(self, config: VisionConfig, attention: str = ATTENTION) -> None:
         super().__init__()
         siglip = SiglipVisionConfig(
             hidden_size=config.hidden_size,
@@ -60,7 +62,7 @@ class VisionTower(nn.Module):
             patch_size=config.patch_size,
             layer_norm_eps=config.layer_norm_eps,
             hidden_act="gelu_pytorch_tanh",
-            attn_implementation=ATTENTION,
+            attn_implementation=attention,
         )
         self.vision_model = nn.Module()
         self.vision_model.embeddings = SiglipVisionEmbeddings(siglip)
@@ -90,7 +92,7 @@ class Connector(nn.Module):
 class Decoder(nn.Module):
     """BitNet decoder over embeddings, bidirectional or causal."""
 
-    def __init__(self, config: LanguageConfig) -> None:
+    def __init__(self, config: LanguageConfig, attention: str = ATTENTION) -> None:
         super().__init__()
         self.bidirectional = config.bidirectional
         bitnet = BitNetConfig(
@@ -106,7 +108,7 @@ class Decoder(nn.Module):
             rms_norm_eps=config.rms_norm_eps,
             rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
             hidden_act="relu2",
-            attn_implementation=ATTENTION,
+            attn_implementation=attention,
         )
         self.model = nn.Module()
         self.model.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
@@ -175,23 +177,27 @@ class ActionHead(nn.Module):
 
 
 class BitVLA(nn.Module):
-    """The whole policy. `image_id` and `proprio_id` are the token ids whose embeddings the inputs replace."""
+    """The whole policy. `image_id` and `proprio_id` are the token ids whose embeddings the inputs replace.
 
-    def __init__(self, config: PolicyConfig, image_id: int, proprio_id: int) -> None:
+    A policy that writes its actions as tokens has a language head for those in place of projectors and action head.
+    """
+
+    def __init__(self, config: PolicyConfig, image_id: int, proprio_id: int, attention: str = ATTENTION) -> None:
         super().__init__()
-        if config.action.bins:
-            raise BitvlaError("a policy that writes its actions as tokens can be packed and run, but not trained here")
         self.config = config
         self.image_id, self.proprio_id = image_id, proprio_id
-        self.vision_tower = VisionTower(config.vision)
+        self.vision_tower = VisionTower(config.vision, attention)
         self.multi_modal_projector = Connector(config.vision, config.language)
-        self.language_model = Decoder(config.language)
-        self.proprio_projector = ProprioProjector(config.action, config.language)
+        self.language_model = Decoder(config.language, attention)
+        if config.action.bins:
+            self.language_model.lm_head = nn.Linear(config.language.hidden_size, config.action.bins, bias=False)
+        else:
+            self.proprio_projector = ProprioProjector(config.action, config.language)
+            self.action_head = ActionHead(config.action, config.language)
         if config.action.max_prefix:
             self.prefix_projector = nn.Linear(
                 config.action.dim, config.action.slots_per_step * config.language.hidden_size
             )
-        self.action_head = ActionHead(config.action, config.language)
         self.apply(_initialize)
         if config.precision == "ternary":
             if config.vision.ternary:
@@ -201,9 +207,15 @@ class BitVLA(nn.Module):
     def forward(self, batch: Batch) -> Output:
         action = self.config.action
         vision_states = self.vision_tower(batch.pixels.flatten(0, 1))
-        images = self.multi_modal_projector(vision_states[-1]).reshape(len(batch.state), -1)
+        images = self.multi_modal_projector(vision_states[-1])
 
         embeddings = self.language_model.model.embed_tokens(batch.token_ids)
+        is_image = (batch.token_ids == self.image_id)[..., None]
+        embeddings = embeddings.masked_scatter(is_image, images.to(embeddings.dtype))
+        if action.bins:
+            decoder_states = self.language_model(embeddings, batch.padding)
+            logits = self.language_model.lm_head(decoder_states[-1])
+            return Output(logits, vision_states, decoder_states, proprio_state=decoder_states[-1][:, -1])
         slots = embeddings[:, -1 - action.num_slots : -1]
         slots[:] = 0  # told apart by position alone
         if action.max_prefix:  # decided actions stand in the slots of their steps
@@ -211,9 +223,7 @@ class BitVLA(nn.Module):
             slots[:, : action.max_prefix * action.slots_per_step] = given.reshape(len(given), -1, slots.shape[-1]).to(
                 slots.dtype
             )
-        is_image = (batch.token_ids == self.image_id)[..., None]
         is_proprio = (batch.token_ids == self.proprio_id)[..., None]
-        embeddings = embeddings.masked_scatter(is_image, images.to(embeddings.dtype))
         proprio = self.proprio_projector(batch.state).to(embeddings.dtype)
         embeddings = torch.where(is_proprio, proprio[:, None], embeddings)
 
@@ -223,6 +233,18 @@ class BitVLA(nn.Module):
         actions = self.action_head(answers.reshape(len(batch.state), action.horizon, -1))
         proprio_state = (decoder_states[-1] * is_proprio).sum(1)
         return Output(actions, vision_states, decoder_states, proprio_state)
+
+
+def layers(network: nn.Module) -> list[nn.Module]:
+    """The transformer layers of a network or of a part of it, in order."""
+    return [module for module in network.modules() if isinstance(module, GradientCheckpointingLayer)]
+
+
+def checkpoint_activations(network: nn.Module) -> None:
+    """Keep only what enters each layer; the backward pass computes what is in it again."""
+    for layer in layers(network):
+        layer.gradient_checkpointing = True
+        layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
 
 
 def _initialize(module: nn.Module) -> None:

@@ -14,7 +14,7 @@ from bitvla.model.network import Batch, BitVLA
 from bitvla.processing.images import crop_resized, to_pixels
 from bitvla.processing.observation import check_observation
 from bitvla.processing.prompt import Prompt
-from bitvla.processing.vectors import check_prefix, network_actions, normalize, robot_actions
+from bitvla.processing.vectors import check_prefix, network_actions, normalize, robot_actions, token_values
 
 
 class TorchPolicy:
@@ -71,6 +71,16 @@ class TorchPolicy:
             prefix=torch.from_numpy(padded),
             decided=torch.arange(action.max_prefix)[None] < len(given),
         )
-        chunk = robot_actions(self._network(batch).actions[0].numpy(), processing)
+        outputs = self._write(batch) if action.bins else self._network(batch).actions[0].numpy()
+        chunk = robot_actions(outputs, processing)
         chunk[: len(given)] = given
         return chunk
+
+    def _write(self, batch: Batch) -> NDArray[np.float32]:
+        """One action (1, dim), normalised, token after token, each time the likeliest."""
+        action, first_id = self.config.action, self.config.language.vocab_size - self.config.action.bins
+        for _ in range(action.dim):
+            token = self._network(batch).actions[:, -1:].argmax(-1) + first_id
+            token_ids = torch.cat([batch.token_ids, token], dim=1)
+            batch = batch._replace(token_ids=token_ids, padding=torch.zeros_like(token_ids, dtype=torch.bool))
+        return token_values(batch.token_ids[:, -action.dim :].numpy() - first_id, action.bins)

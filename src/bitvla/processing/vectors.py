@@ -42,6 +42,11 @@ def unnormalize(values: NDArray[np.float32], statistics: Statistics) -> NDArray[
     return np.where(mask, scaled, values).astype(np.float32)
 
 
+def value_tokens(values: NDArray[np.float32], bins: int) -> NDArray[np.int64]:
+    """Values in [-1, 1] -> action tokens: the inverse of `token_values`, as exact as the bins are fine."""
+    return bins - np.digitize(np.clip(values, -1, 1), np.linspace(-1, 1, bins)).astype(np.int64)
+
+
 def token_values(tokens: NDArray[np.int64], bins: int) -> NDArray[np.float32]:
     """Action tokens, counted from the first one of the vocabulary's last `bins`, -> values in [-1, 1].
 

@@ -1,6 +1,6 @@
-"""Training windows: one observation and the chunk of actions that follows it.
+"""Training windows: one observation and the actions that follow it, as numbers or as tokens.
 
-The batch of a step is a pure function of (data, config, step), so that a resumed run sees what an uninterrupted one
+The batch of a pass is a pure function of (data, config, step), so that a resumed run sees what an uninterrupted one
 would have seen, on any number of processes.
 """
 
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -22,9 +22,12 @@ from bitvla.data.lerobot import LeRobotDataset
 from bitvla.model.network import Batch
 from bitvla.processing.images import crop_resized, to_pixels
 from bitvla.processing.prompt import Prompt
-from bitvla.processing.vectors import normalize
+from bitvla.processing.vectors import normalize, value_tokens
 from bitvla.train.config import Augmentation
 
+Ids = NDArray[np.int64]
+
+UNKNOWN = -100  # what cross-entropy ignores
 VALIDATION_EVERY = 25  # about one episode in so many is never trained on
 
 
@@ -38,8 +41,15 @@ class Window(NamedTuple):
     keypoints: Tensor  # float (B, V, K, 2): where things are in the network's images, K may be 0
 
 
+class TokenWindow(NamedTuple):
+    """Inputs of a network that writes actions as tokens, the known ones among them, and its targets."""
+
+    inputs: Batch  # tokens of prompt and action, but for the last one, which nothing follows
+    targets: Tensor  # int64 (B, D): tokens of the action, counted from the first bin; UNKNOWN in front of a shorter one
+
+
 class Windows(Dataset[Window]):
-    """Item i is the batch of step i (`split="train"`) or the i-th validation batch."""
+    """Item i is the batch of pass i (`split="train"`) or the i-th validation batch."""
 
     def __init__(
         self,
@@ -56,15 +66,19 @@ class Windows(Dataset[Window]):
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
+        self.name = dataset.root.name
         self._config, self._augmentation, self._seed = config, augmentation, seed
         self._prefix_dropout = prefix_dropout
         self._batch_size, self._rank, self._world_size = batch_size, rank, world_size
-        self._images = [dataset.images(camera.name) for camera in config.processing.cameras]
-        self._state = normalize(dataset.state, config.processing.state)
+        cameras = [camera.name for camera in config.processing.cameras]
+        self._images = [dataset.images(name) for name in cameras]
+        state = dataset.state if config.action.state_dim else dataset.state[:, :0]
+        self._state = normalize(state, config.processing.state)
         self._actions = normalize(dataset.action, config.processing.action)
         self._auxiliary = _standardize(dataset)
         nothing = np.zeros((dataset.num_frames, len(self._images), 0, 2), dtype=np.float32)
-        self._keypoints = nothing if dataset.keypoints is None else dataset.keypoints
+        views = [dataset.cameras.index(name) for name in cameras]
+        self._keypoints = nothing if dataset.keypoints is None else dataset.keypoints[:, views]
         episodes = np.asarray(dataset.episode_index)
         self._episode = episodes
         self._episode_end = np.asarray([end for _, end in dataset.episode_ranges])
@@ -80,7 +94,7 @@ class Windows(Dataset[Window]):
         return len(self._frames)
 
     def indices(self, step: int) -> NDArray[np.int64]:
-        """Frames of the batch of `step`, of all processes: every frame once an epoch, in random order."""
+        """Frames of the batch of pass `step`, of all processes: every frame once an epoch, in random order."""
         positions = np.arange(step * self._batch_size, (step + 1) * self._batch_size)
         chosen = np.empty(self._batch_size, dtype=np.int64)
         for epoch in np.unique(positions // len(self._frames)):
@@ -92,8 +106,7 @@ class Windows(Dataset[Window]):
     def __getitem__(self, step: int) -> Window:
         share = slice(self._rank, None, self._world_size)
         frames = self.indices(step)[share]
-        # Drawn by place in the whole batch: a window is augmented alike on any number of processes.
-        changes = np.random.default_rng([self._seed, step]).random((self._batch_size, len(self._images), 5))[share]
+        changes = draws(self._seed, 0, step, (self._batch_size, len(self._images), 5))[share]
         horizon = self._config.action.horizon
         episode = self._episode[frames]
         ends = self._episode_end[episode][:, None]
@@ -120,10 +133,28 @@ class Windows(Dataset[Window]):
 
     def _prefix_lengths(self, step: int) -> NDArray[np.int64]:
         """How many actions are given as decided in each window (B,) of the whole batch of `step`."""
-        random = np.random.default_rng([self._seed, step, 1])
-        lengths = random.integers(1, max(1, self._config.action.max_prefix) + 1, self._batch_size)
-        none = self._config.action.max_prefix == 0
-        return np.where(none | (random.random(self._batch_size) < self._prefix_dropout), 0, lengths)
+        most = self._config.action.max_prefix
+        none, length = draws(self._seed, 1, step, (self._batch_size, 2)).T
+        return np.where((most == 0) | (none < self._prefix_dropout), 0, 1 + (length * most).astype(np.int64))
+
+    def where(self, step: int) -> str:
+        """Where this process's share of the batch comes from, for messages."""
+        frames = self.indices(step)[self._rank :: self._world_size]
+        return f"episodes {', '.join(map(str, np.unique(self._episode[frames])))} of {self.name}"
+
+    def origin(self, place: float) -> str:
+        """Where the window at `place` in [0, 1) comes from."""
+        return f"episode {self._episode[self._at(place)[0]]} of {self.name}"
+
+    def _at(self, place: float) -> Ids:
+        return self._frames[[int(place * len(self._frames))]]
+
+    def example(self, place: float, changes: NDArray[np.float64]) -> tuple[NDArray[np.float32], Ids, Ids]:
+        """Pixels (V, 3, size, size), prompt and action tokens of the frame at `place` in [0, 1)."""
+        frame = self._at(place)
+        pixels = self._pixels(frame, changes[None, : len(self._images)])[0]
+        prompt = self._token_ids[self._episode[frame[0]]]
+        return pixels, prompt[prompt != self._pad_id], value_tokens(self._actions[frame[0]], self._config.action.bins)
 
     def _points(self, frames: NDArray[np.int64], changes: NDArray[np.float64]) -> NDArray[np.float32]:
         """Keypoints float32 (B, V, K, 2) where the crop of `_pixels` puts them; outside [0, 1) they are not seen."""
@@ -153,7 +184,78 @@ class Windows(Dataset[Window]):
         return np.ascontiguousarray(to_pixels(images, processing).transpose(0, 1, 4, 2, 3))
 
 
-def batches(windows: Windows, steps: range) -> Iterator[Window]:
+class Mixture(Dataset[TokenWindow]):
+    """Item i is the batch of pass i, of datasets with different cameras, rates and sizes of actions.
+
+    Each window's dataset is chosen by the weights, then its frame, with replacement.
+    """
+
+    def __init__(
+        self,
+        parts: Sequence[Windows],
+        weights: Mapping[str, float],
+        config: PolicyConfig,
+        *,
+        batch_size: int,
+        seed: int,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        self._parts = [part for part in parts if part.num_frames]
+        chances = np.asarray([weights[part.name] if weights else part.num_frames for part in self._parts], float)
+        self._borders = np.cumsum(chances / chances.sum())[:-1]
+        self._first_id = config.language.vocab_size - config.action.bins
+        self._seed, self._batch_size, self._rank, self._world_size = seed, batch_size, rank, world_size
+        self._pad_id = parts[0]._pad_id
+        self._views = max(len(part._images) for part in parts)
+        self._dim = max(part._config.action.dim for part in parts)
+        self._length = max(part._token_ids.shape[1] + part._config.action.dim - 1 for part in parts)
+
+    @property
+    def num_frames(self) -> int:
+        return sum(part.num_frames for part in self._parts)
+
+    def __getitem__(self, step: int) -> TokenWindow:
+        examples = [part.example(place, changes) for part, place, changes in self._chosen(step)]
+        token_ids = torch.full((len(examples), self._length), self._pad_id)
+        targets = torch.full((len(examples), self._dim), UNKNOWN)
+        for i, (_, prompt, action) in enumerate(examples):
+            sequence = np.concatenate([prompt, self._first_id + action[:-1]])
+            token_ids[i, -len(sequence) :] = torch.from_numpy(sequence)
+            targets[i, -len(action) :] = torch.from_numpy(action)
+        inputs = Batch(
+            pixels=torch.from_numpy(np.concatenate([pixels for pixels, _, _ in examples])[None]),
+            token_ids=token_ids,
+            padding=token_ids == self._pad_id,
+            state=torch.zeros(len(examples), 0),
+            prefix=torch.zeros(len(examples), 0, self._dim),
+            decided=torch.zeros(len(examples), 0, dtype=torch.bool),
+        )
+        return TokenWindow(inputs, targets)
+
+    def where(self, step: int) -> str:
+        """Where this process's share of the batch comes from, for messages."""
+        return "; ".join(dict.fromkeys(part.origin(place) for part, place, _ in self._chosen(step)))
+
+    def _chosen(self, step: int) -> Iterator[tuple[Windows, float, NDArray[np.float64]]]:
+        """This process's windows: a dataset, a place in it, and how it is augmented."""
+        chances = draws(self._seed, 2, step, (self._batch_size, 2 + 5 * self._views))[self._rank :: self._world_size]
+        for which, place, *changes in chances:
+            part = self._parts[int(np.searchsorted(self._borders, which, side="right"))]
+            yield part, place, np.reshape(changes, (self._views, 5))
+
+
+def draws(seed: int, stream: int, step: int, shape: tuple[int, ...]) -> NDArray[np.float64]:
+    """Random numbers in [0, 1) of the batch of pass `step`; `shape` begins with the size of the batch.
+
+    A window's are given by its place in the run alone: the same on any number of processes, and whether a step is one
+    large batch or several small ones.
+    """
+    bits = np.random.PCG64([seed, stream])
+    return np.random.Generator(bits.advance(step * math.prod(shape))).random(shape)
+
+
+def batches(windows: Windows | Mixture, steps: range) -> Iterator[Window | TokenWindow]:
     """The batches of `steps`, prepared ahead of time by another process."""
     return iter(DataLoader(windows, batch_size=None, sampler=steps, num_workers=1, prefetch_factor=3))
 

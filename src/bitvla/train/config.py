@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Literal
 
@@ -34,10 +35,17 @@ class Augmentation(Record, frozen=True, kw_only=True, forbid_unknown_fields=True
     saturation: float = 0.2
 
 
+NO_STATE = Statistics(names=(), units=(), low=(), high=(), mask=())
+
+
 class NewPolicy(Record, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Sizes and conventions of a policy trained from scratch; statistics and cameras come from the data."""
+    """Sizes and conventions of a policy trained from scratch; its statistics come from the data.
+
+    `cameras` chooses among those of the data; None: all of them.
+    """
 
     name: str
+    cameras: tuple[str, ...] | None = None
     vision: VisionConfig
     language: LanguageConfig
     action: ActionConfig
@@ -49,11 +57,15 @@ class NewPolicy(Record, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
 
 class TrainConfig(Record, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """One stage of training. A policy is either new (`policy`) or comes from a checkpoint (`--init`)."""
+    """One stage of training. A policy is either new (`policy`) or comes from a checkpoint (`--init`).
+
+    `batch_size` windows, shared by all processes, are one pass; `gradient_accumulation` passes are one step.
+    """
 
     steps: int
     batch_size: int
     learning_rate: float
+    vision_learning_rate: float | None = None  # of the vision tower, where it has another
     precision: Literal["full", "ternary"]
     # Muon orthogonalises the update of every matrix inside a block (Jordan et al., 2024); the rest has AdamW.
     optimizer: Literal["adamw", "muon"] = "adamw"
@@ -61,11 +73,14 @@ class TrainConfig(Record, frozen=True, kw_only=True, forbid_unknown_fields=True)
     seed: int = 7
     warmup_steps: int = 375
     weight_decay: float = 0.01
-    clip_gradient: float = 1.0
+    clip_gradient: float = 1.0  # 0: not at all
     gradient_accumulation: int = 1
     ema_decay: float = 0.999
     mixed_precision: Literal["no", "bf16"] = "bf16"
     compile: bool = False
+    checkpoint_activations: bool = False  # less memory, a third more work
+    shard: bool = False  # weights, gradients and optimiser state are spread over the processes (FSDP2)
+    mixture: dict[str, float] = msgspec.field(default_factory=dict)  # pretrain: weight by dataset's folder name
     alignment_weight: float = 0.1  # gamma of the paper: hidden states of student and teacher (distill)
     # Real-time chunking: up to so many first actions of a window are given as decided (None: as the policy has it), in
     # all windows but this share; the loss is over the others.
@@ -79,6 +94,7 @@ class TrainConfig(Record, frozen=True, kw_only=True, forbid_unknown_fields=True)
     log_every: int = 20
     save_every: int = 500
     validation_batches: int = 4
+    trackers: tuple[Literal["tensorboard", "wandb"], ...] = ()  # beside metrics.jsonl
 
 
 def load(path: Path) -> TrainConfig:
@@ -87,6 +103,13 @@ def load(path: Path) -> TrainConfig:
     for name in ("steps", "batch_size", "learning_rate", "log_every", "save_every", "gradient_accumulation"):
         if getattr(config, name) <= 0:
             raise BitvlaError(f"{path}: {name} must be positive, it is {getattr(config, name)}")
+    for name, weight in config.mixture.items():
+        if not 0 < weight < math.inf:
+            raise BitvlaError(
+                f"{path}: the mixture's weight of '{name}' is {weight}; it must be positive, or leave out the dataset"
+            )
+    if config.shard and (config.optimizer == "muon" or config.auxiliary_weight or config.keypoint_weight):
+        raise BitvlaError(f"{path}: shard = true needs optimizer 'adamw', and auxiliary_weight and keypoint_weight 0")
     if not 0 <= config.prefix_dropout <= 1:
         raise BitvlaError(f"{path}: prefix_dropout {config.prefix_dropout} is not a share from 0 to 1")
     return config
@@ -94,6 +117,10 @@ def load(path: Path) -> TrainConfig:
 
 def policy_config(new: NewPolicy, dataset: LeRobotDataset, precision: Literal["full", "ternary"]) -> PolicyConfig:
     """The configuration of a new policy, with cameras, statistics and control rate taken from its data."""
+    names = dataset.cameras if new.cameras is None else new.cameras
+    for name in names:
+        if name not in dataset.cameras:
+            raise BitvlaError(f"{dataset.root} has no camera '{name}', only {', '.join(dataset.cameras)}")
     config = PolicyConfig(
         name=new.name,
         vision=new.vision,
@@ -101,16 +128,29 @@ def policy_config(new: NewPolicy, dataset: LeRobotDataset, precision: Literal["f
         action=new.action,
         precision=precision,
         processing=ProcessingConfig(
-            cameras=tuple(_camera(dataset, name) for name in dataset.cameras),
+            cameras=tuple(_camera(dataset, name) for name in names),
             image=new.image,
             prompt=new.prompt,
-            state=_statistics(dataset, "observation.state", new.state_units),
+            state=_statistics(dataset, "observation.state", new.state_units) if new.action.state_dim else NO_STATE,
             action=_statistics(dataset, "action", new.action_units),
             control_hz=float(dataset.fps),
             execute_horizon=new.execute_horizon,
         ),
     )
     return check(config)
+
+
+def for_dataset(config: PolicyConfig, dataset: LeRobotDataset) -> PolicyConfig:
+    """`config` on another robot: with the cameras, action statistics and control rate of `dataset`."""
+    action = _statistics(dataset, "action", ("",) * dataset.action.shape[1])
+    processing = msgspec.structs.replace(
+        config.processing,
+        cameras=tuple(_camera(dataset, name) for name in dataset.cameras),
+        action=action,
+        control_hz=float(dataset.fps),
+    )
+    sizes = msgspec.structs.replace(config.action, dim=len(action.names))
+    return check(msgspec.structs.replace(config, action=sizes, processing=processing))
 
 
 def _camera(dataset: LeRobotDataset, name: str) -> Camera:

@@ -10,13 +10,15 @@ import torch
 from torch import Tensor, nn
 
 from bitvla.config import PolicyConfig
-from bitvla.model.network import Output
-from bitvla.train.batches import Window
+from bitvla.model.network import BitVLA, Output
+from bitvla.train.batches import UNKNOWN, TokenWindow, Window
 from bitvla.train.config import TrainConfig
 
 Losses = dict[str, Tensor]  # by name; "loss" is the one that is minimised
 Network = Callable[..., Any]  # a BitVLA or its vision tower, compiled or not
-Objective = Callable[[Network, Window], Losses]
+Objective = Callable[[Network, Any], Losses]  # over a Window, or a TokenWindow where actions are tokens
+
+NAMES = ("localize", "pretrain", "finetune", "distill")
 
 
 class AuxiliaryHead(nn.Module):
@@ -41,6 +43,20 @@ class AuxiliaryHead(nn.Module):
         return scores[..., 0], scores[..., 1:]
 
 
+def objective(stage: str, config: TrainConfig, auxiliary: AuxiliaryHead, teacher: Network | None) -> Objective:
+    """What `stage` minimises; `teacher` is of stage "distill"."""
+    if stage == "localize":
+        return localize(auxiliary)
+    if stage == "pretrain":
+        return pretrain
+    return finetune(config, auxiliary) if teacher is None else distill(config, auxiliary, teacher)
+
+
+def trained_part(stage: str, network: BitVLA) -> nn.Module:
+    """What `stage` trains."""
+    return network.vision_tower if stage == "localize" else network
+
+
 def localize(auxiliary: AuxiliaryHead) -> Objective:
     """The vision tower alone learns where things are in each image, at a third of the cost of a step of the policy."""
 
@@ -49,6 +65,19 @@ def localize(auxiliary: AuxiliaryHead) -> Objective:
         return {"loss": loss}
 
     return objective
+
+
+def pretrain(network: Network, window: TokenWindow) -> Losses:
+    """Cross-entropy of each action token after the ones before it (paper, section IV).
+
+    Windows weigh alike, however many values their action has, so that the shares of processes do as well.
+    """
+    known = window.targets != UNKNOWN
+    logits = network(window.inputs).actions[:, -known.shape[1] :].float()
+    each = nn.functional.cross_entropy(logits.transpose(1, 2), window.targets, ignore_index=UNKNOWN, reduction="none")
+    right = (logits.argmax(dim=-1) == window.targets) & known
+    sizes = known.sum(dim=1)
+    return {"loss": (each.sum(dim=1) / sizes).mean(), "accuracy": (right.sum(dim=1) / sizes).mean()}
 
 
 def finetune(config: TrainConfig, auxiliary: AuxiliaryHead) -> Objective:

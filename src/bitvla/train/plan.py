@@ -1,0 +1,277 @@
+"""What a training run takes, before there are weights or data: parameters, memory, arithmetic, time.
+
+One pass of the stage runs, forwards and backwards, on tensors that have a shape and no values; what it allocates and
+multiplies is counted. So the figures are of the network and the stage as they are, not of formulas about them.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import msgspec
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+
+from bitvla.config import Camera, PolicyConfig, ProcessingConfig, Statistics, check
+from bitvla.data.lerobot import IMAGE_PREFIX, read_info
+from bitvla.errors import BitvlaError
+from bitvla.model.checkpoint import load_config
+from bitvla.model.network import Batch, BitVLA, checkpoint_activations, layers
+from bitvla.model.ternary import TernaryLinear
+from bitvla.train import stages
+from bitvla.train.batches import TokenWindow, Window
+from bitvla.train.config import NO_STATE, NewPolicy, TrainConfig, load
+from bitvla.train.loop import check_stage, optimizers
+
+CHARACTERS_A_TOKEN = 4  # of English text, about
+# PyTorch counts the attention of GPUs only; the shapes are the first arguments.
+_ATTENTION = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda *shapes, **_: sdpa_flop_count(*shapes[:3]),
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda *shapes, **_: sdpa_backward_flop_count(
+        *shapes[:4]
+    ),
+}
+
+
+def plan(
+    stage: str,
+    config_path: Path,
+    *,
+    init: Path | None = None,
+    teacher: Path | None = None,
+    data: Path | None = None,
+    devices: int = 1,
+    tflops: float | None = None,
+) -> dict[str, Any]:
+    """Parameters by precision, bytes a device, tokens, FLOP and time of a run of `stage`.
+
+    Args:
+        stage, config_path, init, teacher: as of `bitvla.train.loop.run`; of checkpoints only config.json is read, and
+            without a teacher one like the policy is assumed.
+        data: dataset that says which cameras there are, where neither `init` nor the configuration does.
+        devices: how many share a batch.
+        tflops: 1e12 FLOP a second that one device reaches in training; without it no time is given.
+
+    Raises:
+        BitvlaError: unusable configuration; a batch that the devices cannot share; cameras that nothing names.
+    """
+    if teacher is not None or stage != "distill":
+        check_stage(stage, teacher)
+    config = load(config_path)
+    if config.batch_size % devices:
+        raise BitvlaError(f"batch_size {config.batch_size} cannot be shared by {devices} devices; make it a multiple")
+    policy = _policy(stage, config, init or (teacher if stage == "distill" else None), data)
+    windows, length = config.batch_size // devices, _sequence_length(policy)
+    whole = _pass(stage, config, policy, windows, length, checkpoints=False)
+    thrifty = _pass(stage, config, policy, windows, length, checkpoints=True)
+    passes = config.gradient_accumulation
+    step = (thrifty if config.checkpoint_activations else whole).flop * devices * passes
+    compute: dict[str, Any] = {"a step, TFLOP": step / 1e12, "the run, PFLOP": step * config.steps / 1e15}
+    if tflops is not None:
+        seconds = step / (devices * tflops * 1e12)
+        compute |= {"a step, seconds": seconds, "the run, hours": seconds * config.steps / 3600}
+    views = len(policy.processing.cameras)
+    return {
+        "stage": f"{stage} of '{policy.name}', {config.precision} precision, {views} views",
+        "parameters": whole.parameters,
+        "effective batch": {
+            "windows a step": config.batch_size * passes,
+            "as": f"{passes} x {devices} devices x {windows}",
+            "tokens a window, about": length,
+            "tokens a step, about": config.batch_size * passes * length,
+            "windows in all": config.batch_size * passes * config.steps,
+        },
+        "memory a device, GB": _memory(whole, thrifty, devices),
+        "arithmetic": compute,
+    }
+
+
+class _Pass(NamedTuple):
+    """What one pass over the windows of one device has and takes: bytes, but for `parameters` and `flop`."""
+
+    parameters: dict[str, int]
+    weights: int
+    gathered: int  # whole at a time where weights are in shards: two layers, and what is outside of layers
+    gradients: int
+    optimizer: int
+    teacher: int
+    activations: int
+    flop: int
+
+
+def _memory(whole: _Pass, thrifty: _Pass, devices: int) -> list[dict[str, Any]]:
+    """Rows of a table: every device has all, or each its share (`shard = true`)."""
+    rows = {
+        "weights": whole.weights,
+        "average of weights": whole.weights,
+        "teacher": whole.teacher,
+        "gradients": whole.gradients,
+        "optimiser state": whole.optimizer,
+    }
+    table = [{"": name, "whole": size / 1e9, "in shards": size / devices / 1e9} for name, size in rows.items()]
+    table.append({"": "weights gathered at a time", "whole": 0.0, "in shards": whole.gathered / 1e9})
+    constant = {column: sum(row[column] for row in table) for column in ("whole", "in shards")}
+    for name, size in (("activations", whole.activations), ("activations, checkpointed", thrifty.activations)):
+        table.append({"": name, "whole": size / 1e9, "in shards": size / 1e9})
+    for name, size in (("in all", whole.activations), ("in all, checkpointed", thrifty.activations)):
+        table.append({"": name, **{column: value + size / 1e9 for column, value in constant.items()}})
+    return table
+
+
+def _pass(
+    stage: str, config: TrainConfig, policy: PolicyConfig, windows: int, length: int, *, checkpoints: bool
+) -> _Pass:
+    # The tensors claim to be on a CPU; attention is that of a GPU, which keeps no scores.
+    with FakeTensorMode():
+        network = BitVLA(policy, image_id=0, proprio_id=2, attention="sdpa")
+        part = stages.trained_part(stage, network)
+        keypoints = int(stage == "localize")
+        auxiliary = stages.AuxiliaryHead(policy, 0, keypoints)
+        teacher = None
+        if stage == "distill":
+            teacher = BitVLA(msgspec.structs.replace(policy, precision="full"), 0, 2, "sdpa").requires_grad_(False)
+        if checkpoints:
+            checkpoint_activations(part)
+        objective = stages.objective(stage, config, auxiliary, teacher)
+        for parameter in part.parameters():
+            parameter.register_post_accumulate_grad_hook(_drop_gradient)  # they are counted for themselves
+        window = _window(policy, windows, length, keypoints)
+        memory, flop = _Memory(), FlopCounterMode(display=False, custom_mapping=_ATTENTION)
+        with flop, memory:
+            with torch.autocast("cpu", torch.bfloat16, enabled=config.mixed_precision == "bf16"):
+                loss = objective(part, window)["loss"]
+            loss.backward()
+        ternary = sum(m.weight.numel() for m in network.modules() if isinstance(m, TernaryLinear))
+        trained, inside = _count(part.parameters()), [_count(layer.parameters()) for layer in layers(part)]
+        return _Pass(
+            parameters={
+                "ternary": ternary,
+                "full precision": _count(network.parameters()) - ternary,
+                "trained": trained,
+                "of the teacher": 0 if teacher is None else _count(teacher.parameters()),
+            },
+            weights=4 * _count(network.parameters()),
+            gathered=4 * (trained - sum(inside) + 2 * max(inside)),
+            gradients=4 * trained,
+            optimizer=sum(_state_bytes(optimizer, part) for optimizer in optimizers(network, auxiliary, config)),
+            teacher=0 if teacher is None else 4 * _count(teacher.parameters()),
+            activations=memory.peak,
+            flop=flop.get_total_flops(),
+        )
+
+
+class _Memory(TorchDispatchMode):
+    """Counts the bytes of what is allocated inside, and the most there was at a time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.peak = self._now = 0
+        self._sizes: dict[int, int] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        known = {_storage(value) for value in tree_leaves((args, kwargs)) if isinstance(value, Tensor)}
+        for value in tree_leaves(result):
+            if isinstance(value, Tensor) and (name := _storage(value)) not in known and name not in self._sizes:
+                storage = value.untyped_storage()
+                self._sizes[name] = storage.nbytes()
+                self._now += storage.nbytes()
+                weakref.finalize(storage, self._freed, name)
+        self.peak = max(self.peak, self._now)
+        return result
+
+    def _freed(self, storage: int) -> None:
+        self._now -= self._sizes.pop(storage)
+
+
+def _storage(tensor: Tensor) -> int:
+    return tensor.untyped_storage()._cdata
+
+
+def _drop_gradient(parameter: Tensor) -> None:
+    parameter.grad = None
+
+
+def _count(parameters: Iterable[Tensor]) -> int:
+    return sum(parameter.numel() for parameter in parameters)
+
+
+def _state_bytes(optimizer: torch.optim.Optimizer, part: nn.Module) -> int:
+    """Of the moments: two of AdamW, one of Muon."""
+    trained = {id(parameter) for parameter in part.parameters()}
+    moments = 1 if isinstance(optimizer, torch.optim.Muon) else 2
+    return 4 * moments * _count(p for group in optimizer.param_groups for p in group["params"] if id(p) in trained)
+
+
+def _window(policy: PolicyConfig, windows: int, length: int, keypoints: int) -> Window | TokenWindow:
+    """As the loader makes them, without values."""
+    action, views, size = policy.action, len(policy.processing.cameras), policy.vision.image_size
+    inputs = Batch(
+        pixels=torch.empty(windows, views, 3, size, size),
+        token_ids=torch.empty(windows, length, dtype=torch.int64),
+        padding=torch.empty(windows, length, dtype=torch.bool),
+        state=torch.empty(windows, action.state_dim),
+        prefix=torch.empty(windows, action.max_prefix, action.dim),
+        decided=torch.empty(windows, action.max_prefix, dtype=torch.bool),
+    )
+    if action.bins:
+        return TokenWindow(inputs, torch.empty(windows, action.dim, dtype=torch.int64))
+    return Window(
+        inputs,
+        actions=torch.empty(windows, action.horizon, action.dim),
+        valid=torch.empty(windows, action.horizon, dtype=torch.bool),
+        auxiliary=torch.empty(windows, 0),
+        keypoints=torch.empty(windows, views, keypoints, 2),
+    )
+
+
+def _sequence_length(policy: PolicyConfig) -> int:
+    """Tokens of a window: exact but for the text, which is the template and the longest instruction."""
+    prompt, action = policy.processing.prompt, policy.action
+    text = len(prompt.template.replace("{images}", "").replace("{instruction}", "")) // CHARACTERS_A_TOKEN
+    images = policy.vision.num_patches * len(policy.processing.cameras)
+    return images + text + prompt.max_instruction_tokens + (action.dim if action.bins else action.num_slots + 1)
+
+
+def _policy(stage: str, config: TrainConfig, start: Path | None, data: Path | None) -> PolicyConfig:
+    stored = None if start is None else load_config(start)
+    if stored is not None and bool(stored.action.bins) == (stage == "pretrain"):
+        return msgspec.structs.replace(stored, precision=config.precision)
+    if config.policy is None:
+        raise BitvlaError("the configuration has no [policy] section and no --init checkpoint gives one")
+    new = config.policy
+    names = new.cameras
+    if names is None and data is not None:
+        names = tuple(key.removeprefix(IMAGE_PREFIX) for key in read_info(data)["features"] if IMAGE_PREFIX in key)
+    if names is None:
+        raise BitvlaError(
+            "nothing says how many cameras there are: give --data, or policy.cameras in the configuration"
+        )
+    return check(_without_statistics(new, names, config))
+
+
+def _without_statistics(new: NewPolicy, cameras: Iterable[str], config: TrainConfig) -> PolicyConfig:
+    processing = ProcessingConfig(
+        cameras=tuple(Camera(name=name, height=1, width=1) for name in cameras),
+        image=new.image,
+        prompt=new.prompt,
+        state=_bounds(new.action.state_dim),
+        action=_bounds(new.action.dim),
+        control_hz=1.0,
+        execute_horizon=new.execute_horizon,
+    )
+    action = msgspec.structs.replace(new.action, max_prefix=config.max_prefix or new.action.max_prefix)
+    parts = {"vision": new.vision, "language": new.language, "action": action, "processing": processing}
+    return PolicyConfig(name=new.name, precision=config.precision, **parts)
+
+
+def _bounds(size: int) -> Statistics:
+    columns = {"names": ("",), "units": ("",), "low": (-1.0,), "high": (1.0,), "mask": (True,)}
+    return Statistics(**{name: value * size for name, value in columns.items()}) if size else NO_STATE

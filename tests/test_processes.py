@@ -1,0 +1,108 @@
+"""One run, however it is cut: over processes, into shards, into several passes a step, or without its activations."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from bitvla.errors import BitvlaError
+from bitvla.train import loop
+from bitvla.train.loop import run
+from datasets import write_dataset
+from training import POLICY, TOKENS, losses_of, write_config
+
+UNSHARDED = {"auxiliary_weight": 0.0, "keypoint_weight": 0.0}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    return write_dataset(tmp_path_factory.mktemp("data") / "random")
+
+
+def assert_same_run(one: Path, other: Path, steps: int) -> None:
+    """Losses and weights are the same but for the order of float32 sums."""
+    expected, actual = losses_of(one), losses_of(other)
+    assert set(expected) == set(actual) == set(range(1, steps + 1))
+    for step, loss in expected.items():
+        assert actual[step] == pytest.approx(loss, rel=1e-4), step
+    weights, others = (load_file(out / "model.safetensors") for out in (one, other))
+    for name, tensor in weights.items():
+        torch.testing.assert_close(others[name], tensor, rtol=1e-3, atol=1e-4, msg=name)
+
+
+@pytest.mark.parametrize(
+    ("stage", "changes"),
+    [
+        ("finetune", {"gradient_accumulation": 2, "optimizer": "muon"}),
+        ("finetune", {"shard": True, **UNSHARDED}),
+        ("pretrain", {}),
+    ],
+)
+def test_two_processes_train_as_one(data, tmp_path, stage, changes):
+    policy = TOKENS if stage == "pretrain" else POLICY
+    config = write_config(tmp_path, policy, steps=6, save_every=3, **changes)
+    run(stage, config, data, tmp_path / "one")
+    command = ["-m", "bitvla", "train", stage, "--config", config, "--data", data, "--out", tmp_path / "two"]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": ""}
+    result = subprocess.run([*launch, *map(str, command)], env=environment, capture_output=True, timeout=900)
+    assert result.returncode == 0, result.stderr.decode()
+    assert "2 process(es) x 4" in " ".join(result.stderr.decode().split())
+    assert result.stdout.decode().count("checkpoint") == 1  # one of them speaks
+    assert_same_run(tmp_path / "one", tmp_path / "two", steps=6)
+    # The state of the run knows nothing of processes: one goes on where two stopped.
+    before = load_file(tmp_path / "two" / "model.safetensors")
+    run(stage, config, data, tmp_path / "two")
+    after = load_file(tmp_path / "two" / "model.safetensors")
+    assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
+
+
+def test_several_passes_a_step_are_one_large_batch(data, tmp_path):
+    """Also in how windows are augmented and which actions are given as decided."""
+    policy = POLICY.replace("horizon = 3,", "horizon = 3, max_prefix = 2,")
+    run("finetune", write_config(tmp_path, policy, batch_size=8), data, tmp_path / "one")
+    passes = write_config(tmp_path, policy, batch_size=2, gradient_accumulation=4)
+    run("finetune", passes, data, tmp_path / "four")
+    assert_same_run(tmp_path / "one", tmp_path / "four", steps=8)
+
+
+@pytest.mark.parametrize("stage", ["localize", "finetune"])
+def test_checkpointed_activations_change_nothing(data, tmp_path, monkeypatch, stage):
+    run(stage, write_config(tmp_path, POLICY), data, tmp_path / "kept")
+    calls = count_recomputations(monkeypatch)
+    run(stage, write_config(tmp_path, POLICY, checkpoint_activations=True), data, tmp_path / "again")
+    assert len(calls) == 8 * (2 if stage == "localize" else 4)  # two layers of the tower, two of the decoder
+    assert_same_run(tmp_path / "kept", tmp_path / "again", steps=8)
+
+
+def count_recomputations(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    from bitvla.model import network
+
+    calls: list[Any] = []
+    checkpoint = network.checkpoint
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        calls.append(args)
+        return checkpoint(*args, **kwargs)
+
+    monkeypatch.setattr(network, "checkpoint", counted)
+    return calls
+
+
+def test_a_batch_that_the_processes_cannot_share_is_refused(data, tmp_path, monkeypatch):
+    class Three(loop.Accelerator):
+        num_processes = 3
+
+    monkeypatch.setattr(loop, "Accelerator", Three)
+    with pytest.raises(BitvlaError, match="batch_size 8 cannot be shared by 3 processes"):
+        run("finetune", write_config(tmp_path), data, tmp_path / "out")
+
+
+def test_a_run_is_logged_for_tensorboard(data, tmp_path):
+    run("finetune", write_config(tmp_path, steps=2, trackers=["tensorboard"]), data, tmp_path / "out")
+    assert any(path.stat().st_size > 0 for path in (tmp_path / "out" / "bitvla").glob("events.out.tfevents.*"))
