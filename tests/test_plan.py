@@ -75,7 +75,7 @@ def test_memory_is_what_a_step_on_real_tensors_takes(tmp_path, checkpoints):
     token_ids[:, 1 : 1 + images] = 0
     inputs = window.inputs._replace(token_ids=token_ids, padding=token_ids < 0)
     objective = stages.finetune(config, stages.AuxiliaryHead(policy, 0, 0))
-    with planning._Memory() as counted:
+    with planning.Count() as counted:
         objective(network, window._replace(inputs=inputs))["loss"].backward()
     assert planned.activations == pytest.approx(counted.peak, rel=0.02)
 

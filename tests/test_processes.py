@@ -32,6 +32,8 @@ def assert_same_run(one: Path, other: Path, steps: int) -> None:
         assert actual[step] == pytest.approx(loss, rel=1e-4), step
     weights, others = (load_file(out / "model.safetensors") for out in (one, other))
     for name, tensor in weights.items():
+        if name.endswith("k_proj.bias"):
+            continue  # a softmax does not depend on it: its gradient is rounding, which Adam makes steps of
         torch.testing.assert_close(others[name], tensor, rtol=1e-3, atol=1e-4, msg=name)
 
 

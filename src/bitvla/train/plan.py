@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
 from bitvla.config import Camera, PolicyConfig, ProcessingConfig, Statistics, check
 from bitvla.data.lerobot import IMAGE_PREFIX, read_info
@@ -31,11 +31,14 @@ from bitvla.train.config import NO_STATE, NewPolicy, TrainConfig, load
 from bitvla.train.loop import check_stage, optimizers
 
 CHARACTERS_A_TOKEN = 4  # of English text, about
-# PyTorch counts the attention of GPUs only; the shapes are the first arguments.
-_ATTENTION = {
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda *shapes, **_: sdpa_flop_count(*shapes[:3]),
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda *shapes, **_: sdpa_backward_flop_count(
-        *shapes[:4]
+# FLOP of an operation, from its arguments; PyTorch's own table has the attention of GPUs only.
+_FLOP: dict[Any, Any] = {
+    **flop_registry,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda *args, **_: sdpa_flop_count(
+        *(tensor.shape for tensor in args[:3])
+    ),
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda *args, **_: sdpa_backward_flop_count(
+        *(tensor.shape for tensor in args[:4])
     ),
 }
 
@@ -143,8 +146,8 @@ def _pass(
         for parameter in part.parameters():
             parameter.register_post_accumulate_grad_hook(_drop_gradient)  # they are counted for themselves
         window = _window(policy, windows, length, keypoints)
-        memory, flop = _Memory(), FlopCounterMode(display=False, custom_mapping=_ATTENTION)
-        with flop, memory:
+        counted = Count()
+        with counted:
             with torch.autocast("cpu", torch.bfloat16, enabled=config.mixed_precision == "bf16"):
                 loss = objective(part, window)["loss"]
             loss.backward()
@@ -162,21 +165,24 @@ def _pass(
             gradients=4 * trained,
             optimizer=sum(_state_bytes(optimizer, part) for optimizer in optimizers(network, auxiliary, config)),
             teacher=0 if teacher is None else 4 * _count(teacher.parameters()),
-            activations=memory.peak,
-            flop=flop.get_total_flops(),
+            activations=counted.peak,
+            flop=counted.flop,
         )
 
 
-class _Memory(TorchDispatchMode):
-    """Counts the bytes of what is allocated inside, and the most there was at a time."""
+class Count(TorchDispatchMode):
+    """Counts FLOP, and the most bytes at a time of what is allocated inside."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.peak = self._now = 0
+        self.flop = self.peak = self._now = 0
         self._sizes: dict[int, int] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        if formula := _FLOP.get(func._overloadpacket):
+            self.flop += formula(*args, **kwargs, out_val=result)
         known = {_storage(value) for value in tree_leaves((args, kwargs)) if isinstance(value, Tensor)}
         for value in tree_leaves(result):
             if isinstance(value, Tensor) and (name := _storage(value)) not in known and name not in self._sizes:
