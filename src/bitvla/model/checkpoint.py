@@ -49,7 +49,7 @@ def load_network(checkpoint: Path, config: PolicyConfig | None = None) -> tuple[
     if not weights.is_file():
         raise BitvlaError(f"{checkpoint} has no model.safetensors: the training run has not saved a checkpoint yet")
     stored, action = load_file(weights), load_config(checkpoint).action
-    absent = () if action.max_prefix else ("prefix_projector.",)
+    absent: tuple[str, ...] = () if action.max_prefix else ("prefix_projector.",)
     if action.bins and not config.action.bins:
         del stored["language_model.lm_head.weight"]
         absent += ("proprio_projector.", "action_head.")

@@ -235,7 +235,7 @@ class BitVLA(nn.Module):
         return Output(actions, vision_states, decoder_states, proprio_state)
 
 
-def layers(network: nn.Module) -> list[nn.Module]:
+def layers(network: nn.Module) -> list[GradientCheckpointingLayer]:
     """The transformer layers of a network or of a part of it, in order."""
     return [module for module in network.modules() if isinstance(module, GradientCheckpointingLayer)]
 

@@ -27,7 +27,7 @@ from bitvla.model.network import Batch, BitVLA, checkpoint_activations, layers
 from bitvla.model.ternary import TernaryLinear
 from bitvla.train import stages
 from bitvla.train.batches import TokenWindow, Window
-from bitvla.train.config import NO_STATE, NewPolicy, TrainConfig, load
+from bitvla.train.config import NewPolicy, TrainConfig, load
 from bitvla.train.loop import check_stage, optimizers
 
 CHARACTERS_A_TOKEN = 4  # of English text, about
@@ -118,7 +118,9 @@ def _memory(whole: _Pass, thrifty: _Pass, devices: int) -> list[dict[str, Any]]:
         "gradients": whole.gradients,
         "optimiser state": whole.optimizer,
     }
-    table = [{"": name, "whole": size / 1e9, "in shards": size / devices / 1e9} for name, size in rows.items()]
+    table: list[dict[str, Any]] = [
+        {"": name, "whole": size / 1e9, "in shards": size / devices / 1e9} for name, size in rows.items()
+    ]
     table.append({"": "weights gathered at a time", "whole": 0.0, "in shards": whole.gathered / 1e9})
     constant = {column: sum(row[column] for row in table) for column in ("whole", "in shards")}
     for name, size in (("activations", whole.activations), ("activations, checkpointed", thrifty.activations)):
@@ -274,10 +276,17 @@ def _without_statistics(new: NewPolicy, cameras: Iterable[str], config: TrainCon
         execute_horizon=new.execute_horizon,
     )
     action = msgspec.structs.replace(new.action, max_prefix=config.max_prefix or new.action.max_prefix)
-    parts = {"vision": new.vision, "language": new.language, "action": action, "processing": processing}
-    return PolicyConfig(name=new.name, precision=config.precision, **parts)
+    return PolicyConfig(
+        name=new.name,
+        vision=new.vision,
+        language=new.language,
+        action=action,
+        processing=processing,
+        precision=config.precision,
+    )
 
 
 def _bounds(size: int) -> Statistics:
-    columns = {"names": ("",), "units": ("",), "low": (-1.0,), "high": (1.0,), "mask": (True,)}
-    return Statistics(**{name: value * size for name, value in columns.items()}) if size else NO_STATE
+    return Statistics(
+        names=("",) * size, units=("",) * size, low=(-1.0,) * size, high=(1.0,) * size, mask=(True,) * size
+    )

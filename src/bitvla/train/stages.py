@@ -102,10 +102,8 @@ def distill(config: TrainConfig, auxiliary: AuxiliaryHead, teacher: Network) -> 
             with torch.no_grad():
                 target = teacher(window.inputs)
             kept = ~window.inputs.padding
-            losses["vision"] = _alignment(student.vision_states, target.vision_states)
-            losses["decoder"] = _alignment(
-                [state[kept] for state in student.decoder_states], [state[kept] for state in target.decoder_states]
-            )
+            losses["vision"] = _alignment(student.vision_states, target.vision_states, kept.new_ones(1, 1))
+            losses["decoder"] = _alignment(student.decoder_states, target.decoder_states, kept)
             losses["loss"] = losses["loss"] + config.alignment_weight * (losses["vision"] + losses["decoder"])
         return losses
 
@@ -144,7 +142,14 @@ def _keypoint_loss(logits: Tensor, places: Tensor, targets: Tensor) -> Tensor:
     return ((which + where) * seen).mean()
 
 
-def _alignment(student: list[Tensor], teacher: list[Tensor]) -> Tensor:
-    """Mean over layers of the mean squared distance; the input to the first layer is not a layer's output."""
-    distances = [(s.float() - t.float()).square().mean() for s, t in zip(student[1:], teacher[1:], strict=True)]
+def _alignment(student: list[Tensor], teacher: list[Tensor], kept: Tensor) -> Tensor:
+    """Mean over layers of the mean squared distance over the tokens that are `kept` (B, S), windows weighing alike.
+
+    The input to the first layer is not a layer's output.
+    """
+    distances = []
+    for s, t in zip(student[1:], teacher[1:], strict=True):
+        squares = (s.float() - t.float()).square().mean(dim=-1)
+        tokens = kept.expand_as(squares)
+        distances.append(((squares * tokens).sum(dim=1) / tokens.sum(dim=1)).mean())
     return torch.stack(distances).mean()
