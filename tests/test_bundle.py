@@ -469,8 +469,8 @@ except BitvlaError as error:
 @pytest.mark.parametrize(
     ("call", "read_at_load", "said"),
     [
-        ("bundle.read(Path({path!r}))", 0, "policy.safetensors, which takes 0."),  # mapped
-        ("bundle.read(Path({path!r}))", 1 << 30, "policy.safetensors, which takes 0."),  # read
+        ("bundle.read(Path({path!r}))", 0, "policy.safetensors, which takes 4."),  # mapped
+        ("bundle.read(Path({path!r}))", 1 << 30, "policy.safetensors, which takes 4."),  # read
         ("Workspace().floats('up', 6912, 2560)", 0, "no memory for the buffer 'up', which takes 70.8 MB"),
         ("Cache(LanguageConfig(), 4096)", 0, "no memory for the keys and values of 4096 tokens, which takes 629.1 MB"),
     ],
