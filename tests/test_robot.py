@@ -40,7 +40,7 @@ from serving import NANO, serving
 FAST = Options(seconds=0.6, control_hz=20.0, threads=1)
 
 
-HORIZON = 24  # so long that actions do not run out on a machine that is busy with other tests
+HORIZON = 60  # so long that actions do not run out on a machine that is busy with other tests
 
 
 @pytest.fixture(scope="module")
@@ -285,7 +285,7 @@ def test_a_replay_against_the_same_policy_is_identical(policy: str, tmp_path: Pa
     record(policy, tmp_path / "data", joining=joining, episodes=2)
     result = replay(tmp_path / "data", policy, threads=1)
     assert result["identical"]
-    assert result["chunks"] > 4
+    assert result["chunks"] > 1
     assert {row["max"] for row in result["dimensions"]} == {0}
 
 
