@@ -134,11 +134,12 @@ def pytorch_logits(folder: Path, images: list[np.ndarray], ids: list[int], *, te
 
 
 def close(actual: np.ndarray, expected: np.ndarray) -> None:
-    """Sums in another order flip an int8 code here and there; the median is what a wrong formula cannot keep small."""
+    """Sums in another order flip an int8 code here and there, and every later token sees hundreds of image tokens: a
+    hundredth after these layers (docs/parity.md), where another image gives a third. Each layer alone, and to float32's
+    precision, is compared in test_official_parity.py."""
     errors = np.abs(actual - expected).max(-1) / np.abs(expected).max(-1)
     print(np.sort(errors))
-    assert np.median(errors) < 1e-5
-    assert errors.max() < 0.1
+    assert errors.max() < 0.05
 
 
 @pytest.mark.parametrize("tower", TOWERS)
@@ -156,7 +157,9 @@ def test_logits_of_a_question_about_two_images(checkpoints: Path, tower: str) ->
     close(np.stack(steps), expected[prompt - 1 :])
     assert conversation.ids[prompt:] == [int(np.argmax(logits)) for logits in steps]
     # The image matters, and so does its place.
-    others = pytorch_logits(checkpoints / TOWERS[tower], images[::-1], conversation.ids[:-1])
+    others = pytorch_logits(
+        checkpoints / TOWERS[tower], images[::-1], conversation.ids[:-1], ternary=tower == "ternary tower"
+    )
     assert np.abs(others[-1] - expected[-1]).max() > 0.1 * np.abs(expected[-1]).max()
 
 
