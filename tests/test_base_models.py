@@ -275,7 +275,8 @@ def test_an_interrupted_reading_goes_on(model: LanguageModel, monkeypatch: pytes
         list(stopped.say(QUESTION, images=images, max_tokens=3))
     assert stopped._cache.length == 512
     assert "".join(stopped._answer(3, Sampler())) == expected
-    np.testing.assert_array_equal(stopped._cache.keys, whole._cache.keys)
+    read = slice(0, whole._cache.length)
+    np.testing.assert_array_equal(stopped._cache.keys[:, read], whole._cache.keys[:, read])
 
 
 @pytest.mark.parametrize("isa", native.available())
