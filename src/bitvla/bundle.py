@@ -432,8 +432,10 @@ def _parse_document(path: Path, text: bytes, kind: type[C], num_tensors: int) ->
     except BitvlaError as error:
         raise BitvlaError(f"{path}: {error}") from None
     depths = [config.language.num_layers, len(document.golden)]
+    if config.vision:
+        depths.append(config.vision.num_layers + config.language.num_layers)
     if isinstance(config, PolicyConfig):
-        depths += [config.vision.num_layers + config.language.num_layers, config.action.head_blocks]
+        depths.append(config.action.head_blocks)
     if max(depths) > num_tensors:
         raise BitvlaError(f"{path} is damaged: {max(depths)} layers described, only {num_tensors} tensors present")
     if config.precision != "ternary":
