@@ -89,7 +89,9 @@ def pack(codes: Int8Array, packing: Packing = "2bit") -> NDArray[np.uint8]:
     unsigned[:rows, :columns] = (codes + 1).astype(np.uint8)
     fields = unsigned.reshape(tiles, BLOCK, blocks, steps, 4).transpose(0, 2, 1, 4, 3)  # tile, block, row, j, p
     if packing == "2bit":
-        packed = fields[..., 0] | fields[..., 1] << 2 | fields[..., 2] << 4 | fields[..., 3] << 6
+        packed = fields[..., 0].copy()
+        for step in range(1, steps):
+            packed |= fields[..., step] << np.uint8(2 * step)
     else:
         value = fields[..., 0]
         for step in range(1, steps):
@@ -120,7 +122,7 @@ def unpack(packed: NDArray[np.uint8], rows: int, columns: int, packing: Packing 
 def _fields(packing: Packing) -> NDArray[np.uint8]:
     """For each of the 256 bytes the codes u of its columns, uint8 (256, steps); all UNUSED where `pack` has no use."""
     if packing == "2bit":
-        return (np.arange(256, dtype=np.uint8)[:, None] >> np.arange(0, 8, 2, dtype=np.uint8)) & 3
+        return (np.arange(256, dtype=np.uint8)[:, None] >> np.arange(0, 8, 2, dtype=np.uint8)) & np.uint8(3)
     fields = np.full((256, 5), UNUSED, np.uint8)
     fields[_BYTES] = np.arange(243)[:, None] // [81, 27, 9, 3, 1] % 3
     return fields
