@@ -98,7 +98,7 @@ def pack(codes: Int8Array, packing: Packing = "2bit") -> NDArray[np.uint8]:
     return np.ascontiguousarray(packed.reshape(tiles, blocks, 64))
 
 
-def unpack(packed: NDArray[np.uint8], rows: int, columns: int, packing: Packing = "2bit") -> Int8Array:
+def unpack(packed: NDArray[np.uint8], rows: int, columns: int, *, packing: Packing = "2bit") -> Int8Array:
     """The ternary codes (rows, columns) of a packed matrix; the inverse of `pack`.
 
     Raises ValueError when the shape does not fit, a byte is one that `pack` never writes, or the padding is not 0.
