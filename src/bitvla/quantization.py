@@ -14,7 +14,7 @@ summation, hence not on the machine or the library.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -88,6 +88,7 @@ def pack(codes: Int8Array, packing: Packing = "2bit") -> NDArray[np.uint8]:
     unsigned = np.ones((tiles * BLOCK, blocks * 4 * steps), dtype=np.uint8)
     unsigned[:rows, :columns] = (codes + 1).astype(np.uint8)
     fields = unsigned.reshape(tiles, BLOCK, blocks, steps, 4).transpose(0, 2, 1, 4, 3)  # tile, block, row, j, p
+    packed: NDArray[Any]
     if packing == "2bit":
         packed = fields[..., 0] | fields[..., 1] << 2 | fields[..., 2] << 4 | fields[..., 3] << 6
     else:
@@ -119,10 +120,12 @@ def unpack(packed: NDArray[np.uint8], rows: int, columns: int, *, packing: Packi
 
 def _fields(packing: Packing) -> NDArray[np.uint8]:
     """For each of the 256 bytes the codes u of its columns, uint8 (256, steps); all UNUSED where `pack` has no use."""
+    fields: NDArray[Any]
     if packing == "2bit":
-        return (np.arange(256, dtype=np.uint8)[:, None] >> np.arange(0, 8, 2, dtype=np.uint8)) & 3
-    fields = np.full((256, 5), UNUSED, np.uint8)
-    fields[_BYTES] = np.arange(243)[:, None] // [81, 27, 9, 3, 1] % 3
+        fields = np.arange(256, dtype=np.uint8)[:, None] >> np.arange(0, 8, 2, dtype=np.uint8) & 3
+    else:
+        fields = np.full((256, 5), UNUSED, np.uint8)
+        fields[_BYTES] = np.arange(243)[:, None] // [81, 27, 9, 3, 1] % 3
     return fields
 
 
