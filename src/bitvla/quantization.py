@@ -120,12 +120,10 @@ def unpack(packed: NDArray[np.uint8], rows: int, columns: int, *, packing: Packi
 
 def _fields(packing: Packing) -> NDArray[np.uint8]:
     """For each of the 256 bytes the codes u of its columns, uint8 (256, steps); all UNUSED where `pack` has no use."""
-    fields: NDArray[Any]
     if packing == "2bit":
-        fields = np.arange(256, dtype=np.uint8)[:, None] >> np.arange(0, 8, 2, dtype=np.uint8) & 3
-    else:
-        fields = np.full((256, 5), UNUSED, np.uint8)
-        fields[_BYTES] = np.arange(243)[:, None] // [81, 27, 9, 3, 1] % 3
+        return (np.arange(256)[:, None] >> np.arange(0, 8, 2) & 3).astype(np.uint8)
+    fields = np.full((256, 5), UNUSED, np.uint8)
+    fields[_BYTES] = np.arange(243)[:, None] // [81, 27, 9, 3, 1] % 3
     return fields
 
 
