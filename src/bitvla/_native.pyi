@@ -1,8 +1,8 @@
 """The native kernels. Arrays are NumPy, in C order (rows of a matrix may lie apart); results go to the last arguments.
 
 M tokens, K columns, N rows of a weight, Kp = `quantization.code_columns(K)`. `codes` int8 (M, Kp), `scales` float32
-(M,) and `sums` int32 (M,), the sum of codes of each token, are the quantised activations; `packed` is
-`quantization.pack`'s.
+(M,) and `sums` int32 (M,), the sum of codes of each token, are the quantised activations; `packed` is what
+`quantization.pack` makes, in the packing named.
 A wrong shape, type or order is a ValueError that names the argument.
 """
 
