@@ -478,10 +478,11 @@ EXAMPLE = Path(__file__).parent.parent / "examples" / "lerobot_arm.py"
 def test_the_example_plays_and_records(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(sys, "argv", ["arm", str(NANO), "--seconds", "0.5", "--record", str(tmp_path / "data")])
+    options = ["--hz", "4", "--seconds", "2", "--record", str(tmp_path / "data")]
+    monkeypatch.setattr(sys, "argv", ["arm", str(NANO), *options])
     runpy.run_path(str(EXAMPLE), run_name="__main__")
-    assert "10 actions in " in capsys.readouterr().out
+    assert "8 actions in " in capsys.readouterr().out
     dataset = LeRobotDataset(tmp_path / "data")
-    assert dataset.num_frames == 10
+    assert dataset.num_frames == 8
     moved = dataset.state[1:, :3] - dataset.state[:-1, :3]
     np.testing.assert_allclose(moved, 0.01 * dataset.action[:-1, :3], atol=1e-6)
