@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,9 +18,8 @@ from bitvla.config import PolicyConfig, check
 from bitvla.errors import BitvlaError
 from bitvla.quantization import unpack
 from bitvla.runtime.language import LanguageModel
-from bitvla.runtime.network import Decoder, Network
 from bitvla.runtime.policy import Policy
-from bitvla.runtime.selftest import mismatches
+from bitvla.runtime.selftest import Part, mismatches
 
 # Ternary weights of the largest policy whose traces the scalar kernels replay, where there are others. They do about
 # 10**9 multiply-adds a second: the full BitVLA would take half an hour.
@@ -68,7 +67,7 @@ def _verify(path: Path, passes: Callable[[str, Callable[[], str]], bool], thread
         return
     policy = Policy(bundle)
     for isa in native.available():
-        passes(f"kernels {isa}", partial(_kernels, policy.network, isa))
+        passes(f"kernels {isa}", partial(_kernels, policy.network.parts, isa))
     for isa in _replaying(bundle.config):
         passes(f"golden traces {isa}", partial(_golden, policy, isa, threads))
 
@@ -81,9 +80,9 @@ def _verify_language_model(path: Path, passes: Callable[[str, Callable[[], str]]
     passes("weights", lambda: _weights(bundle))
     if not passes("load", lambda: f"runs on {LanguageModel(bundle).isa} kernels"):
         return
-    decoder = LanguageModel(bundle).decoder
+    parts = LanguageModel(bundle).parts
     for isa in native.available():
-        passes(f"kernels {isa}", partial(_kernels, decoder, isa))
+        passes(f"kernels {isa}", partial(_kernels, parts, isa))
 
 
 def _replaying(config: PolicyConfig) -> list[str]:
@@ -94,17 +93,16 @@ def _replaying(config: PolicyConfig) -> list[str]:
 
 
 def golden_traces(bundle: Bundle[PolicyConfig]) -> Iterator[tuple[dict[str, Any], np.ndarray]]:
-    """The golden observations of a policy file, each with the chunk that must come out."""
+    """The golden observations of a policy file, each with the chunk that must come out (without a prefix)."""
     for index, instruction in enumerate(bundle.document.golden):
         images = {
             camera.name: bundle.tensors[f"golden.{index}.image.{camera.name}"]
             for camera in bundle.config.processing.cameras
         }
-        state = bundle.tensors[f"golden.{index}.state"]
-        yield (
-            {"images": images, "state": state, "instruction": instruction},
-            bundle.tensors[f"golden.{index}.chunk"],
-        )
+        seen = {"images": images, "instruction": instruction}
+        if bundle.config.action.state_dim:
+            seen["state"] = bundle.tensors[f"golden.{index}.state"]
+        yield seen, bundle.tensors[f"golden.{index}.chunk"]
 
 
 def with_views(bundle: Bundle[PolicyConfig], views: int) -> Bundle[PolicyConfig]:
@@ -163,8 +161,8 @@ def _load(bundle: Bundle[PolicyConfig]) -> str:
     return f"cameras {cameras}; runs on {policy.isa} kernels"
 
 
-def _kernels(network: Network | Decoder, isa: str) -> str:
-    wrong = mismatches(network, isa)
+def _kernels(parts: Sequence[Part], isa: str) -> str:
+    wrong = mismatches(parts, isa)
     if wrong:
         raise BitvlaError(f"differ from the scalar kernels: {', '.join(wrong)}")
     return "the reference" if isa == "scalar" else "the same bits as the scalar kernels on the shapes of this file"
@@ -182,7 +180,13 @@ def _golden(policy: Policy, isa: str, threads: int) -> str:
 
 def _replay(policy: Policy, threads: int) -> None:
     for index, (observation, expected) in enumerate(golden_traces(policy.bundle)):
-        chunk = policy.act(observation)
-        if chunk.tobytes() != expected.tobytes():
-            error = np.abs(chunk - expected).max()
-            raise BitvlaError(f"trace {index} differs by up to {error:.3g} on {threads} threads")
+        prefixes: list[Any] = [None, expected[: policy.max_prefix]]
+        answers = [expected, policy.bundle.tensors.get(f"golden.{index}.continued")]
+        for prefix, answer in zip(prefixes, answers, strict=True):
+            if answer is None:
+                continue
+            chunk = policy.act(observation, prefix=prefix)
+            if chunk.tobytes() != answer.tobytes():
+                error = np.abs(chunk - answer).max()
+                continued = "" if prefix is None else ", continued,"
+                raise BitvlaError(f"trace {index}{continued} differs by up to {error:.3g} on {threads} threads")
