@@ -1,10 +1,12 @@
 """What serving adds to a call of the policy: milliseconds over the bare call, on loopback, two 224 px images.
 
     python benchmarks/serve.py --calls 1000
+    python benchmarks/serve.py --soak 30
 
 The policy has random weights and is tiny, so that its own time, and how that varies, hides nothing; its observation is
 that of a full-size one. Client and server are processes of their own. The overhead of a call over the socket is its
-time less the median of the bare calls.
+time less the median of the bare calls. `--soak` asks 20 times a second for so many minutes instead, and prints for each
+the server's memory and the latency.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +50,22 @@ def measure(policy: Any, seen: dict[str, Any], calls: int) -> list[float]:
     return times
 
 
+def soak(policy: Any, seen: dict[str, Any], minutes: int, pid: int) -> Iterator[dict[str, Any]]:
+    """Ask at 20 Hz; for each minute the latency of the calls and the server's resident memory in MB."""
+    due = time.perf_counter()
+    for minute in range(minutes):
+        times = []
+        for _ in range(60 * 20):
+            start = time.perf_counter()
+            policy.act(seen)
+            times.append(1e3 * (time.perf_counter() - start))
+            due = max(due + 0.05, start)
+            time.sleep(max(0.0, due - time.perf_counter()))
+        status = Path(f"/proc/{pid}/status").read_text()
+        resident = next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmRSS"))
+        yield {"minute": minute + 1, "resident_mb": round(resident / 1024, 1), **percentiles(times)}
+
+
 def percentiles(times: list[float]) -> dict[str, float]:
     return {f"p{share}": round(float(np.percentile(times, share)), 3) for share in (50, 95, 99)}
 
@@ -54,7 +73,8 @@ def percentiles(times: list[float]) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--calls", type=int, default=1000)
-    calls = parser.parse_args().calls
+    parser.add_argument("--soak", type=int, metavar="MINUTES")
+    arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         path = policy_file(Path(folder))
         policy = bitvla.load(path, threads=1)
@@ -65,9 +85,13 @@ def main() -> None:
         ) as server:
             assert server.stderr
             port = json.loads(server.stderr.readline())["port"]
-            bare = measure(policy, seen, calls)
             with bitvla.connect(f"ws://127.0.0.1:{port}") as remote:
-                served = measure(remote, seen, calls)
+                if arguments.soak:
+                    for row in soak(remote, seen, arguments.soak, server.pid):
+                        print(json.dumps(row), flush=True)
+                    server.terminate()
+                    return
+                bare, served = (measure(asked, seen, arguments.calls) for asked in (policy, remote))
             server.terminate()
     overhead = [time - float(np.median(bare)) for time in served]
     result = {"bare call": bare, "call over the socket": served, "overhead": overhead}

@@ -5,6 +5,7 @@
 #include <chrono>
 #include <cstdint>
 #include <cstdio>
+#include <exception>
 #include <fstream>
 #include <memory>
 #include <mutex>
@@ -12,6 +13,7 @@
 #include <string>
 #include <system_error>
 #include <thread>
+#include <utility>
 #include <vector>
 
 #if defined(__linux__)
@@ -70,6 +72,7 @@ class Pool {
     take_tasks();
     spin_until([&] { return done_.load() == tasks; });
     for (uint32_t done; (done = done_.load()) != tasks;) done_.wait(done);
+    if (failed_.exchange(false)) std::rethrow_exception(std::exchange(error_, nullptr));
   }
 
  private:
@@ -95,7 +98,11 @@ class Pool {
       const uint32_t tasks = tasks_.load(), task = static_cast<uint32_t>(next);
       if (task >= tasks) return;
       if (!next_.compare_exchange_weak(next, next + 1)) continue;
-      body(context, task);
+      try {
+        body(context, task);
+      } catch (...) {  // no memory: for the caller, whichever thread it met
+        if (!failed_.exchange(true)) error_ = std::current_exception();
+      }
       if (done_.fetch_add(1) + 1 == tasks) done_.notify_one();
       next = next_.load();
     }
@@ -106,6 +113,8 @@ class Pool {
   std::atomic<uint32_t> tasks_{0}, done_{0};
   std::atomic<void (*)(const void*, size_t)> body_{nullptr};
   std::atomic<const void*> context_{nullptr};
+  std::atomic<bool> failed_{false};
+  std::exception_ptr error_;
 };
 
 Pool* pool = nullptr;  // never destroyed: its threads may outlive static objects

@@ -22,7 +22,6 @@ from bitvla.serve.executor import Executor
 from bitvla.serve.guard import Guard, limits_from
 from bitvla.serve.schedule import settings_for
 
-HZ = 20.0
 ACTIONS = ("displacement", "displacement", "displacement", "gripper")  # what each value of an action commands
 
 
@@ -56,6 +55,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("policy", help="policy file, or address of a server")
     parser.add_argument("--seconds", type=float, default=5.0)
+    parser.add_argument("--hz", type=float, default=20.0, help="actions a second")
     parser.add_argument("--record", type=Path, help="folder of a dataset")
     arguments = parser.parse_args()
 
@@ -63,17 +63,17 @@ def main() -> None:
     info = policy.info()
     robot = LeRobotRobot(Arm(), info, instruction="open the drawer")
     check_fits(robot, info)  # cameras, state and actions by name, before anything moves
-    recorder = Recorder(arguments.record, info, HZ, "arm") if arguments.record else None
+    recorder = Recorder(arguments.record, info, arguments.hz, "arm") if arguments.record else None
     executor = Executor(
         policy,
         robot,
-        settings_for(info, ACTIONS, control_hz=HZ),
-        guard=Guard(limits_from(info, ACTIONS), HZ, info["state"]["names"]),
+        settings_for(info, ACTIONS, control_hz=arguments.hz),
+        guard=Guard(limits_from(info, ACTIONS), arguments.hz, info["state"]["names"]),
         recorder=recorder,
     )
     robot.start(0)
     try:
-        summary = executor.run(round(arguments.seconds * HZ))
+        summary = executor.run(round(arguments.seconds * arguments.hz))
         print(f"{summary.played} actions in {summary.seconds:.1f} s, {summary.gaps} gaps; clipped: {summary.clipped}")
     finally:
         robot.close()

@@ -134,11 +134,12 @@ def pytorch_logits(folder: Path, images: list[np.ndarray], ids: list[int], *, te
 
 
 def close(actual: np.ndarray, expected: np.ndarray) -> None:
-    """Sums in another order flip an int8 code here and there; the median is what a wrong formula cannot keep small."""
+    """Sums in another order flip an int8 code here and there, and every later token sees hundreds of image tokens: a
+    hundredth after these layers (docs/parity.md), where another image gives a third. Each layer alone, and to float32's
+    precision, is compared in test_official_parity.py."""
     errors = np.abs(actual - expected).max(-1) / np.abs(expected).max(-1)
     print(np.sort(errors))
-    assert np.median(errors) < 1e-5
-    assert errors.max() < 0.1
+    assert errors.max() < 0.05
 
 
 @pytest.mark.parametrize("tower", TOWERS)
@@ -156,7 +157,9 @@ def test_logits_of_a_question_about_two_images(checkpoints: Path, tower: str) ->
     close(np.stack(steps), expected[prompt - 1 :])
     assert conversation.ids[prompt:] == [int(np.argmax(logits)) for logits in steps]
     # The image matters, and so does its place.
-    others = pytorch_logits(checkpoints / TOWERS[tower], images[::-1], conversation.ids[:-1])
+    others = pytorch_logits(
+        checkpoints / TOWERS[tower], images[::-1], conversation.ids[:-1], ternary=tower == "ternary tower"
+    )
     assert np.abs(others[-1] - expected[-1]).max() > 0.1 * np.abs(expected[-1]).max()
 
 
@@ -198,7 +201,8 @@ def test_the_prompt_of_a_question(model: LanguageModel) -> None:
     """The image comes first, a line break stays after it, and a later turn has none."""
     conversation = Conversation(model)
     list(conversation.say(QUESTION, images=[picture()], max_tokens=1))
-    words = [3923, *model.encode(" is"), 389, 279, 2007, 30]
+    rest = [*model.encode(" is"), 389, 279, 2007, 30]
+    words = [3923, *rest]
     assert conversation.ids[:-1] == [*SYSTEM, 35075, 25, SPACE, *[IMAGE] * 256, NEW_LINE, *words, *ASSISTANT]
     before = list(conversation.ids)
     list(conversation.say(QUESTION, images=[picture(), picture(1)], max_tokens=1))
@@ -206,7 +210,7 @@ def test_the_prompt_of_a_question(model: LanguageModel) -> None:
     assert conversation.ids[len(before) : -1] == [128009, 35075, 25, SPACE, *pictures, NEW_LINE, *words, *ASSISTANT]
     before = list(conversation.ids)
     list(conversation.say(QUESTION, max_tokens=1))
-    assert conversation.ids[len(before) : -1] == [128009, 35075, 25, SPACE, *words, *ASSISTANT]
+    assert conversation.ids[len(before) : -1] == [128009, 35075, 25, *model.encode(" What"), *rest, *ASSISTANT]
 
 
 def test_files_say_what_their_model_does(checkpoints: Path) -> None:
@@ -271,7 +275,8 @@ def test_an_interrupted_reading_goes_on(model: LanguageModel, monkeypatch: pytes
         list(stopped.say(QUESTION, images=images, max_tokens=3))
     assert stopped._cache.length == 512
     assert "".join(stopped._answer(3, Sampler())) == expected
-    np.testing.assert_array_equal(stopped._cache.keys, whole._cache.keys)
+    read = slice(0, whole._cache.length)
+    np.testing.assert_array_equal(stopped._cache.keys[:, read], whole._cache.keys[:, read])
 
 
 @pytest.mark.parametrize("isa", native.available())

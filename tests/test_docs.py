@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 
@@ -102,7 +103,8 @@ def test_extras_exist(document: Path) -> None:
 def policy_file(document: Path, tmp_path: Path) -> Path:
     """The `policy.safetensors` of a document, random and small; one tells of the published checkpoints."""
     if document.name != "full-size.md":
-        return pack_random(tmp_path, tiny_config())
+        # A chunk so long that the executor does not run out of it on a machine that is busy with other tests.
+        return pack_random(tmp_path, tiny_config(action=msgspec.structs.replace(tiny_config().action, horizon=40)))
     make_checkpoint(tmp_path / "checkpoint", reduced=True)
     pack(tmp_path / "checkpoint", tmp_path / "policy.safetensors")
     return tmp_path / "policy.safetensors"

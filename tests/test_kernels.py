@@ -327,6 +327,32 @@ def test_kernels_work_after_a_fork() -> None:
         native.set_num_threads(before)
 
 
+NO_ROOM_FOR_THREADS = """
+import resource
+from pathlib import Path
+import numpy as np
+from bitvla import _native as native
+x = np.linspace(-5, 5, 600 * 2000, dtype=np.float32).reshape(600, 2000)
+one, several = np.empty_like(x), np.empty_like(x)
+native.set_num_threads(1)
+native.gelu(x, True, one)
+native.set_num_threads(4)
+pages = int(Path("/proc/self/statm").read_text().split()[0])
+free = resource.getrlimit(resource.RLIMIT_AS)
+resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize(), free[1]))
+native.gelu(x, True, several)
+resource.setrlimit(resource.RLIMIT_AS, free)
+print(len(list(Path("/proc/self/task").iterdir())), np.array_equal(one, several))
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="this limit is Linux's")
+def test_a_limit_of_memory_leaves_one_thread_at_work() -> None:
+    environment = {**os.environ, "OPENBLAS_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", NO_ROOM_FOR_THREADS], capture_output=True, text=True, env=environment)
+    assert done.stdout.split() == ["1", "True"], done.stderr
+
+
 def test_default_threads_are_within_the_affinity() -> None:
     assert 1 <= native.num_threads() <= len(os.sched_getaffinity(0))
 

@@ -541,17 +541,6 @@ def base_model(folder: Path) -> None:
         (folder / name).unlink()
 
 
-def full_precision_tower(folder: Path) -> None:
-    base_model(folder)
-    edit_json(folder / "config.json", lambda config: config["vision_config"].update(vit_weight_bits=32))
-
-
-def pretrained(folder: Path) -> None:
-    base_model(folder)
-    edit_weights(folder, more_rows)
-    edit_json(folder / "config.json", lambda config: config["text_config"].update(vocab_size=128268))
-
-
 def language_model(folder: Path) -> None:
     """microsoft/bitnet-b1.58-2B-4T-bf16: the decoder under its own names, its head is the embedding."""
     base_model(folder)

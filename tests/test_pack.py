@@ -42,7 +42,7 @@ def test_packed_equals_trained(checkpoint: Path, out: Path, packing: Any, matrix
     for name, spec in tensor_specs(tiny_config()).items():
         if spec.kind == "ternary":
             codes, scale = ternarize(weights[name])
-            np.testing.assert_array_equal(unpack(tensors[name], *spec.shape, packing), codes)
+            np.testing.assert_array_equal(unpack(tensors[name], *spec.shape, packing=packing), codes)
             assert tensors[f"{name}_scale"][0] == scale
         elif spec.kind == "matrix" and matrix_dtype == "I8":
             scale = tensors[f"{name}_scale"][:, None]

@@ -91,7 +91,7 @@ def test_unpack_inverts_pack(values: np.ndarray, packing: Packing) -> None:
     packed = pack(values, packing)
     rows, columns = values.shape
     assert packed.shape == (math.ceil(rows / 16), math.ceil(columns / (16 if packing == "2bit" else 20)), 64)
-    np.testing.assert_array_equal(unpack(packed, rows, columns, packing), values)
+    np.testing.assert_array_equal(unpack(packed, rows, columns, packing=packing), values)
 
 
 @pytest.mark.parametrize("size", [1, 3, 1152, 4304, 6912])
@@ -99,7 +99,7 @@ def test_unpack_inverts_pack(values: np.ndarray, packing: Packing) -> None:
 def test_awkward_shapes_are_packed(size: int, packing: Packing) -> None:
     for shape in ((size, 3), (3, size)):
         values = np.random.default_rng(size).integers(-1, 2, shape).astype(np.int8)
-        np.testing.assert_array_equal(unpack(pack(values, packing), *shape, packing), values)
+        np.testing.assert_array_equal(unpack(pack(values, packing), *shape, packing=packing), values)
 
 
 def test_the_layout_is_as_documented() -> None:
@@ -133,7 +133,7 @@ def test_damaged_packing_is_found(values: np.ndarray, packing: Packing, data: st
     position, new = data.draw(st.integers(0, flat.size - 1)), data.draw(st.integers(0, 255))
     old, flat[position] = flat[position], new
     try:
-        assert np.array_equal(unpack(packed, *values.shape, packing), values) == (old == new)
+        assert np.array_equal(unpack(packed, *values.shape, packing=packing), values) == (old == new)
     except ValueError:
         assert new != old
 
@@ -142,7 +142,7 @@ def test_the_unused_bytes_of_base_3_are_found() -> None:
     used = {-(-256 * value // 243) for value in range(243)}
     for byte in set(range(256)) - used:
         with pytest.raises(ValueError, match="unused code"):
-            unpack(np.full((1, 1, 64), byte, np.uint8), 16, 20, "base3")
+            unpack(np.full((1, 1, 64), byte, np.uint8), 16, 20, packing="base3")
 
 
 @pytest.mark.parametrize("values", [np.full((2, 2), 2, np.int8), np.zeros(4, np.int8), np.full((1, 1), -2, np.int8)])

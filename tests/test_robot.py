@@ -40,7 +40,7 @@ from serving import NANO, serving
 FAST = Options(seconds=0.6, control_hz=20.0, threads=1)
 
 
-HORIZON = 24  # so long that actions do not run out on a machine that is busy with other tests
+HORIZON = 60  # so long that actions do not run out on a machine that is busy with other tests
 
 
 @pytest.fixture(scope="module")
@@ -285,7 +285,7 @@ def test_a_replay_against_the_same_policy_is_identical(policy: str, tmp_path: Pa
     record(policy, tmp_path / "data", joining=joining, episodes=2)
     result = replay(tmp_path / "data", policy, threads=1)
     assert result["identical"]
-    assert result["chunks"] > 4
+    assert result["chunks"] > 1
     assert {row["max"] for row in result["dimensions"]} == {0}
 
 
@@ -478,10 +478,11 @@ EXAMPLE = Path(__file__).parent.parent / "examples" / "lerobot_arm.py"
 def test_the_example_plays_and_records(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(sys, "argv", ["arm", str(NANO), "--seconds", "0.5", "--record", str(tmp_path / "data")])
+    options = ["--hz", "4", "--seconds", "2", "--record", str(tmp_path / "data")]
+    monkeypatch.setattr(sys, "argv", ["arm", str(NANO), *options])
     runpy.run_path(str(EXAMPLE), run_name="__main__")
-    assert "10 actions in " in capsys.readouterr().out
+    assert "8 actions in " in capsys.readouterr().out
     dataset = LeRobotDataset(tmp_path / "data")
-    assert dataset.num_frames == 10
+    assert dataset.num_frames == 8
     moved = dataset.state[1:, :3] - dataset.state[:-1, :3]
     np.testing.assert_allclose(moved, 0.01 * dataset.action[:-1, :3], atol=1e-6)

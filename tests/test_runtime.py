@@ -191,7 +191,7 @@ class CheckedNative:
     @staticmethod
     def check_ternary_linear(args: Any, before: Any, accumulate: bool, packing: Packing) -> None:
         codes, scales, _, packed, rows, columns, scale, bias, out = args
-        exact = codes[:, :columns].astype(np.int64) @ unpack(packed, rows, columns, packing).astype(np.int64).T
+        exact = codes[:, :columns].astype(np.int64) @ unpack(packed, rows, columns, packing=packing).astype(np.int64).T
         accumulators = np.zeros(exact.shape, np.int32)
         native.ternary_matmul(codes, args[2], packed, rows, columns, accumulators, packing=packing)
         np.testing.assert_array_equal(accumulators, exact)

@@ -77,7 +77,7 @@ def test_a_chunk_is_that_of_the_policy_bit_for_bit(served: Served) -> None:
         assert policy.act(observation(0)).tobytes() == expected(0).tobytes()
 
 
-def test_decided_actions_travel_to_the_policy(served: Served, tmp_path: Path) -> None:
+def test_decided_actions_travel_to_the_policy(tmp_path: Path) -> None:
     action = msgspec.structs.replace(tiny_config().action, max_prefix=2)
     path = pack_random(tmp_path, tiny_config(action=action))
     local, seen = bitvla.load(path, threads=1), tiny_observation(tiny_config())
@@ -86,10 +86,11 @@ def test_decided_actions_travel_to_the_policy(served: Served, tmp_path: Path) ->
         assert policy.max_prefix == 2
         assert policy.act(seen, prefix=prefix).tobytes() == local.act(seen, prefix=prefix).tobytes()
         assert policy.act(seen).tobytes() == local.act(seen).tobytes()
-    with bitvla.connect(served.url) as policy:
+    untrained = pack_random(tmp_path / "without", tiny_config())
+    with serving(partial(bitvla.load, untrained, threads=1)) as tiny, bitvla.connect(tiny.url) as policy:
         assert policy.max_prefix == 0
         with pytest.raises(BitvlaError, match="was not trained to continue"):
-            policy.act(observation(), prefix=prefix)
+            policy.act(seen, prefix=prefix)
 
 
 def test_the_greeting_tells_what_a_robot_must_know(served: Served) -> None:

@@ -344,9 +344,8 @@ def test_keypoints_follow_the_crop(tmp_path, random_crop):
 
 
 def test_the_keypoint_loss_knows_patch_and_place():
-    targets = torch.tensor(
-        [[[[0.30, 0.80], [1.20, 0.50]]]]
-    )  # on a 4 x 4 grid: column 1, row 3; the other is out of view
+    # On a 4 x 4 grid: column 1, row 3; the other is out of view.
+    targets = torch.tensor([[[[0.30, 0.80], [1.20, 0.50]]]])
     logits, places = torch.zeros(1, 2, 16), torch.zeros(1, 2, 16, 2)
     logits[0, 0, 3 * 4 + 1] = 50
     places[0, 0, 3 * 4 + 1] = torch.tensor([0.2, 0.2])

@@ -57,20 +57,21 @@ BITVLA_INLINE void multiply(size_t row_tiles, size_t tokens, const uint8_t* weig
 template <class F, class Dot, Packing kPacking>
 static void matrix_matrix(const TernaryJob& job, Range row_tiles, Range tokens, uint8_t* weights, int32_t* acc) {
   constexpr size_t kSteps = block_steps(kPacking);
-  constexpr size_t kMost = Dot::kDepth / kSteps / 4 * 4;  // by fours, so that every part begins 16 columns after another
+  constexpr size_t kMost = Dot::kDepth / kSteps / 4 * 4;  // by fours: parts begin at multiples of 16 columns
   const size_t depth = blocks(kPacking, job.cols);
   const size_t parts = (depth + kMost - 1) / kMost, part = ((depth + parts - 1) / parts + 3) / 4 * 4;
   for (size_t t0 = row_tiles.begin; t0 < row_tiles.end; t0 += kStripe) {
     const size_t stripe = smaller(kStripe, row_tiles.end - t0);
     const size_t rows = smaller(stripe * kTile, job.rows - t0 * kTile);
     for (size_t b0 = 0; b0 < depth; b0 += part) {
-      const size_t count = smaller(part, depth - b0), full = count * kSteps, steps = (full + 3) / 4 * 4;
+      const size_t count = smaller(part, depth - b0), full = count * kSteps;
+      const size_t steps = (full + 3) / 4 * 4;  // NEON takes them by fours
       for (size_t t = 0; t < stripe; t += Dot::kTiles) {
-        const size_t row_tiles_here = smaller(Dot::kTiles, stripe - t), step_bytes = row_tiles_here * kBlockBytes;
+        const size_t height = smaller(Dot::kTiles, stripe - t);
         uint8_t* to = weights + t * steps * kBlockBytes;
-        Dot::template unpack<kPacking>(job.packed + ((t0 + t) * depth + b0) * kBlockBytes, depth * kBlockBytes,
-                                       row_tiles_here, count, to);
-        __builtin_memset(to + full * step_bytes, 0, (steps - full) * step_bytes);
+        Dot::template unpack<kPacking>(job.packed + ((t0 + t) * depth + b0) * kBlockBytes, depth * kBlockBytes, height,
+                                       count, to);
+        __builtin_memset(to + full * height * kBlockBytes, 0, (steps - full) * height * kBlockBytes);
       }
       for (size_t m = tokens.begin; m < tokens.end; m += Dot::kTokens) {
         const size_t group = smaller(Dot::kTokens, tokens.end - m);

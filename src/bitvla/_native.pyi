@@ -1,7 +1,8 @@
 """The native kernels. Arrays are NumPy, in C order (rows of a matrix may lie apart); results go to the last arguments.
 
-M tokens, K columns, N rows of a weight, Kp = K rounded up to 16. `codes` int8 (M, Kp), `scales` float32 (M,) and
-`sums` int32 (M,), the sum of codes of each token, are the quantised activations; `packed` is `quantization.pack`'s.
+M tokens, K columns, N rows of a weight, Kp = `quantization.code_columns(K)`. `codes` int8 (M, Kp), `scales` float32
+(M,) and `sums` int32 (M,), the sum of codes of each token, are the quantised activations; `packed` is what
+`quantization.pack` makes, in the packing named.
 A wrong shape, type or order is a ValueError that names the argument.
 """
 
@@ -9,6 +10,8 @@ from typing import Any
 
 from numpy import float32, int8, int32, uint8
 from numpy.typing import NDArray
+
+from bitvla.quantization import Packing
 
 _Floats = NDArray[float32]
 
@@ -43,7 +46,13 @@ def gelu(x: _Floats, approximate: bool, out: _Floats) -> None:
 
 def relu(x: _Floats, out: _Floats) -> None: ...
 def ternary_matmul(
-    codes: NDArray[int8], sums: NDArray[int32], packed: NDArray[uint8], n: int, k: int, out: NDArray[int32]
+    codes: NDArray[int8],
+    sums: NDArray[int32],
+    packed: NDArray[uint8],
+    n: int,
+    k: int,
+    out: NDArray[int32],
+    packing: Packing = "2bit",
 ) -> None:
     """The exact integer product, out (M, N)."""
 
@@ -58,6 +67,7 @@ def ternary_linear(
     bias: _Floats | None,
     out: _Floats,
     accumulate: bool = False,
+    packing: Packing = "2bit",
 ) -> None:
     """out = float(product) * (weight_scale * scales) + bias, or added to `out`; each step rounded to float32."""
 

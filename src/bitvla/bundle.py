@@ -362,13 +362,13 @@ def _read_or_map(path: Path) -> tuple[NDArray[np.uint8], BinaryIO | None]:
         with memory_for(str(path), size):
             if size > READ_AT_LOAD:  # the array keeps the map alive, and the bundle the file
                 return np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), dtype=np.uint8), file
-            memory = np.empty(size + _ALIGNMENT, dtype=np.uint8)
-        with file:
-            start = -memory.ctypes.data % _ALIGNMENT
-            data = memory[start : start + size]
-            data = data[: file.readinto(data.data)]
-            data.flags.writeable = False
-            return data, None
+            with file:
+                memory = np.empty(size + _ALIGNMENT, dtype=np.uint8)
+                start = -memory.ctypes.data % _ALIGNMENT
+                data = memory[start : start + size]
+                data = data[: file.readinto(data.data)]
+                data.flags.writeable = False
+                return data, None
     except OSError as error:
         raise BitvlaError(f"cannot read the policy file {path}: {error.strerror or error}") from None
 
@@ -432,8 +432,10 @@ def _parse_document(path: Path, text: bytes, kind: type[C], num_tensors: int) ->
     except BitvlaError as error:
         raise BitvlaError(f"{path}: {error}") from None
     depths = [config.language.num_layers, len(document.golden)]
+    if config.vision:
+        depths.append(config.vision.num_layers + config.language.num_layers)
     if isinstance(config, PolicyConfig):
-        depths += [config.vision.num_layers + config.language.num_layers, config.action.head_blocks]
+        depths.append(config.action.head_blocks)
     if max(depths) > num_tensors:
         raise BitvlaError(f"{path} is damaged: {max(depths)} layers described, only {num_tensors} tensors present")
     if config.precision != "ternary":

@@ -230,9 +230,10 @@ def check(config: Model) -> Model:
         (processing.prompt.template.count(processing.prompt.proprio_token) == (not by_tokens),
          f"processing.prompt.template must hold {processing.prompt.proprio_token} once where the policy takes a "
          "state, and otherwise not"),
-        (not by_tokens or (not language.bidirectional and action.horizon == 1 and action.bins < language.vocab_size),
-         f"action.bins is {action.bins}; actions as tokens need a causal decoder, a horizon of 1 and a vocabulary "
-         "that holds them"),
+        (not by_tokens or (not language.bidirectional and action.horizon == 1),
+         f"action.bins is {action.bins}; actions as tokens need a causal decoder and a horizon of 1"),
+        (not by_tokens or 1 < action.bins < language.vocab_size,
+         f"action.bins is {action.bins}; it must be at least 2, and less than language.vocab_size"),
         (processing.prompt.image_token not in processing.prompt.template,
          f"processing.prompt.template holds {processing.prompt.image_token}; {{images}} stands for all of them"),
     ]  # fmt: skip

@@ -14,7 +14,7 @@ summation, hence not on the machine or the library.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -88,6 +88,7 @@ def pack(codes: Int8Array, packing: Packing = "2bit") -> NDArray[np.uint8]:
     unsigned = np.ones((tiles * BLOCK, blocks * 4 * steps), dtype=np.uint8)
     unsigned[:rows, :columns] = (codes + 1).astype(np.uint8)
     fields = unsigned.reshape(tiles, BLOCK, blocks, steps, 4).transpose(0, 2, 1, 4, 3)  # tile, block, row, j, p
+    packed: NDArray[Any]
     if packing == "2bit":
         packed = fields[..., 0] | fields[..., 1] << 2 | fields[..., 2] << 4 | fields[..., 3] << 6
     else:
@@ -98,7 +99,7 @@ def pack(codes: Int8Array, packing: Packing = "2bit") -> NDArray[np.uint8]:
     return np.ascontiguousarray(packed.reshape(tiles, blocks, 64))
 
 
-def unpack(packed: NDArray[np.uint8], rows: int, columns: int, packing: Packing = "2bit") -> Int8Array:
+def unpack(packed: NDArray[np.uint8], rows: int, columns: int, *, packing: Packing = "2bit") -> Int8Array:
     """The ternary codes (rows, columns) of a packed matrix; the inverse of `pack`.
 
     Raises ValueError when the shape does not fit, a byte is one that `pack` never writes, or the padding is not 0.
@@ -120,7 +121,7 @@ def unpack(packed: NDArray[np.uint8], rows: int, columns: int, packing: Packing 
 def _fields(packing: Packing) -> NDArray[np.uint8]:
     """For each of the 256 bytes the codes u of its columns, uint8 (256, steps); all UNUSED where `pack` has no use."""
     if packing == "2bit":
-        return (np.arange(256, dtype=np.uint8)[:, None] >> np.arange(0, 8, 2, dtype=np.uint8)) & 3
+        return (np.arange(256)[:, None] >> np.arange(0, 8, 2) & 3).astype(np.uint8)
     fields = np.full((256, 5), UNUSED, np.uint8)
     fields[_BYTES] = np.arange(243)[:, None] // [81, 27, 9, 3, 1] % 3
     return fields

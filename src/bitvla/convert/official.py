@@ -17,7 +17,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import msgspec
 import numpy as np
@@ -173,6 +173,16 @@ def check_tensors(weights: Weights, expected: Mapping[str, TensorSpec]) -> None:
 # Each kind as what packing needs.
 
 
+class _Checkpoint(NamedTuple):
+    """A published checkpoint: its folder, its config.json as it is and as sizes, its weights."""
+
+    folder: Path
+    raw: Mapping[str, Any]
+    vision: VisionConfig
+    language: LanguageConfig
+    weights: Weights
+
+
 def open_official(
     folder: Path, views: int | None = None, statistics: str | None = None, control_hz: float | None = None
 ) -> Source:
@@ -189,31 +199,23 @@ def open_official(
     kind = kind_of(weights, raw)
     vision, language = _read_sizes(origin, raw, kind)
     _check_vocabulary(weights, kind, language)
+    checkpoint = _Checkpoint(folder, raw, vision, language, weights)
     if kind in ("language", "vision-language"):
         if views or statistics or control_hz:
             raise BitvlaError(f"{folder} does not act: it has no views, statistics or control rate; leave them out")
-        if kind == "language":
-            return _language_model(folder, raw, language, weights)
-        return _vision_language_model(folder, raw, vision, language, weights)
+        return _language_model(checkpoint) if kind == "language" else _vision_language_model(checkpoint)
     if kind == "pretrained":
         if views not in (None, 1):
             raise BitvlaError(f"{folder} is the pre-trained base model, which sees one image, not {views}")
-        return _pretrained(folder, raw, vision, language, weights, statistics, control_hz)
+        return _pretrained(checkpoint, statistics, control_hz)
     if control_hz:
         raise BitvlaError(f"{folder} is a fine-tune on LIBERO, whose control rate is known; leave out --control-hz")
-    return _fine_tune(folder, raw, vision, language, weights, statistics, _views(folder, raw, views))
+    return _fine_tune(checkpoint, statistics, _views(folder, raw, views))
 
 
-def _fine_tune(
-    folder: Path,
-    raw: Mapping[str, Any],
-    vision: VisionConfig,
-    language: LanguageConfig,
-    weights: Weights,
-    statistics: str | None,
-    views: int,
-) -> Source:
+def _fine_tune(checkpoint: _Checkpoint, statistics: str | None, views: int) -> Source:
     """A LIBERO fine-tune as a policy."""
+    folder, _, vision, language, weights = checkpoint
     for name in SIDE_FILES:
         if side_file(folder, name) is None:
             raise BitvlaError(f"{folder} lacks {name}--*_checkpoint.pt: the checkpoint is not complete")
@@ -240,16 +242,9 @@ def _fine_tune(
     return _source(folder, weights, config, text, {"kind": "libero", "statistics": key}, beside=[tables])
 
 
-def _pretrained(
-    folder: Path,
-    raw: Mapping[str, Any],
-    vision: VisionConfig,
-    language: LanguageConfig,
-    weights: Weights,
-    statistics: str | None,
-    control_hz: float | None,
-) -> Source:
+def _pretrained(checkpoint: _Checkpoint, statistics: str | None, control_hz: float | None) -> Source:
     """The pre-trained base model as a policy that writes its actions as tokens."""
+    folder, raw, vision, language, weights = checkpoint
     text, tokenizer = _read_tokenizer(folder / "tokenizer.json", conventions.TOKEN_IDS)
     key, action = _read_pretrained_statistics(folder, raw, statistics)
     if control_hz is None:
@@ -276,7 +271,8 @@ def _pretrained(
     return _source(folder, weights, config, text, {"kind": "pretrained", "statistics": key})
 
 
-def _language_model(folder: Path, raw: Mapping[str, Any], language: LanguageConfig, weights: Weights) -> Source:
+def _language_model(checkpoint: _Checkpoint) -> Source:
+    folder, raw, _, language, weights = checkpoint
     text, _ = _read_tokenizer(folder / "tokenizer.json", conventions.LANGUAGE_TOKEN_IDS)
     config = LanguageModelConfig(name="bitnet", language=language, chat=conventions.CHAT)
     _check_config(folder, config)
@@ -285,9 +281,8 @@ def _language_model(folder: Path, raw: Mapping[str, Any], language: LanguageConf
     return _source(folder, weights, config, text, {"kind": "language"}, prefix="language_model.")
 
 
-def _vision_language_model(
-    folder: Path, raw: Mapping[str, Any], vision: VisionConfig, language: LanguageConfig, weights: Weights
-) -> Source:
+def _vision_language_model(checkpoint: _Checkpoint) -> Source:
+    folder, raw, vision, language, weights = checkpoint
     text, tokenizer = _read_tokenizer(folder / "tokenizer.json", conventions.LANGUAGE_TOKEN_IDS)
     config = LanguageModelConfig(
         name="bitvla",

@@ -85,11 +85,11 @@ def open_lerobot(path: Path) -> Any:
         import lerobot.cameras
         import lerobot.robots
         from lerobot.utils.import_utils import register_third_party_plugins
-    except ImportError as error:
+    except Exception as error:  # a broken installation raises whatever it likes
         raise BitvlaError(
             f"--robot lerobot needs lerobot in this environment ({error}): pip install lerobot, or install bitvla "
             "into the environment that has it"
-        ) from None
+        ) from error
     # A type is known once its module is imported; those whose own packages are missing are left out.
     for package in (lerobot.robots, lerobot.cameras):
         for module in pkgutil.iter_modules(package.__path__, f"{package.__name__}."):

@@ -162,11 +162,13 @@ def _writing(path: Path, threads: int | None, repeats: int, views: int | None) -
     }
     before = native.num_threads()
     rows: list[dict[str, Any]] = []
+    used: dict[str, int] = {}
     try:
         with Console(stderr=True).status("measuring"):
             for count in [threads] if threads else range(1, before + 1):
                 native.set_num_threads(count)
                 times = _token_times(model, repeats)
+                used = used or memory()  # before that of the next line
                 bandwidth = native.peak_bandwidth_gbs(CEILING_SECONDS, BANDWIDTH_MEGABYTES, count)
                 for (part, size), values in zip(sizes.items(), times.T, strict=True):
                     rate = size / float(np.median(values)) / 1e6
@@ -185,7 +187,7 @@ def _writing(path: Path, threads: int | None, repeats: int, views: int | None) -
         "instruction_set": model.isa,
         "tokens": {"prompt": PROMPT_TOKENS, "written": repeats},
         "latency": rows,
-        "memory": memory(),
+        "memory": used,
     }
 
 

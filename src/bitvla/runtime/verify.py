@@ -133,7 +133,7 @@ def _weights(bundle: Bundle[Any]) -> str:
         tensor = bundle.tensors[name]
         if spec.kind == "ternary":
             try:
-                codes = unpack(tensor, *spec.shape, bundle.document.packing)
+                codes = unpack(tensor, *spec.shape, packing=bundle.document.packing)
             except ValueError as error:
                 raise BitvlaError(f"{name}: {error}") from None
             counts += np.bincount(codes.ravel().view(np.uint8) + np.uint8(1), minlength=3)
