@@ -403,7 +403,7 @@ def _add_making(add: _Add) -> None:
     train = add(
         _train,
         "train a policy, one stage after the other",
-        "train finetune --config configs/metaworld-nano-teacher.toml --data datasets/mt10 --out runs/teacher",
+        "train localize --config configs/metaworld-nano-localize.toml --data datasets/mt10 --out runs/tower",
         GO_ON,
     )
     train.add_argument("stage", choices=STAGES, metavar="STAGE", help=" | ".join(STAGES))
