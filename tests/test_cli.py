@@ -269,9 +269,9 @@ def test_help_is_immediate_and_loads_nothing_heavy() -> None:
 
 
 def test_stages_are_those_of_the_training_code() -> None:
-    from bitvla.train import loop
+    from bitvla.train import stages
 
-    assert cli.STAGES == loop.STAGES
+    assert cli.STAGES == stages.NAMES
 
 
 def test_the_training_code_may_say_where_it_stopped(inspection: Replace, capsys: pytest.CaptureFixture[str]) -> None:

@@ -17,12 +17,11 @@ import pytest
 import torch
 
 import bitvla
-from bitvla import BitvlaError
 from bitvla.config import Camera, ImageProcessing, PolicyConfig
 from bitvla.convert.pack import PARITY_BOUND, pack
 from bitvla.model.policy import TorchPolicy
 from bitvla.processing.vectors import normalize
-from checkpoints import observation, processing_config, tiny_config, token_config, write_random_checkpoint
+from checkpoints import observation, processing_config, tiny_config, write_random_checkpoint
 
 
 def changed(section: str, **fields: object) -> PolicyConfig:
@@ -63,8 +62,3 @@ def test_packed_equals_pytorch(tmp_path: Path, name: str) -> None:
     print(name, np.sort(errors))
     assert np.max(errors) < PARITY_BOUND
     assert np.sum(np.array(errors) < 1e-5) >= 5
-
-
-def test_action_tokens_are_not_trained(tmp_path: Path) -> None:
-    with pytest.raises(BitvlaError, match="writes its actions as tokens can be packed and run, but not trained"):
-        TorchPolicy.load(write_random_checkpoint(tmp_path, token_config()))

@@ -83,8 +83,9 @@ def test_jitter_of_200_ms_and_a_lost_packet_are_held_through(tmp_path: Path) -> 
 
 
 def test_a_network_that_falls_silent_stops_the_robot_by_its_own_deadline(tmp_path: Path) -> None:
-    silence = itertools.chain(itertools.repeat(0.0, 16), itertools.repeat(30.0))
-    arm = Arm()
+    silent = threading.Event()
+    silence = (30.0 if silent.is_set() else 0.0 for _ in itertools.count())
+    arm = Arm(lambda count: silent.set() if count == 5 else None)
     with serving() as server, stalling_network(server.port, locked(silence)) as url:
         start = time.monotonic()
         with pytest.raises(BitvlaError, match="no action for"):
