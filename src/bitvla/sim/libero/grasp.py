@@ -1,0 +1,111 @@
+"""Where a hand that points down can hold a thing: grasps on a map of heights. Pure geometry, metres and radians."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+Floats = NDArray[np.float64]
+
+STEP = 0.005  # between the cells of a map
+REACH = 0.17  # from a map's centre to its edge: a grasp at a rim, and the palm beside it
+
+# Franka's hand, around the point between its fingertips.
+TIP = 0.016  # the fingers end this far below it
+PALM = 0.030  # and the palm begins this far above it
+OPENING = 0.08
+_FINGERS = np.arange(-0.06, 0.0601, STEP)  # along the closing direction: the fingers, 2 cm thick, and all between them
+_PADS = np.array([-0.01, 0.0, 0.01])
+_PALM = np.arange(-0.105, 0.1051, 0.01), np.array([-0.035, 0.0, 0.035])
+_CLEARANCE = 0.003
+_TURNS = np.arange(-6, 6) * np.pi / 12
+
+
+@dataclass(frozen=True)
+class Grasp:
+    """`position` float (3,) of the point between the fingertips, and the direction `yaw` in which they close."""
+
+    position: Floats
+    yaw: float
+
+
+@dataclass(frozen=True)
+class Heights:
+    """What lies around `centre` (x, y), seen from above: heights float (N, N), and which of it is the thing's `own`."""
+
+    centre: Floats
+    height: Floats
+    own: NDArray[np.bool_]
+
+    @staticmethod
+    def places(centre: Floats) -> Floats:
+        """Where to look: float (N * N, 2), x by x."""
+        line = np.arange(-REACH, REACH + STEP / 2, STEP)
+        return centre + np.stack(np.meshgrid(line, line, indexing="ij"), axis=-1).reshape(-1, 2)
+
+    def around(self, points: Floats, yaw: float, along: Floats, across: Floats) -> tuple[Floats, NDArray[np.bool_]]:
+        """Heights and own of the rectangle `along` x `across`, turned by `yaw`, around `points` (P, 2): (P, A, B)."""
+        places = points[:, None, None] + rectangle(yaw, along, across)
+        cells = np.rint((places - self.centre + REACH) / STEP).astype(int).clip(0, len(self.height) - 1)
+        return self.height[cells[..., 0], cells[..., 1]], self.own[cells[..., 0], cells[..., 1]]
+
+
+def rectangle(yaw: float, along: Floats, across: Floats) -> Floats:
+    """Points float (A, B, 2) of a rectangle around (0, 0) whose first side points to `yaw`."""
+    direction, normal = np.array([np.cos(yaw), np.sin(yaw)]), np.array([-np.sin(yaw), np.cos(yaw)])
+    return along[:, None, None] * direction + across[None, :, None] * normal
+
+
+def palm(yaw: float) -> Floats:
+    """Points float (P, 2) under the palm of a hand that closes in the direction `yaw`."""
+    return rectangle(yaw, *_PALM).reshape(-1, 2)
+
+
+def fingers(yaw: float) -> Floats:
+    """Points float (P, 2) under the fingers, wherever they are between closed and open."""
+    return rectangle(yaw, _FINGERS, _PADS).reshape(-1, 2)
+
+
+def plan(seen: Heights, yaw: float) -> Grasp | None:
+    """The best grasp of the thing for a hand that closes in the direction `yaw` now; None where none is possible.
+
+    Both fingers must find room beside it (or inside it, at the rim of a bowl) and nothing else between them; best is
+    what is held deep, symmetrically, across parallel sides, near its middle, and without turning far.
+    """
+    if not seen.own.any():
+        return None
+    line = np.arange(-REACH, REACH + STEP / 2, STEP)
+    cells = np.nonzero(seen.own)
+    points = seen.centre + np.stack([line[cells[0]], line[cells[1]]], axis=-1)
+    from_middle = np.linalg.norm(points - points.mean(axis=0), axis=1)
+    inside = np.abs(_FINGERS) < OPENING / 2 - STEP / 2
+    best, lowest = None, np.inf
+    for turn in _TURNS:
+        height, own = seen.around(points, yaw + turn, _FINGERS, _PADS)
+        below_palm = seen.around(points, yaw + turn, *_PALM)[0].max(axis=(1, 2))
+        z = np.maximum(height[:, ~inside].max(axis=(1, 2)) + TIP, below_palm - PALM) + _CLEARANCE
+        between = (height > z[:, None, None] + 0.002) & inside[None, :, None]
+        start, end, found = _edges(between)
+        width, middle = end[:, 1] - start[:, 1] + STEP, (end[:, 1] + start[:, 1]) / 2
+        slant = np.abs(start - start[:, 1:2]).max(axis=1) + np.abs(end - end[:, 1:2]).max(axis=1)
+        depth = np.where(between[:, :, 1], height[:, :, 1], -np.inf).max(axis=1) - z
+        possible = found[:, 1] & ~(between & ~own).any(axis=(1, 2)) & (width <= OPENING - 2 * STEP + 1e-9)
+        possible &= depth >= 0.006
+        cost = 1.5 * slant + 2 * np.abs(middle) + 0.3 * from_middle + 0.01 * abs(turn) - np.minimum(depth, 0.02)
+        cost = np.where(possible, cost + 0.01 * (~found).sum(axis=1), np.inf)
+        k = int(cost.argmin())
+        if cost[k] < lowest:
+            lowest = cost[k]
+            direction = np.array([np.cos(yaw + turn), np.sin(yaw + turn)])
+            best = Grasp(np.append(points[k] + middle[k] * direction, z[k]), float(yaw + turn))
+    return best
+
+
+def _edges(between: NDArray[np.bool_]) -> tuple[Floats, Floats, NDArray[np.bool_]]:
+    """Where what is between the fingers (P, A, B) starts and ends on each line (P, B), and whether there is any."""
+    found = between.any(axis=1)
+    start = np.where(found, _FINGERS[between.argmax(axis=1)], 0.0)
+    end = np.where(found, _FINGERS[::-1][between[:, ::-1].argmax(axis=1)], 0.0)
+    return start, end, found
