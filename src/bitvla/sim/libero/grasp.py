@@ -17,9 +17,12 @@ TIP = 0.016  # the fingers end this far below it
 PALM = 0.030  # and the palm begins this far above it
 OPENING = 0.08
 _FINGERS = np.arange(-0.06, 0.0601, STEP)  # along the closing direction: the fingers, 2 cm thick, and all between them
-_PADS = np.array([-0.01, 0.0, 0.01])
+_SIDES = np.array([-0.02, -0.01, 0.0, 0.01, 0.02])  # across it: lines on which the sides of a thing are compared
+_PADS = slice(1, 4)  # of them those that the fingers cover
 _PALM = np.arange(-0.105, 0.1051, 0.01), np.array([-0.035, 0.0, 0.035])
 _CLEARANCE = 0.003
+_DEPTH = 0.006  # the least that must be between the fingers
+_SLANT = 0.0151  # how far the sides that they touch may be from parallel, on 1 cm; cells alone make 1 cm of it
 _TURNS = np.arange(-6, 6) * np.pi / 12
 
 
@@ -65,7 +68,7 @@ def palm(yaw: float) -> Floats:
 
 def fingers(yaw: float) -> Floats:
     """Points float (P, 2) under the fingers, wherever they are between closed and open."""
-    return rectangle(yaw, _FINGERS, _PADS).reshape(-1, 2)
+    return rectangle(yaw, _FINGERS, _SIDES[_PADS]).reshape(-1, 2)
 
 
 def plan(seen: Heights, yaw: float) -> Grasp | None:
@@ -83,18 +86,18 @@ def plan(seen: Heights, yaw: float) -> Grasp | None:
     inside = np.abs(_FINGERS) < OPENING / 2 - STEP / 2
     best, lowest = None, np.inf
     for turn in _TURNS:
-        height, own = seen.around(points, yaw + turn, _FINGERS, _PADS)
+        height, own = seen.around(points, yaw + turn, _FINGERS, _SIDES)
         below_palm = seen.around(points, yaw + turn, *_PALM)[0].max(axis=(1, 2))
-        z = np.maximum(height[:, ~inside].max(axis=(1, 2)) + TIP, below_palm - PALM) + _CLEARANCE
+        z = np.maximum(height[:, ~inside, _PADS].max(axis=(1, 2)) + TIP, below_palm - PALM) + _CLEARANCE
         between = (height > z[:, None, None] + 0.002) & inside[None, :, None]
         start, end, found = _edges(between)
-        width, middle = end[:, 1] - start[:, 1] + STEP, (end[:, 1] + start[:, 1]) / 2
-        slant = np.abs(start - start[:, 1:2]).max(axis=1) + np.abs(end - end[:, 1:2]).max(axis=1)
-        depth = np.where(between[:, :, 1], height[:, :, 1], -np.inf).max(axis=1) - z
-        possible = found[:, 1] & ~(between & ~own).any(axis=(1, 2)) & (width <= OPENING - 2 * STEP + 1e-9)
-        possible &= depth >= 0.006
-        cost = 1.5 * slant + 2 * np.abs(middle) + 0.3 * from_middle + 0.01 * abs(turn) - np.minimum(depth, 0.02)
-        cost = np.where(possible, cost + 0.01 * (~found).sum(axis=1), np.inf)
+        width, middle = end[:, 2] - start[:, 2] + STEP, (end[:, 2] + start[:, 2]) / 2
+        slants = sum(np.abs(edge - edge[:, 2:3]) * found for edge in (start, end))
+        depth = np.where(between[:, :, 2], height[:, :, 2], -np.inf).max(axis=1) - z
+        possible = found[:, 2] & ~(between & ~own)[:, :, _PADS].any(axis=(1, 2)) & (width <= OPENING - 2 * STEP + 1e-9)
+        possible &= (depth >= _DEPTH) & (slants[:, _PADS].max(axis=1) <= _SLANT)
+        cost = slants.max(axis=1) + 2 * np.abs(middle) + 0.5 * from_middle + 0.01 * abs(turn) - np.minimum(depth, 0.02)
+        cost = np.where(possible, cost + 0.01 * (~found[:, _PADS]).sum(axis=1), np.inf)
         k = int(cost.argmin())
         if cost[k] < lowest:
             lowest = cost[k]
