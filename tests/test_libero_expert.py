@@ -35,7 +35,9 @@ class Thing:
             return np.where(inside, self.at[2] + self.height, -np.inf)
         radius = np.hypot(along, across)
         bottom = np.where(radius <= self.half[0], self.at[2] + 0.01, -np.inf)
-        return np.where((radius <= self.half[0]) & (radius > self.half[0] - self.wall), self.at[2] + self.height, bottom)
+        return np.where(
+            (radius <= self.half[0]) & (radius > self.half[0] - self.wall), self.at[2] + self.height, bottom
+        )
 
 
 @dataclass

@@ -68,8 +68,8 @@ def record(
 ) -> dict[str, Any]:
     """Record `episodes` demonstrations of every task of `suite` into the dataset `out`, or go on doing so.
 
-    Tasks for which there is no expert are left out, and named in the summary that is returned. Raises BitvlaError for an
-    unusable folder, a full disk, no task to demonstrate, or one at which the expert keeps failing.
+    Tasks for which there is no expert are left out, and named in the summary that is returned. Raises BitvlaError for
+    an unusable folder, a full disk, no task to demonstrate, or one at which the expert keeps failing.
     """
     out, settings = Path(out), Settings(env, suite, seed, image_size)
     simulator = make_simulator(env, image_size=image_size)

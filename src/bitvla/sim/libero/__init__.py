@@ -70,10 +70,11 @@ class Libero:
     """LIBERO's suites, and those of LIBERO-PRO, with two cameras.
 
     A task is called ``suite/number``, as in ``libero_spatial/3``. The seed is the number of the listed initial state,
-    0 to 49; seeds from ``TRAINING_SEEDS`` on give other states, drawn as the benchmark drew its own. ``full`` (third person) and ``wrist`` images are uint8 ``(image_size, image_size, 3)``, upside down as
-    the simulator renders them: a policy for LIBERO turns them itself. The state is float32 (8,): position of the hand
-    in metres, its rotation as an axis times an angle in radians, positions of both fingers in metres. Actions are
-    float32 (7,) in [-1, 1]: commands of the OSC_POSE controller and the gripper (-1 opens, 1 closes).
+    0 to 49; seeds from ``TRAINING_SEEDS`` on give other states, drawn as the benchmark drew its own. ``full`` (third
+    person) and ``wrist`` images are uint8 ``(image_size, image_size, 3)``, upside down as the simulator renders them: a
+    policy for LIBERO turns them itself. The state is float32 (8,): position of the hand in metres, its rotation as an
+    axis times an angle in radians, positions of both fingers in metres. Actions are float32 (7,) in [-1, 1]: commands
+    of the OSC_POSE controller and the gripper (-1 opens, 1 closes).
 
     Raises:
         BitvlaError: LIBERO is not installed, unknown protocol, or a size out of range.
@@ -87,7 +88,9 @@ class Libero:
         "eef_x", "eef_y", "eef_z", "axis_angle_x", "axis_angle_y", "axis_angle_z", "finger_left", "finger_right",
     )  # fmt: skip
     action_names: tuple[str, ...] = ("x", "y", "z", "roll", "pitch", "yaw", "gripper")
-    environment_state_names: tuple[str, ...] = tuple(f"{thing}_{axis}" for thing in ("object", "goal") for axis in "xyz")
+    environment_state_names: tuple[str, ...] = tuple(
+        f"{thing}_{axis}" for thing in ("object", "goal") for axis in "xyz"
+    )
     keypoint_names: tuple[str, ...] = ("hand", "object", "goal")
     action_noise = (1.0, 1.0, 1.0, 0.1, 0.1, 0.1, 1.0)  # 1 is 5 cm, but half a radian
     control_hz = 20.0

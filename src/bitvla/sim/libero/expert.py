@@ -95,13 +95,13 @@ class PickAndPlace:
                 else:
                     yield self._action(np.zeros(3), self._yaw, OPEN)
             except _LostError:
-                yield from self._rise(OPEN)
+                yield from self._rise()
 
     def _deliver(self, index: int) -> Iterator[Action]:
         if not self._scene.goals[index].held:
             yield from self._pick(index)
         yield from self._put(index)
-        yield from self._rise(OPEN)
+        yield from self._rise()
 
     def _pick(self, index: int) -> Iterator[Action]:
         goal = self._scene.goals[index]
@@ -132,18 +132,18 @@ class PickAndPlace:
         yield from self._move(aim, max(above, low), self._yaw, CLOSED, lambda: self._scene.goals[index].held)
         yield from self._open()
 
-    def _rise(self, grip: float) -> Iterator[Action]:
-        """Straight up, far enough to have nothing between the fingers."""
-        aim = np.array(self._scene.hand) + [0.0, 0.0, 0.08]
+    def _rise(self) -> Iterator[Action]:
+        """Straight up with open fingers, until nothing is between them."""
+        aim = np.add(self._scene.hand, [0.0, 0.0, 0.08])
         for _ in range(_STUCK * 2):
             if self._scene.hand[2] > aim[2] - 0.01:
                 return
-            yield self._action(aim - self._scene.hand, self._yaw, grip)
+            yield self._action(aim - self._scene.hand, self._yaw, OPEN)
 
     def _move(
         self, aim: Callable[[], Floats], above: float, yaw: float, grip: float, well: Callable[[], bool]
     ) -> Iterator[Action]:
-        """To `aim`: sideways only at the height `above`, down only when nearly there, or as far as something lets it."""
+        """To `aim`: sideways only at the height `above`, down only when nearly there, as far as it can."""
         still, unwell, before = 0, 0, np.array(self._scene.hand)
         for _ in range(_PATIENCE):
             hand = np.array(self._scene.hand)
@@ -216,7 +216,9 @@ class PickAndPlace:
 
         footprint = target + (places[own] if own.any() else np.zeros((1, 2)))
         rest = highest(footprint) + self._scene.hand[2] - goal.bottom
-        under_hand = max(highest(end + grasp.palm(self._yaw)) - grasp.PALM, highest(end + grasp.fingers(self._yaw)) + grasp.TIP)
+        under_hand = max(
+            highest(end + grasp.palm(self._yaw)) - grasp.PALM, highest(end + grasp.fingers(self._yaw)) + grasp.TIP
+        )
         return max(rest, under_hand) + _LEVEL
 
     # -- one action ----------------------------------------------------------------------------------

@@ -67,9 +67,7 @@ class Simulation:
             "goal": parsed["goal_state"],
         }
 
-    def reset(
-        self, suite: str, number: int, episode: int, listed: bool, wait_steps: int, seed: int
-    ) -> dict[str, Any]:
+    def reset(self, suite: str, number: int, episode: int, listed: bool, wait_steps: int, seed: int) -> dict[str, Any]:
         """Put a task into a `listed` initial state, or into a new one, and let it settle.
 
         An episode never depends on the one before.
@@ -178,7 +176,7 @@ class Sight:
             self._copy(data, self._model, self._now)
 
     def keypoints(self, points: Any) -> list[list[list[float]]]:
-        """Where `points(data)` (P, 3) are in the picture of each camera: (V, P, 2), from the first row and column on."""
+        """Where `points(data)` (P, 3) are in each picture: (V, P, 2), counted from the first row and column."""
         import numpy as np
 
         pictures = []
