@@ -12,16 +12,16 @@ Floats = NDArray[np.float64]
 STEP = 0.005  # between the cells of a map
 REACH = 0.17  # from a map's centre to its edge: a grasp at a rim, and the palm beside it
 
-# Franka's hand, around the point between its fingertips.
-TIP = 0.016  # the fingers end this far below it
-PALM = 0.030  # and the palm begins this far above it
+# Franka's hand, around robosuite's grip site between its fingertips.
+TIP = 0.010  # the fingers end this far below it
+PALM = 0.031  # and the palm begins this far above it
 OPENING = 0.08
-_FINGERS = np.arange(-0.06, 0.0601, STEP)  # along the closing direction: the fingers, 2 cm thick, and all between them
+_FINGERS = np.arange(-0.065, 0.0651, STEP)  # along the closing direction: the fingers, 25 mm thick, and all between them
 _SIDES = np.array([-0.02, -0.01, 0.0, 0.01, 0.02])  # across it: lines on which the sides of a thing are compared
 _PADS = slice(1, 4)  # of them those that the fingers cover
 _PALM = np.arange(-0.105, 0.1051, 0.01), np.array([-0.035, 0.0, 0.035])
-_CLEARANCE = 0.003
-_DEPTH = 0.006  # the least that must be between the fingers
+_CLEARANCE = 0.002
+_DEPTH = 0.004  # the least that must be between the fingers above the site: butter is 17 mm thick
 _SLANT = 0.0151  # how far the sides that they touch may be from parallel, on 1 cm; cells alone make 1 cm of it
 _TURNS = np.arange(-6, 6) * np.pi / 12
 
