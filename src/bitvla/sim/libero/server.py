@@ -264,12 +264,16 @@ class World:
         if absent:
             passed = passed | own
         data, down, hit, met = self._sim.data._data, np.array([0.0, 0.0, -1.0]), np.zeros(1, np.int32), []
+        # Rays miss what is transparent, as some of the solid parts are.
+        opacity = self._model.geom_rgba[:, 3].copy()
+        self._model.geom_rgba[:, 3] = 1.0
         for x, y in places:
             z, hit[0] = CEILING, -1
             while z > 0 and (hit[0] < 0 or passed[hit[0]]):
                 distance = self._ray(self._model, data, np.array([x, y, z]), down, self._group, 1, -1, hit)
                 z = z - distance - 1e-4 if hit[0] >= 0 else 0.0
             met.append((z, bool(hit[0] >= 0 and own[hit[0]])))
+        self._model.geom_rgba[:, 3] = opacity
         return met
 
     def _geoms(self, thing: str) -> Any:
