@@ -24,6 +24,7 @@ from bitvla.evaluate.rollout import evaluate
 from bitvla.sim import libero
 from bitvla.sim.base import TRAINING_SEEDS, make_simulator
 from bitvla.sim.libero import PROTOCOLS, Libero, LiberoProcessError
+from bitvla.sim.record import Job, record_episode
 from fakes import line_config
 
 SERVER = Path(libero.__file__).with_name("server.py")
@@ -322,3 +323,29 @@ def test_pictures_on_demand_are_those_of_the_benchmark():
     done = subprocess.run([installed(), script], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     assert "the same in all 12 steps" in done.stdout
+
+
+@pytest.mark.libero
+@pytest.mark.slow
+@pytest.mark.skipif(installed() is None, reason="LIBERO is not installed: make libero")
+# Flat and of transparent solids; in a drawer; two things for one basket.
+@pytest.mark.parametrize("task", ["libero_object/1", "libero_spatial/4", "libero_10/0"])
+def test_the_expert_reaches_the_goal_of_the_benchmark(task):
+    with Libero() as simulator:
+        simulator.reset(task, 0)
+        act = simulator.expert()
+        assert any(simulator.step(act()) for _ in range(simulator.steps_of(task)))
+
+
+@pytest.mark.libero
+@pytest.mark.slow
+@pytest.mark.skipif(installed() is None, reason="LIBERO is not installed: make libero")
+def test_a_demonstration_is_recorded():
+    with Libero(image_size=32) as simulator:
+        episode = record_episode(simulator, Job(0, "libero_object/0", 0), seed=0)
+    assert episode.task == "pick up the alphabet soup and place it in the basket"
+    assert episode.extra["seed"] >= TRAINING_SEEDS
+    assert episode.images["wrist"].shape == (episode.length, 32, 32, 3)
+    assert episode.vectors["observation.keypoints"].shape == (episode.length, 12)
+    hidden = episode.vectors["observation.environment_state"]
+    assert np.linalg.norm(hidden[-1, :2] - hidden[-1, 3:5]) < 0.06 < np.linalg.norm(hidden[0, :2] - hidden[0, 3:5])

@@ -16,7 +16,9 @@ REACH = 0.17  # from a map's centre to its edge: a grasp at a rim, and the palm 
 TIP = 0.010  # the fingers end this far below it
 PALM = 0.031  # and the palm begins this far above it
 OPENING = 0.08
-_FINGERS = np.arange(-0.065, 0.0651, STEP)  # along the closing direction: the fingers, 25 mm thick, and all between them
+_FINGERS = np.arange(
+    -0.065, 0.0651, STEP
+)  # along the closing direction: the fingers, 25 mm thick, and all between them
 _SIDES = np.array([-0.02, -0.01, 0.0, 0.01, 0.02])  # across it: lines on which the sides of a thing are compared
 _PADS = slice(1, 4)  # of them those that the fingers cover
 _PALM = np.arange(-0.105, 0.1051, 0.01), np.array([-0.035, 0.0, 0.035])
