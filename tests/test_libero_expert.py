@@ -47,7 +47,7 @@ class World:
     things: dict[str, Thing]
     goals: list[tuple[str, str]]
     hand: list[float] = field(default_factory=lambda: [-0.1, 0.0, TABLE + 0.28])
-    yaw: float = np.pi / 2
+    yaw: float = -np.pi / 2
     opening: float = 0.04
     held: str = ""
     lowest: float = np.inf
@@ -133,7 +133,7 @@ def run(world, limit=LIMIT, meanwhile=lambda world, step: None):
     return limit
 
 
-def plan(things, name, yaw=0.0):
+def plan(things, name, yaw=-np.pi / 2):
     world, centre = World(things, []), np.array(things[name].at[:2])
     height, own = world.heights(Heights.places(centre), name)
     side = int(np.sqrt(height.size))
@@ -144,7 +144,7 @@ def plan(things, name, yaw=0.0):
 def test_a_box_is_held_across_its_narrow_side_in_its_middle(yaw):
     found = plan({"box": box(0.1, 0.2, yaw=yaw)}, "box")
     assert np.linalg.norm(found.position[:2] - (0.1, 0.2)) < 0.012
-    assert abs(np.sin(found.yaw - yaw)) < np.sin(0.15)
+    assert abs(np.sin(found.yaw - yaw)) < np.sin(0.3)  # the fingers turn it by the rest
     assert TABLE + grasp.TIP <= found.position[2] < TABLE + 0.06 - 0.006
 
 
@@ -159,10 +159,18 @@ def test_what_is_too_wide_and_has_no_rim_cannot_be_held():
     assert plan({"box": box(0, 0, (0.06, 0.06))}, "box") is None
 
 
+@pytest.mark.parametrize("yaw", [0.2, 1.5, -1.5, -3.0])
+def test_the_wrist_stays_within_a_quarter_turn_of_its_rest(yaw):
+    """Wherever it is turned to now, and however the thing lies."""
+    for way in (0.0, 0.7, 1.4, 2.1, 2.8):
+        found = plan({"box": box(0.1, 0.2, yaw=way)}, "box", yaw)
+        assert -np.pi - 1e-9 <= found.yaw <= 1e-9
+
+
 def test_fingers_go_where_there_is_room():
     """A square box between two walls: only the direction along the walls is free."""
     walls = {"left": box(0, -0.05, (0.1, 0.02), 0.1), "right": box(0, 0.05, (0.1, 0.02), 0.1)}
-    found = plan({"box": box(0, 0, (0.02, 0.02), 0.09), **walls}, "box", yaw=np.pi / 2)
+    found = plan({"box": box(0, 0, (0.02, 0.02), 0.09), **walls}, "box")
     assert abs(np.cos(found.yaw)) > 0.9
 
 
@@ -207,6 +215,17 @@ def test_a_thing_that_is_pushed_away_is_followed():
             world.things["box"].at[:2] = [0.0, 0.05]
 
     assert run(world, meanwhile=push) < LIMIT
+
+
+def test_a_thing_that_settles_is_followed():
+    world = World({"box": box(0.1, 0.15), "plate": plate(0, -0.2)}, [("box", "plate")])
+    world.things["box"].at[2] += 0.018
+
+    def settle(world, step):
+        if step == 5:
+            world.things["box"].at[2] -= 0.018
+
+    assert run(world, meanwhile=settle) < LIMIT / 2
 
 
 def test_it_starts_with_what_is_already_in_the_hand():

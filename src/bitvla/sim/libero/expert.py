@@ -109,11 +109,14 @@ class PickAndPlace:
         if chosen is None:
             raise _LostError
 
-        def undisturbed() -> bool:
-            return float(np.linalg.norm(np.subtract(self._scene.goals[index].at, goal.at))) < 0.02
+        def moved() -> Floats:
+            return np.subtract(self._scene.goals[index].at, goal.at)
 
         above = self._height_on_the_way(chosen.position[:2], goal.thing, absent=False) + grasp.TIP
-        yield from self._move(lambda: chosen.position, above, chosen.yaw, OPEN, undisturbed)
+        # A thing that settles is followed, one that is pushed away is looked at again.
+        yield from self._move(
+            lambda: chosen.position + moved(), above, chosen.yaw, OPEN, lambda: bool(np.linalg.norm(moved()) < 0.02)
+        )
         yield from self._close()
         if not self._scene.goals[index].held:
             raise _LostError
@@ -148,7 +151,7 @@ class PickAndPlace:
         for _ in range(_PATIENCE):
             hand = np.array(self._scene.hand)
             error = aim() - hand
-            far, turn = float(np.hypot(*error[:2])), abs(_between(yaw, self._yaw))
+            far, turn = float(np.hypot(*error[:2])), abs(grasp.angle(yaw - self._yaw))
             if far < _NEAR and abs(error[2]) < _LEVEL and turn < _TURNED:
                 return
             unwell = 0 if well() else unwell + 1
@@ -167,7 +170,7 @@ class PickAndPlace:
 
     def _close(self) -> Iterator[Action]:
         """Until the fingers stop."""
-        for step in range(15):
+        for step in range(20):
             before = self._world.gripper_opening()
             yield self._action(np.zeros(3), self._yaw, CLOSED)
             if step > 2 and abs(self._world.gripper_opening() - before) < 0.005:
@@ -229,18 +232,8 @@ class PickAndPlace:
         return float(np.arctan2(y, x))
 
     def _action(self, move: Floats, yaw: float, grip: float) -> Action:
-        """Move by `move`, point down and turn to `yaw` (or half a turn from it: fingers close either way)."""
-        forward, closing = np.array(self._scene.forward), np.array(self._scene.closing)
-        wanted = np.array([np.cos(yaw), np.sin(yaw), 0.0])
-        wanted *= np.sign(wanted @ closing) or 1.0
-        down = np.array([0.0, 0.0, -1.0])
-        # For small angles half the sum over the axes of (is x wanted) is the missing rotation, as axis times angle.
-        frames = ((closing, wanted), (forward, down), (np.cross(forward, closing), np.cross(down, wanted)))
-        turn = sum(np.cross(now, then) for now, then in frames) / 2
+        """Move by `move`, point down and turn to `yaw`."""
+        turn = np.cross(self._scene.forward, [0.0, 0.0, -1.0])
+        turn[2] = grasp.angle(yaw - self._yaw)
         action = np.concatenate([move * _GAIN / _LENGTH, turn * _GAIN / _TURN, [grip]])
         return np.clip(action, -1.0, 1.0).astype(np.float32)
-
-
-def _between(a: float, b: float) -> float:
-    """The angle from `b` to `a` for directions without a sign, in [-pi/2, pi/2)."""
-    return float((a - b + np.pi / 2) % np.pi - np.pi / 2)

@@ -25,7 +25,7 @@ _PALM = np.arange(-0.105, 0.1051, 0.01), np.array([-0.035, 0.0, 0.035])
 _CLEARANCE = 0.002
 _DEPTH = 0.004  # the least that must be between the fingers above the site: butter is 17 mm thick
 _SLANT = 0.0151  # how far the sides that they touch may be from parallel, on 1 cm; cells alone make 1 cm of it
-_TURNS = np.arange(-6, 6) * np.pi / 12
+_YAWS = np.arange(-12, 1) * np.pi / 12  # a quarter turn either way from the arm's rest: farther its wrist may not go
 
 
 @dataclass(frozen=True)
@@ -63,6 +63,11 @@ def rectangle(yaw: float, along: Floats, across: Floats) -> Floats:
     return along[:, None, None] * direction + across[None, :, None] * normal
 
 
+def angle(radians: float) -> float:
+    """The same angle in [-pi, pi)."""
+    return float((radians + np.pi) % (2 * np.pi) - np.pi)
+
+
 def palm(yaw: float) -> Floats:
     """Points float (P, 2) under the palm of a hand that closes in the direction `yaw`."""
     return rectangle(yaw, *_PALM).reshape(-1, 2)
@@ -74,7 +79,7 @@ def fingers(yaw: float) -> Floats:
 
 
 def plan(seen: Heights, yaw: float) -> Grasp | None:
-    """The best grasp of the thing for a hand that closes in the direction `yaw` now; None where none is possible.
+    """The best grasp of the thing for a hand that is turned to `yaw` now; None where none is possible.
 
     Both fingers must find room beside it (or inside it, at the rim of a bowl) and nothing else between them; best is
     what is held deep, symmetrically, across parallel sides, near its middle, and without turning far.
@@ -87,9 +92,9 @@ def plan(seen: Heights, yaw: float) -> Grasp | None:
     from_middle = np.linalg.norm(points - points.mean(axis=0), axis=1)
     inside = np.abs(_FINGERS) < OPENING / 2 - STEP / 2
     best, lowest = None, np.inf
-    for turn in _TURNS:
-        height, own = seen.around(points, yaw + turn, _FINGERS, _SIDES)
-        below_palm = seen.around(points, yaw + turn, *_PALM)[0].max(axis=(1, 2))
+    for turned in _YAWS:
+        height, own = seen.around(points, turned, _FINGERS, _SIDES)
+        below_palm = seen.around(points, turned, *_PALM)[0].max(axis=(1, 2))
         z = np.maximum(height[:, ~inside, _PADS].max(axis=(1, 2)) + TIP, below_palm - PALM) + _CLEARANCE
         between = (height > z[:, None, None] + 0.002) & inside[None, :, None]
         start, end, found = _edges(between)
@@ -98,13 +103,19 @@ def plan(seen: Heights, yaw: float) -> Grasp | None:
         depth = np.where(between[:, :, 2], height[:, :, 2], -np.inf).max(axis=1) - z
         possible = found[:, 2] & ~(between & ~own)[:, :, _PADS].any(axis=(1, 2)) & (width <= OPENING - 2 * STEP + 1e-9)
         possible &= (depth >= _DEPTH) & (slants[:, _PADS].max(axis=1) <= _SLANT)
-        cost = slants.max(axis=1) + 2 * np.abs(middle) + 0.5 * from_middle + 0.01 * abs(turn) - np.minimum(depth, 0.02)
+        cost = (
+            slants.max(axis=1)
+            + 2 * np.abs(middle)
+            + 0.5 * from_middle
+            + 0.01 * abs(angle(turned - yaw))
+            - np.minimum(depth, 0.02)
+        )
         cost = np.where(possible, cost + 0.01 * (~found[:, _PADS]).sum(axis=1), np.inf)
         k = int(cost.argmin())
         if cost[k] < lowest:
             lowest = cost[k]
-            direction = np.array([np.cos(yaw + turn), np.sin(yaw + turn)])
-            best = Grasp(np.append(points[k] + middle[k] * direction, z[k]), float(yaw + turn))
+            direction = np.array([np.cos(turned), np.sin(turned)])
+            best = Grasp(np.append(points[k] + middle[k] * direction, z[k]), float(turned))
     return best
 
 
