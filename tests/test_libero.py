@@ -63,7 +63,8 @@ class World:
         goal = {{"predicate": "on", "thing": "bowl", "place": "plate"}}
         done = {{**goal, "holds": True, "at": [9.0, 9.0, 9.0]}}
         waits = {{**goal, "holds": False, "at": self.asked[:3], "there": self.asked[2:]}}
-        return {{"hand": self.state[:3], "closing": [0, 1, 0], "forward": [0, 0, -1], "goals": [done, waits]}}
+        hand = {{"shoulder": [0, 0, 0], "hand": self.state[:3], "closing": [0, 1, 0], "forward": [0, 0, -1]}}
+        return {{**hand, "goals": [done, waits]}}
     def heights(self, places, thing, absent):
         return [(x + y, thing == "bowl" and not absent) for x, y in places]
     def render(self, size):

@@ -13,6 +13,7 @@ from bitvla.sim.libero.grasp import Heights
 
 TABLE = 0.9
 LIMIT = 220
+SHOULDER = (-0.6, 0.0, TABLE + 0.34)
 
 
 @dataclass
@@ -55,7 +56,7 @@ class World:
     def scene(self):
         closing = (np.cos(self.yaw), np.sin(self.yaw), 0.0)
         goals = [self.goal(thing, place) for thing, place in self.goals]
-        return Scene(tuple(self.hand), closing, (0.0, 0.0, -1.0), goals)
+        return Scene(SHOULDER, tuple(self.hand), closing, (0.0, 0.0, -1.0), goals)
 
     def goal(self, thing, place):
         moved, there = self.things[thing], self.things[place]
@@ -137,7 +138,7 @@ def plan(things, name, yaw=-np.pi / 2):
     world, centre = World(things, []), np.array(things[name].at[:2])
     height, own = world.heights(Heights.places(centre), name)
     side = int(np.sqrt(height.size))
-    return grasp.plan(Heights(centre, height.reshape(side, side), own.reshape(side, side)), yaw)
+    return grasp.plan(Heights(centre, height.reshape(side, side), own.reshape(side, side)), yaw, np.array(SHOULDER))
 
 
 @pytest.mark.parametrize("yaw", [0.0, 0.5, 1.3])
@@ -165,6 +166,13 @@ def test_the_wrist_stays_within_a_quarter_turn_of_its_rest(yaw):
     for way in (0.0, 0.7, 1.4, 2.1, 2.8):
         found = plan({"box": box(0.1, 0.2, yaw=way)}, "box", yaw)
         assert -np.pi - 1e-9 <= found.yaw <= 1e-9
+
+
+def test_a_bowl_at_the_end_of_the_reach_is_held_at_its_near_side():
+    bowl = box(0.12, -0.2, (0.06, 0.06), 0.06, wall=0.006)
+    found = plan({"bowl": bowl}, "bowl")
+    assert np.hypot(*(found.position[:2] - SHOULDER[:2])) < np.hypot(*np.subtract(bowl.at[:2], SHOULDER[:2]))
+    assert plan({"box": box(0.3, 0.0)}, "box") is None
 
 
 def test_fingers_go_where_there_is_room():

@@ -51,8 +51,9 @@ class Goal(msgspec.Struct, frozen=True):
 
 
 class Scene(msgspec.Struct, frozen=True):
-    """The point between the fingertips, unit vectors along which the fingers close and point, and the goal."""
+    """Shoulder, point between the fingertips, unit vectors along which the fingers close and point, and the goal."""
 
+    shoulder: Point
     hand: Point
     closing: Point
     forward: Point
@@ -112,7 +113,7 @@ class PickAndPlace:
         def moved() -> Floats:
             return np.subtract(self._scene.goals[index].at, goal.at)
 
-        above = self._height_on_the_way(chosen.position[:2], goal.thing, absent=False) + grasp.TIP
+        above = self._height_on_the_way(chosen.position[:2], goal.thing, False, grasp.TIP)
         # A thing that settles is followed, one that is pushed away is looked at again.
         yield from self._move(
             lambda: chosen.position + moved(), above, chosen.yaw, OPEN, lambda: bool(np.linalg.norm(moved()) < 0.02)
@@ -125,8 +126,7 @@ class PickAndPlace:
         goal, hand = self._scene.goals[index], np.array(self._scene.hand)
         target = self._target(index)
         end = target + hand[:2] - goal.at[:2]
-        below = max(grasp.TIP, hand[2] - goal.bottom)
-        above = self._height_on_the_way(end, goal.thing, absent=True) + below
+        above = self._height_on_the_way(end, goal.thing, True, max(grasp.TIP, hand[2] - goal.bottom))
         low = self._height_to_release(goal, target, end)
 
         def aim() -> Floats:
@@ -170,7 +170,7 @@ class PickAndPlace:
 
     def _close(self) -> Iterator[Action]:
         """Until the fingers stop."""
-        for step in range(20):
+        for step in range(30):
             before = self._world.gripper_opening()
             yield self._action(np.zeros(3), self._yaw, CLOSED)
             if step > 2 and abs(self._world.gripper_opening() - before) < 0.005:
@@ -190,7 +190,8 @@ class PickAndPlace:
         centre = np.array(goal.at[:2])
         height, own = self._world.heights(Heights.places(centre), goal.thing)
         side = int(np.sqrt(len(height)))
-        return grasp.plan(Heights(centre, height.reshape(side, side), own.reshape(side, side)), self._yaw)
+        seen = Heights(centre, height.reshape(side, side), own.reshape(side, side))
+        return grasp.plan(seen, self._yaw, np.array(self._scene.shoulder))
 
     def _target(self, index: int) -> Floats:
         """Where the thing shall be, x and y: the middle of its place, or its share of it where things share one."""
@@ -200,13 +201,14 @@ class PickAndPlace:
         place[axis] += goal.room[axis] * ((2 * sharing.index(index) + 1) / len(sharing) - 1)
         return place
 
-    def _height_on_the_way(self, end: Floats, thing: str, absent: bool) -> float:
-        """The height that clears everything between the hand and `end`, for what has no extent below the hand."""
+    def _height_on_the_way(self, end: Floats, thing: str, absent: bool, below: float) -> float:
+        """The height for what reaches `below` the hand to clear everything up to `end`, as far as the arm is able."""
         start = np.array(self._scene.hand[:2])
         way = np.linspace(start, end, 2 + int(np.linalg.norm(end - start) / 0.02))
         lanes = [[x, y] for x in (-0.06, 0.0, 0.06) for y in (-0.06, 0.0, 0.06)]
         points = (way[:, None] + np.array(lanes)).reshape(-1, 2)
-        return float(self._world.heights(points, thing, absent)[0].max()) + _MARGIN
+        clear = float(self._world.heights(points, thing, absent)[0].max()) + below + _MARGIN
+        return min(clear, float(grasp.ceiling(way, np.array(self._scene.shoulder)).min()))
 
     def _height_to_release(self, goal: Goal, target: Floats, end: Floats) -> float:
         """How high the hand is when the thing just does not touch, and neither palm nor fingers touch anything."""

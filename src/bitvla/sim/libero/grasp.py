@@ -16,12 +16,15 @@ REACH = 0.17  # from a map's centre to its edge: a grasp at a rim, and the palm 
 TIP = 0.010  # the fingers end this far below it
 PALM = 0.031  # and the palm begins this far above it
 OPENING = 0.08
+# The arm, with the hand pointing down. Straight, its elbow can no longer pull: the controller would be trapped.
+_WRIST_ABOVE, _WRIST_BEHIND, _ARM = 0.204, 0.088, 0.70  # the wrist from the grip site, and at most from the shoulder
 _FINGERS = np.arange(
     -0.065, 0.0651, STEP
 )  # along the closing direction: the fingers, 25 mm thick, and all between them
 _SIDES = np.array([-0.02, -0.01, 0.0, 0.01, 0.02])  # across it: lines on which the sides of a thing are compared
 _PADS = slice(1, 4)  # of them those that the fingers cover
 _PALM = np.arange(-0.105, 0.1051, 0.01), np.array([-0.035, 0.0, 0.035])
+_RISE = 0.05  # the hand must be able to come from above
 _CLEARANCE = 0.002
 _DEPTH = 0.004  # the least that must be between the fingers above the site: butter is 17 mm thick
 _SLANT = 0.0151  # how far the sides that they touch may be from parallel, on 1 cm; cells alone make 1 cm of it
@@ -78,8 +81,17 @@ def fingers(yaw: float) -> Floats:
     return rectangle(yaw, _FINGERS, _SIDES[_PADS]).reshape(-1, 2)
 
 
-def plan(seen: Heights, yaw: float) -> Grasp | None:
-    """The best grasp of the thing for a hand that is turned to `yaw` now; None where none is possible.
+def ceiling(places: Floats, shoulder: Floats) -> Floats:
+    """How high the grip site can be at `places` (..., 2) for an arm with its `shoulder` (3,) there; -inf: nowhere."""
+    away = np.linalg.norm(places - shoulder[:2], axis=-1) - _WRIST_BEHIND
+    room = _ARM**2 - away**2
+    return np.where(room > 0, shoulder[2] - _WRIST_ABOVE + np.sqrt(np.maximum(room, 0)), -np.inf)
+
+
+def plan(seen: Heights, yaw: float, shoulder: Floats) -> Grasp | None:
+    """The best grasp of the thing for a hand that is turned to `yaw` now, on an arm with its `shoulder` (3,) there.
+
+    None where none is possible.
 
     Both fingers must find room beside it (or inside it, at the rim of a bowl) and nothing else between them; best is
     what is held deep, symmetrically, across parallel sides, near its middle, and without turning far.
@@ -102,6 +114,7 @@ def plan(seen: Heights, yaw: float) -> Grasp | None:
         slants = sum(np.abs(edge - edge[:, 2:3]) * found for edge in (start, end))
         depth = np.where(between[:, :, 2], height[:, :, 2], -np.inf).max(axis=1) - z
         possible = found[:, 2] & ~(between & ~own)[:, :, _PADS].any(axis=(1, 2)) & (width <= OPENING - 2 * STEP + 1e-9)
+        possible &= z + _RISE < ceiling(points, shoulder)
         possible &= (depth >= _DEPTH) & (slants[:, _PADS].max(axis=1) <= _SLANT)
         cost = (
             slants.max(axis=1)

@@ -204,6 +204,7 @@ class World:
         self._solid = model.geom_group == 0
         self._group = np.array([1, 0, 0, 0, 0, 0], np.uint8)
         self._hand, self._site = model.body("robot0_right_hand").id, model.site("gripper0_grip_site").id
+        self._shoulder = model.body("robot0_link2").id
         self._slide = model.joint("gripper0_finger_joint1").id
         fingers = [model.body(f"gripper0_{side}finger").id for side in ("left", "right")]
         body = model.geom_bodyid
@@ -214,6 +215,7 @@ class World:
         grip = data.site_xpos[self._site]
         forward = grip - data.xpos[self._hand]
         return {
+            "shoulder": data.xpos[self._shoulder].tolist(),
             "hand": grip.tolist(),
             "closing": data.xaxis[self._slide].tolist(),
             "forward": (forward / math.sqrt(forward @ forward)).tolist(),
