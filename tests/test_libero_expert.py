@@ -134,11 +134,13 @@ def run(world, limit=LIMIT, meanwhile=lambda world, step: None):
     return limit
 
 
-def plan(things, name, yaw=-np.pi / 2):
+def plan(things, name, yaw=-np.pi / 2, carry=(0, 0)):
     world, centre = World(things, []), np.array(things[name].at[:2])
     height, own = world.heights(Heights.places(centre), name)
     side = int(np.sqrt(height.size))
-    return grasp.plan(Heights(centre, height.reshape(side, side), own.reshape(side, side)), yaw, np.array(SHOULDER))
+    return grasp.plan(
+        Heights(centre, height.reshape(side, side), own.reshape(side, side)), yaw, np.array(SHOULDER), np.array(carry)
+    )
 
 
 @pytest.mark.parametrize("yaw", [0.0, 0.5, 1.3])
@@ -169,10 +171,12 @@ def test_the_wrist_stays_within_a_quarter_turn_of_its_rest(yaw):
 
 
 def test_a_bowl_at_the_end_of_the_reach_is_held_at_its_near_side():
-    bowl = box(0.12, -0.2, (0.06, 0.06), 0.06, wall=0.006)
+    bowl = box(0.1, -0.15, (0.06, 0.06), 0.06, wall=0.006)
     found = plan({"bowl": bowl}, "bowl")
     assert np.hypot(*(found.position[:2] - SHOULDER[:2])) < np.hypot(*np.subtract(bowl.at[:2], SHOULDER[:2]))
     assert plan({"box": box(0.3, 0.0)}, "box") is None
+    assert plan({"box": box(0.0, 0.0)}, "box") is not None
+    assert plan({"box": box(0.0, 0.0)}, "box", carry=(0.3, 0.0)) is None
 
 
 def test_fingers_go_where_there_is_room():

@@ -106,7 +106,7 @@ class PickAndPlace:
 
     def _pick(self, index: int) -> Iterator[Action]:
         goal = self._scene.goals[index]
-        chosen = self._grasp(goal)
+        chosen = self._grasp(goal, self._target(index) - goal.at[:2])
         if chosen is None:
             raise _LostError
 
@@ -186,12 +186,12 @@ class PickAndPlace:
 
     # -- where to ------------------------------------------------------------------------------------
 
-    def _grasp(self, goal: Goal) -> Grasp | None:
+    def _grasp(self, goal: Goal, carry: Floats) -> Grasp | None:
         centre = np.array(goal.at[:2])
         height, own = self._world.heights(Heights.places(centre), goal.thing)
         side = int(np.sqrt(len(height)))
         seen = Heights(centre, height.reshape(side, side), own.reshape(side, side))
-        return grasp.plan(seen, self._yaw, np.array(self._scene.shoulder))
+        return grasp.plan(seen, self._yaw, np.array(self._scene.shoulder), carry)
 
     def _target(self, index: int) -> Floats:
         """Where the thing shall be, x and y: the middle of its place, or its share of it where things share one."""

@@ -16,8 +16,8 @@ REACH = 0.17  # from a map's centre to its edge: a grasp at a rim, and the palm 
 TIP = 0.010  # the fingers end this far below it
 PALM = 0.031  # and the palm begins this far above it
 OPENING = 0.08
-# The arm, with the hand pointing down. Straight, its elbow can no longer pull: the controller would be trapped.
-_WRIST_ABOVE, _WRIST_BEHIND, _ARM = 0.204, 0.088, 0.70  # the wrist from the grip site, and at most from the shoulder
+# The arm, with the hand pointing down. At 0.72 m its elbow is straight, and the controller can no longer pull it back.
+_WRIST_ABOVE, _WRIST_BEHIND, _ARM = 0.204, 0.088, 0.66  # the wrist from the grip site, and at most from the shoulder
 _FINGERS = np.arange(
     -0.065, 0.0651, STEP
 )  # along the closing direction: the fingers, 25 mm thick, and all between them
@@ -88,10 +88,10 @@ def ceiling(places: Floats, shoulder: Floats) -> Floats:
     return np.where(room > 0, shoulder[2] - _WRIST_ABOVE + np.sqrt(np.maximum(room, 0)), -np.inf)
 
 
-def plan(seen: Heights, yaw: float, shoulder: Floats) -> Grasp | None:
+def plan(seen: Heights, yaw: float, shoulder: Floats, carry: Floats) -> Grasp | None:
     """The best grasp of the thing for a hand that is turned to `yaw` now, on an arm with its `shoulder` (3,) there.
 
-    None where none is possible.
+    The arm must reach it, and the place to which the thing is carried, `carry` (2,) from here. None: not possible.
 
     Both fingers must find room beside it (or inside it, at the rim of a bowl) and nothing else between them; best is
     what is held deep, symmetrically, across parallel sides, near its middle, and without turning far.
@@ -114,7 +114,7 @@ def plan(seen: Heights, yaw: float, shoulder: Floats) -> Grasp | None:
         slants = sum(np.abs(edge - edge[:, 2:3]) * found for edge in (start, end))
         depth = np.where(between[:, :, 2], height[:, :, 2], -np.inf).max(axis=1) - z
         possible = found[:, 2] & ~(between & ~own)[:, :, _PADS].any(axis=(1, 2)) & (width <= OPENING - 2 * STEP + 1e-9)
-        possible &= z + _RISE < ceiling(points, shoulder)
+        possible &= z + _RISE < np.minimum(ceiling(points, shoulder), ceiling(points + carry, shoulder))
         possible &= (depth >= _DEPTH) & (slants[:, _PADS].max(axis=1) <= _SLANT)
         cost = (
             slants.max(axis=1)
