@@ -96,13 +96,13 @@ class PickAndPlace:
                 else:
                     yield self._action(np.zeros(3), self._yaw, OPEN)
             except _LostError:
-                yield from self._rise()
+                yield from self._rise(OPEN)
 
     def _deliver(self, index: int) -> Iterator[Action]:
         if not self._scene.goals[index].held:
             yield from self._pick(index)
         yield from self._put(index)
-        yield from self._rise()
+        yield from self._rise(OPEN)
 
     def _pick(self, index: int) -> Iterator[Action]:
         goal = self._scene.goals[index]
@@ -119,6 +119,7 @@ class PickAndPlace:
             lambda: chosen.position + moved(), above, chosen.yaw, OPEN, lambda: bool(np.linalg.norm(moved()) < 0.02)
         )
         yield from self._close()
+        yield from self._rise(CLOSED)  # what slips does so now, before its extent below the hand matters
         if not self._scene.goals[index].held:
             raise _LostError
 
@@ -135,13 +136,13 @@ class PickAndPlace:
         yield from self._move(aim, max(above, low), self._yaw, CLOSED, lambda: self._scene.goals[index].held)
         yield from self._open()
 
-    def _rise(self) -> Iterator[Action]:
-        """Straight up with open fingers, until nothing is between them."""
+    def _rise(self, grip: float) -> Iterator[Action]:
+        """Straight up, out of what is around the fingers."""
         aim = np.add(self._scene.hand, [0.0, 0.0, 0.08])
         for _ in range(_STUCK * 2):
             if self._scene.hand[2] > aim[2] - 0.01:
                 return
-            yield self._action(aim - self._scene.hand, self._yaw, OPEN)
+            yield self._action(aim - self._scene.hand, self._yaw, grip)
 
     def _move(
         self, aim: Callable[[], Floats], above: float, yaw: float, grip: float, well: Callable[[], bool]
@@ -169,11 +170,13 @@ class PickAndPlace:
         raise _LostError
 
     def _close(self) -> Iterator[Action]:
-        """Until the fingers stop."""
+        """Until the fingers have stopped; one that pushes the thing to the other may pause."""
+        still = 0
         for step in range(30):
             before = self._world.gripper_opening()
             yield self._action(np.zeros(3), self._yaw, CLOSED)
-            if step > 2 and abs(self._world.gripper_opening() - before) < 0.005:
+            still = still + 1 if step > 2 and abs(self._world.gripper_opening() - before) < 0.005 else 0
+            if still == 3:
                 return
 
     def _open(self) -> Iterator[Action]:
