@@ -26,7 +26,7 @@ help: ## show this list
 setup: $(VENV)/.ready-dev ## build the whole environment in .venv (training, simulator, reports, tools)
 	@echo "setup: ready; activate it with '. $(BIN)/activate', or run $(BIN)/bitvla"
 
-libero: .venv-libero/.ready ## install the LIBERO benchmark into .venv-libero (340 MB, a few minutes)
+libero: .venv-libero/.ready ## install the LIBERO benchmark into .venv-libero (340 MB to download, 1.4 GB on disk)
 	@echo "libero: ready; try $(BIN)/bitvla eval POLICY --env libero --suite libero_spatial --episodes 1"
 
 demo: $(VENV)/.ready-demo ## install what the demo needs (no PyTorch) and run the shipped policy in the simulator

@@ -22,8 +22,9 @@ from bitvla.convert import conventions
 from bitvla.errors import BitvlaError
 from bitvla.evaluate.rollout import evaluate
 from bitvla.sim import libero
-from bitvla.sim.base import make_simulator
+from bitvla.sim.base import TRAINING_SEEDS, make_simulator
 from bitvla.sim.libero import PROTOCOLS, Libero, LiberoProcessError
+from bitvla.sim.record import Job, record_episode
 from fakes import line_config
 
 SERVER = Path(libero.__file__).with_name("server.py")
@@ -42,15 +43,30 @@ class World:
         if not suite.startswith("libero_"):
             raise server.RefusedError(f"unknown LIBERO suite '{{suite}}'")
         return 10
-    def reset(self, suite, number, episode, wait_steps, seed):
+    def problem(self, suite, number):
+        goals = {{
+            0: [["turnon", "stove"]], 2: [["in", "bowl", "wooden_cabinet_1_top_region"]],
+            4: [["in", "bowl", "wooden_cabinet_1_middle_region"], ["turnon", "lamp"]],
+        }}
+        initial = [["turnon", "lamp"], ["open", "wooden_cabinet_1_middle_region"]]
+        return {{"instruction": "go", "initial": initial, "goal": goals.get(number, [["on", "bowl", "plate"]])}}
+    def reset(self, suite, number, episode, listed, wait_steps, seed):
         if suite == "libero_broken":
             1 / 0
-        self.asked = [number, episode, wait_steps, seed]
+        self.asked = [number, episode, int(listed), wait_steps, seed]
         self.state = [0.0] * 8
-        return {{"state": self.state, "objects": self.asked[:3], "instruction": "go"}}
+        return {{"state": self.state}}
     def step(self, action):
         self.state[0] += action[0]
-        return {{"state": self.state, "objects": self.asked[:3], "success": self.state[0] > 2.5}}
+        return {{"state": self.state, "success": self.state[0] > 2.5}}
+    def scene(self):
+        goal = {{"predicate": "on", "thing": "bowl", "place": "plate"}}
+        done = {{**goal, "holds": True, "at": [9.0, 9.0, 9.0]}}
+        waits = {{**goal, "holds": False, "at": self.asked[:3], "there": self.asked[2:]}}
+        hand = {{"shoulder": [0, 0, 0], "hand": self.state[:3], "closing": [0, 1, 0], "forward": [0, 0, -1]}}
+        return {{**hand, "goals": [done, waits]}}
+    def heights(self, places, thing, absent):
+        return [(x + y, thing == "bowl" and not absent) for x, y in places]
     def render(self, size):
         full = bytes(range(256)) * (3 * size * size // 256)
         return {{"full": full, "wrist": bytes(len(full))}}
@@ -133,7 +149,7 @@ def test_a_rotation_is_an_axis_times_an_angle_without_a_choice_of_sign(quaternio
 
 def test_an_episode_runs_in_the_other_process(world):
     world.reset("libero_goal/3", 7)
-    assert world.environment_state().tolist() == [3, 7, 10]
+    assert world.environment_state().tolist() == [3, 7, 1, 1, 10, 7]  # of the first thing that is not there yet
     seen = world.observe()
     assert seen["images"]["full"].shape == (64, 64, 3)
     assert seen["images"]["full"][0, 0].tolist() == [0, 1, 2]
@@ -145,12 +161,34 @@ def test_an_episode_runs_in_the_other_process(world):
     assert world.outcome() == {"success": False, "steps": 0, "done": []}
 
 
+def test_demonstrations_never_start_from_a_listed_state(world):
+    world.reset("libero_goal/3", TRAINING_SEEDS + 7)
+    assert world.environment_state().tolist() == [3, TRAINING_SEEDS + 7, 0, 0, 10, 7]
+
+
+def test_the_expert_knows_what_it_cannot_do(world):
+    reasons = [world.cannot_demonstrate(f"libero_goal/{number}") for number in (0, 1, 2, 4)]
+    assert "turnon stove" in reasons[0]
+    assert "wooden_cabinet_1_top_region is closed" in reasons[2]
+    assert reasons[1] == reasons[3] == ""  # a lamp that is on and a drawer that is open need no hand
+
+
+def test_heights_come_in_the_order_of_the_places(world):
+    world.reset("libero_goal/3", 0)
+    heights, own = world.heights(np.array([[1.0, 2.0], [3.0, 4.0]]), "bowl")
+    assert heights.tolist() == [3, 7]
+    assert own.all()
+    assert not world.heights(np.zeros((1, 2)), "bowl", absent=True)[1].any()
+
+
 @pytest.mark.parametrize(
     ("call", "reason"),
     [
         (lambda world: world.tasks("mt10"), "unknown LIBERO suite 'mt10'"),
         (lambda world: world.tasks("libero_goal/10"), "libero_goal has 0 to 9"),
         (lambda world: world.reset("libero_goal/1", 50), "lists 50 initial states"),
+        (lambda world: world.reset("libero_goal/1", TRAINING_SEEDS - 1), "lists 50 initial states"),
+        (lambda world: world.reset("libero_goal/0", 0) or world.expert(), "cannot do 'libero_goal/0'.* turnon stove"),
         (lambda world: world.reset("libero_goal/1", 0, ambiguous=True), "no ambiguous scenes"),
         (lambda world: world.observe(), "call reset"),
         (lambda world: world.reset("libero_goal/1", 0) or world.step(np.zeros(4)), "seven finite numbers"),
@@ -286,3 +324,29 @@ def test_pictures_on_demand_are_those_of_the_benchmark():
     done = subprocess.run([installed(), script], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     assert "the same in all 12 steps" in done.stdout
+
+
+@pytest.mark.libero
+@pytest.mark.slow
+@pytest.mark.skipif(installed() is None, reason="LIBERO is not installed: make libero")
+# Flat and of transparent solids; in a drawer; two things for one basket.
+@pytest.mark.parametrize("task", ["libero_object/1", "libero_spatial/4", "libero_10/0"])
+def test_the_expert_reaches_the_goal_of_the_benchmark(task):
+    with Libero() as simulator:
+        simulator.reset(task, 0)
+        act = simulator.expert()
+        assert any(simulator.step(act()) for _ in range(simulator.steps_of(task)))
+
+
+@pytest.mark.libero
+@pytest.mark.slow
+@pytest.mark.skipif(installed() is None, reason="LIBERO is not installed: make libero")
+def test_a_demonstration_is_recorded():
+    with Libero(image_size=32) as simulator:
+        episode = record_episode(simulator, Job(0, "libero_object/0", 0), seed=0)
+    assert episode.task == "pick up the alphabet soup and place it in the basket"
+    assert episode.extra["seed"] >= TRAINING_SEEDS
+    assert episode.images["wrist"].shape == (episode.length, 32, 32, 3)
+    assert episode.vectors["observation.keypoints"].shape == (episode.length, 12)
+    hidden = episode.vectors["observation.environment_state"]
+    assert np.linalg.norm(hidden[-1, :2] - hidden[-1, 3:5]) < 0.06 < np.linalg.norm(hidden[0, :2] - hidden[0, 3:5])

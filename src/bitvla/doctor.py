@@ -11,6 +11,7 @@ import sys
 from typing import Any
 
 import bitvla
+from bitvla.errors import BitvlaError
 
 EXTRAS = {
     "sim": ("metaworld", "mujoco", "gymnasium", "OpenGL", "packaging"),
@@ -43,6 +44,7 @@ def doctor() -> dict[str, Any]:
     checks += [_extra(extra, packages) for extra, packages in EXTRAS.items()]
     if _installed("mujoco"):
         checks.append(_rendering())
+    checks.append(_libero())
     return {"passed": native["state"] == "ok", "checks": checks}
 
 
@@ -101,6 +103,21 @@ def _version(package: str) -> str:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return ""
+
+
+def _libero() -> dict[str, Any]:
+    """Whether the environment that LIBERO lives in is there, and answers."""
+    from bitvla.sim.libero import PACKAGE, find_python
+
+    try:
+        python = find_python()
+    except BitvlaError:
+        return _check("simulator libero", "missing", "not installed", "make libero")
+    question = f"from importlib.metadata import version; print(version('{PACKAGE}'))"
+    done = subprocess.run([python, "-I", "-c", question], capture_output=True, text=True, check=False)
+    if done.returncode:
+        return _check("simulator libero", "broken", f"{python} has no {PACKAGE}", "make libero")
+    return _check("simulator libero", "ok", f"{PACKAGE} {done.stdout.strip()}")
 
 
 def _rendering() -> dict[str, Any]:

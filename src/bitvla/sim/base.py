@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import numpy as np
@@ -12,6 +13,9 @@ from bitvla.errors import BitvlaError
 
 Observation = dict[str, Any]
 """``{"images": {camera: uint8 (H, W, 3)}, "state": float32 (S,), "instruction": str}``"""
+
+Expert = Callable[[], npt.NDArray[np.float32]]
+"""Called before every step of an episode, it answers with the action float32 (A,) in [-1, 1] to play now."""
 
 TRAINING_SEEDS = 1_000_000
 """Seeds from here on are for recording; evaluation uses seeds below. The two never meet."""
@@ -24,12 +28,14 @@ class Simulator(Protocol):
     """
 
     name: str
+    robot: str  # as datasets name it
     cameras: tuple[str, ...]
     image_size: int
     state_names: tuple[str, ...]
     action_names: tuple[str, ...]
     environment_state_names: tuple[str, ...]
     keypoint_names: tuple[str, ...]
+    action_noise: tuple[float, ...]  # how much of the recorder's noise each dimension of an action takes
     control_hz: float
     max_steps: int
 
@@ -53,8 +59,24 @@ class Simulator(Protocol):
         """Play one action ``float32 (A,)``; True when the task is solved at this step."""
         ...
 
-    def full_observation(self) -> npt.NDArray[np.float64]:
-        """The privileged observation that the scripted experts read."""
+    def sentence(self, task: str, rng: np.random.Generator) -> str:
+        """A sentence for demonstrations of ``task``."""
+        ...
+
+    def cannot_demonstrate(self, task: str) -> str:
+        """Why no scripted expert can do ``task``; empty where one can."""
+        ...
+
+    def longest_demonstration(self, task: str) -> int:
+        """Frames after which a demonstration of ``task`` is too long to learn from."""
+        ...
+
+    def expert(self) -> Expert:
+        """The scripted expert of the running episode, which reads what only a simulator knows."""
+        ...
+
+    def gripper_opening(self) -> float:
+        """How far the gripper is open, 0 to 1."""
         ...
 
     def environment_state(self) -> npt.NDArray[np.float32]:

@@ -10,10 +10,8 @@ import numpy.typing as npt
 
 from bitvla.errors import BitvlaError
 
-Expert = Callable[[npt.NDArray[np.float64]], npt.NDArray[np.float32]]
 
-
-def expert(task: str) -> Expert:
+def expert(task: str) -> Callable[[npt.NDArray[np.float64]], npt.NDArray[np.float32]]:
     """The scripted expert of a Meta-World task.
 
     Args:

@@ -21,7 +21,8 @@ import mujoco
 from metaworld.env_dict import ALL_V3_ENVIRONMENTS
 
 from bitvla.errors import BitvlaError
-from bitvla.sim.base import Observation
+from bitvla.sim.base import Expert, Observation
+from bitvla.sim.experts import expert
 from bitvla.sim.instructions import instruction
 
 MT10 = (
@@ -97,6 +98,7 @@ class MetaWorld:
     """
 
     name = "metaworld"
+    robot = "metaworld-sawyer"
     cameras: tuple[str, ...] = ("corner", "wrist")
     state_names: tuple[str, ...] = ("hand_x", "hand_y", "hand_z", "gripper_opening")
     action_names: tuple[str, ...] = ("hand_dx", "hand_dy", "hand_dz", "gripper_effort")
@@ -104,6 +106,7 @@ class MetaWorld:
         f"{thing}_{axis}" for thing in ("object1", "object2", "goal") for axis in "xyz"
     )
     keypoint_names: tuple[str, ...] = ("hand", "object1", "object2", "goal")
+    action_noise = (1.0, 1.0, 1.0, 1.0)
     control_hz = 80.0
     max_steps = 500
 
@@ -233,8 +236,29 @@ class MetaWorld:
         return self._current().observation[:4].astype(np.float32)
 
     def full_observation(self) -> npt.NDArray[np.float64]:
-        """The privileged observation float64 (39,) that the scripted experts read."""
+        """Meta-World's own observation float64 (39,), which its experts read."""
         return self._current().observation.copy()
+
+    def sentence(self, task: str, rng: np.random.Generator) -> str:
+        """One of the task's training sentences."""
+        return instruction(task, rng, split="train")
+
+    def cannot_demonstrate(self, task: str) -> str:
+        """Empty: there is an expert for every task."""
+        return ""
+
+    def longest_demonstration(self, task: str) -> int:
+        """Half of what an evaluation allows: whatever takes longer has gone astray."""
+        return self.max_steps // 2
+
+    def expert(self) -> Expert:
+        """Meta-World's expert of the running episode's task."""
+        act = expert(self._current().task)
+        return lambda: act(self.full_observation())
+
+    def gripper_opening(self) -> float:
+        """0 closed, 1 open."""
+        return float(self._current().observation[3])
 
     def environment_state(self) -> npt.NDArray[np.float32]:
         """Positions float32 (9,) in metres: object 1, object 2 (zeros when none), goal."""

@@ -29,12 +29,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from bitvla.data.lerobot import Episode, LeRobotWriter
 from bitvla.errors import BitvlaError
 from bitvla.sim.base import TRAINING_SEEDS, Simulator, make_simulator
-from bitvla.sim.experts import Expert, expert
-from bitvla.sim.instructions import instruction
 
 BATCH = 50  # episodes a commit
 HOLD_STEPS = 8  # recorded after success, so that a policy learns to stay
-MAX_RECORDED = 250
 ATTEMPTS = 20
 NOISE = (0.0, 0.0, 0.1, 0.25)  # deviations of the executed from the recorded action, one drawn an episode
 RECOVERIES, AMBIGUOUS = 0.2, 0.3  # shares of the episodes
@@ -71,15 +68,20 @@ def record(
 ) -> dict[str, Any]:
     """Record `episodes` demonstrations of every task of `suite` into the dataset `out`, or go on doing so.
 
-    Returns a summary. Raises BitvlaError for an unusable folder, a full disk, or a task that the expert cannot do.
+    Tasks for which there is no expert are left out, and named in the summary that is returned. Raises BitvlaError for
+    an unusable folder, a full disk, no task to demonstrate, or one at which the expert keeps failing.
     """
     out, settings = Path(out), Settings(env, suite, seed, image_size)
     simulator = make_simulator(env, image_size=image_size)
-    tasks = simulator.tasks(suite)
+    reasons = {task: simulator.cannot_demonstrate(task) for task in simulator.tasks(suite)}
+    tasks = [task for task, reason in reasons.items() if not reason]
+    left_out = {task: reason for task, reason in reasons.items() if reason}
+    if not tasks:
+        raise BitvlaError(f"no expert can do '{suite}': {next(iter(left_out.values()))}")
     _claim(out, settings)
     writer = LeRobotWriter(
         out,
-        robot_type=f"{env}-sawyer",
+        robot_type=simulator.robot,
         fps=simulator.control_hz,
         cameras=dict.fromkeys(simulator.cameras, (image_size, image_size)),
         vectors={
@@ -102,7 +104,8 @@ def record(
         with _named_disk_errors(out):
             _record_all(pending, settings, writer, out, processes or os.cpu_count() or 1)
     shutil.rmtree(out / ".staging", ignore_errors=True)
-    return {"out": str(out), "tasks": len(tasks), "episodes": writer.num_episodes, "recorded_now": len(pending)}
+    summary = {"out": str(out), "tasks": len(tasks), "episodes": writer.num_episodes, "recorded_now": len(pending)}
+    return summary | ({"left_out": left_out} if left_out else {})
 
 
 def _record_all(jobs: list[Job], settings: Settings, writer: LeRobotWriter, out: Path, processes: int) -> None:
@@ -193,12 +196,11 @@ def _attempt(simulator: Simulator, job: Job, seed: int, attempt: int) -> Episode
     recovery = bool(rng.random() < RECOVERIES)
     noise = float(rng.choice(NOISE))
     start = TRAINING_SEEDS + int(rng.integers(1_000_000_000))
-    sentence = instruction(job.task, rng, split="train")
-    act = expert(job.task)
+    sentence = simulator.sentence(job.task, rng)
     simulator.reset(job.task, start, ambiguous=ambiguous)
-    if recovery and not _disturb(simulator, act, rng):
+    if recovery and not _disturb(simulator, rng):
         return None
-    frames = _demonstrate(simulator, act, rng, noise)
+    frames = _demonstrate(simulator, rng, noise, simulator.longest_demonstration(job.task))
     if frames is None:
         return None
     images, vectors = frames
@@ -206,34 +208,36 @@ def _attempt(simulator: Simulator, job: Job, seed: int, attempt: int) -> Episode
     return Episode(images, vectors, sentence, extra)
 
 
-def _disturb(simulator: Simulator, act: Expert, rng: np.random.Generator) -> bool:
+def _disturb(simulator: Simulator, rng: np.random.Generator) -> bool:
     """Lead the scene into a failed state, unrecorded: some expert steps, then a burst of wrong ones."""
+    act = simulator.expert()
     for _ in range(int(rng.integers(0, 60))):
-        if simulator.step(act(simulator.full_observation())):
+        if simulator.step(act()):
             return False
-    direction = rng.uniform(-1, 1, 4).astype(np.float32)
+    scale = np.array(simulator.action_noise, dtype=np.float32)
+    direction = rng.uniform(-1, 1, scale.size).astype(np.float32)
     for _ in range(int(rng.integers(5, 20))):
-        simulator.step(np.clip(direction + 0.3 * rng.standard_normal(4), -1, 1).astype(np.float32))
+        wrong = scale * (direction + 0.3 * rng.standard_normal(scale.size))
+        simulator.step(np.clip(wrong, -1, 1).astype(np.float32))
     return not simulator.outcome()["success"]
 
 
 def _demonstrate(
-    simulator: Simulator, act: Expert, rng: np.random.Generator, noise: float
+    simulator: Simulator, rng: np.random.Generator, noise: float, longest: int
 ) -> tuple[dict[str, NDArray[np.uint8]], dict[str, NDArray[np.float32]]] | None:
-    """Record the expert until it has held success for a while; None when it does not get there.
+    """Record the expert until it has held success for a while; None when it does not get there in `longest` frames.
 
     The executed action carries noise, the recorded one is what the expert wanted: a label that corrects.
     """
     images: dict[str, list[NDArray[np.uint8]]] = {camera: [] for camera in simulator.cameras}
     states, actions, privileged, keypoints = [], [], [], []
-    after_success = 0
+    act, scale, after_success = simulator.expert(), np.array(simulator.action_noise), 0
     for _ in range(simulator.max_steps):
-        action = act(simulator.full_observation())
-        opening = simulator.full_observation()[3]
+        action, opening = act(), simulator.gripper_opening()
         observed, hidden, points = simulator.observe(), simulator.environment_state(), simulator.keypoints()
-        executed = np.clip(action + noise * rng.standard_normal(4), -1, 1).astype(np.float32)
+        executed = np.clip(action + noise * scale * rng.standard_normal(scale.size), -1, 1).astype(np.float32)
         after_success += bool(simulator.step(executed)) or after_success > 0
-        if _moves(action, opening, simulator.full_observation()[3]):
+        if _moves(action, opening, simulator.gripper_opening()):
             for camera, frames in images.items():
                 frames.append(observed["images"][camera])
             states.append(observed["state"])
@@ -242,7 +246,7 @@ def _demonstrate(
             keypoints.append(points.ravel())
         if after_success > HOLD_STEPS:
             break
-        if len(actions) >= MAX_RECORDED:
+        if len(actions) >= longest:
             return None
     if after_success == 0 or len(actions) < HOLD_STEPS:
         return None
@@ -257,7 +261,7 @@ def _demonstrate(
 
 def _moves(action: NDArray[np.float32], opening_before: float, opening_after: float) -> bool:
     """Whether a step does anything: the hand is told to move, or the gripper is still moving."""
-    return bool(np.abs(action[:3]).max() > 0.02 or abs(opening_after - opening_before) > 0.002)
+    return bool(np.abs(action[:-1]).max() > 0.02 or abs(opening_after - opening_before) > 0.002)
 
 
 # -- files -------------------------------------------------------------------------------------

