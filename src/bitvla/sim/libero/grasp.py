@@ -17,7 +17,8 @@ TIP = 0.010  # the fingers end this far below it
 PALM = 0.031  # and the palm begins this far above it
 OPENING = 0.08
 # The arm, with the hand pointing down. At 0.72 m its elbow is straight, and the controller can no longer pull it back.
-_WRIST_ABOVE, _WRIST_BEHIND, _ARM = 0.204, 0.088, 0.66  # the wrist from the grip site, and at most from the shoulder
+_WRIST_ABOVE, _WRIST_BEHIND = 0.204, 0.088  # the wrist from the grip site
+_COMFORT, _ARM = 0.66, 0.70  # from shoulder to wrist: better within, and at most
 _FINGERS = np.arange(
     -0.065, 0.0651, STEP
 )  # along the closing direction: the fingers, 25 mm thick, and all between them
@@ -81,10 +82,10 @@ def fingers(yaw: float) -> Floats:
     return rectangle(yaw, _FINGERS, _SIDES[_PADS]).reshape(-1, 2)
 
 
-def ceiling(places: Floats, shoulder: Floats) -> Floats:
+def ceiling(places: Floats, shoulder: Floats, arm: float = _ARM) -> Floats:
     """How high the grip site can be at `places` (..., 2) for an arm with its `shoulder` (3,) there; -inf: nowhere."""
     away = np.linalg.norm(places - shoulder[:2], axis=-1) - _WRIST_BEHIND
-    room = _ARM**2 - away**2
+    room = arm**2 - away**2
     return np.where(room > 0, shoulder[2] - _WRIST_ABOVE + np.sqrt(np.maximum(room, 0)), -np.inf)
 
 
@@ -106,6 +107,7 @@ def plan(seen: Heights, yaw: float, shoulder: Floats, carry: Floats) -> Grasp | 
     best, lowest = None, np.inf
     for turned in _YAWS:
         height, own = seen.around(points, turned, _FINGERS, _SIDES)
+        strain = np.zeros(len(points))
         below_palm = seen.around(points, turned, *_PALM)[0].max(axis=(1, 2))
         z = np.maximum(height[:, ~inside, _PADS].max(axis=(1, 2)) + TIP, below_palm - PALM) + _CLEARANCE
         between = (height > z[:, None, None] + 0.002) & inside[None, :, None]
@@ -114,7 +116,9 @@ def plan(seen: Heights, yaw: float, shoulder: Floats, carry: Floats) -> Grasp | 
         slants = sum(np.abs(edge - edge[:, 2:3]) * found for edge in (start, end))
         depth = np.where(between[:, :, 2], height[:, :, 2], -np.inf).max(axis=1) - z
         possible = found[:, 2] & ~(between & ~own)[:, :, _PADS].any(axis=(1, 2)) & (width <= OPENING - 2 * STEP + 1e-9)
-        possible &= z + _RISE < np.minimum(ceiling(points, shoulder), ceiling(points + carry, shoulder))
+        for arm, cost_of_more in ((_COMFORT, 0.05), (_ARM, np.inf)):
+            highest = np.minimum(ceiling(points, shoulder, arm), ceiling(points + carry, shoulder, arm))
+            strain = np.where(z + _RISE > highest, cost_of_more, strain)
         possible &= (depth >= _DEPTH) & (slants[:, _PADS].max(axis=1) <= _SLANT)
         cost = (
             slants.max(axis=1)
@@ -123,7 +127,7 @@ def plan(seen: Heights, yaw: float, shoulder: Floats, carry: Floats) -> Grasp | 
             + 0.01 * abs(angle(turned - yaw))
             - np.minimum(depth, 0.02)
         )
-        cost = np.where(possible, cost + 0.01 * (~found[:, _PADS]).sum(axis=1), np.inf)
+        cost = np.where(possible, cost + strain + 0.01 * (~found[:, _PADS]).sum(axis=1), np.inf)
         k = int(cost.argmin())
         if cost[k] < lowest:
             lowest = cost[k]
