@@ -106,7 +106,7 @@ class MetaWorld:
         f"{thing}_{axis}" for thing in ("object1", "object2", "goal") for axis in "xyz"
     )
     keypoint_names: tuple[str, ...] = ("hand", "object1", "object2", "goal")
-    action_noise = (1.0, 1.0, 1.0, 1.0)
+    action_noise: tuple[float, ...] = (1.0, 1.0, 1.0, 1.0)
     control_hz = 80.0
     max_steps = 500
 

@@ -92,7 +92,7 @@ class Libero:
         f"{thing}_{axis}" for thing in ("object", "goal") for axis in "xyz"
     )
     keypoint_names: tuple[str, ...] = ("hand", "object", "goal")
-    action_noise = (1.0, 1.0, 1.0, 0.1, 0.1, 0.1, 1.0)  # 1 is 5 cm, but half a radian
+    action_noise: tuple[float, ...] = (1.0, 1.0, 1.0, 0.1, 0.1, 0.1, 1.0)  # 1 is 5 cm, but half a radian
     control_hz = 20.0
     max_steps = 520  # of the longest suite; `steps_of` tells each
 

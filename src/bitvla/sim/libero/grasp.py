@@ -113,7 +113,7 @@ def plan(seen: Heights, yaw: float, shoulder: Floats, carry: Floats) -> Grasp | 
         between = (height > z[:, None, None] + 0.002) & inside[None, :, None]
         start, end, found = _edges(between)
         width, middle = end[:, 2] - start[:, 2] + STEP, (end[:, 2] + start[:, 2]) / 2
-        slants = sum(np.abs(edge - edge[:, 2:3]) * found for edge in (start, end))
+        slants = (np.abs(start - start[:, 2:3]) + np.abs(end - end[:, 2:3])) * found
         depth = np.where(between[:, :, 2], height[:, :, 2], -np.inf).max(axis=1) - z
         possible = found[:, 2] & ~(between & ~own)[:, :, _PADS].any(axis=(1, 2)) & (width <= OPENING - 2 * STEP + 1e-9)
         for arm, cost_of_more in ((_COMFORT, 0.05), (_ARM, np.inf)):
@@ -138,7 +138,7 @@ def plan(seen: Heights, yaw: float, shoulder: Floats, carry: Floats) -> Grasp | 
 
 def _edges(between: NDArray[np.bool_]) -> tuple[Floats, Floats, NDArray[np.bool_]]:
     """Where what is between the fingers (P, A, B) starts and ends on each line (P, B), and whether there is any."""
-    found = between.any(axis=1)
+    found = np.asarray(between.any(axis=1))
     start = np.where(found, _FINGERS[between.argmax(axis=1)], 0.0)
     end = np.where(found, _FINGERS[::-1][between[:, ::-1].argmax(axis=1)], 0.0)
     return start, end, found
