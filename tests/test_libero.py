@@ -46,6 +46,7 @@ class World:
     def problem(self, suite, number):
         goals = {{
             0: [["turnon", "stove"]], 2: [["in", "bowl", "wooden_cabinet_1_top_region"]],
+            5: [["on", "plate_1", "table_region"]],
             4: [["in", "bowl", "wooden_cabinet_1_middle_region"], ["turnon", "lamp"]],
         }}
         initial = [["turnon", "lamp"], ["open", "wooden_cabinet_1_middle_region"]]
@@ -167,9 +168,10 @@ def test_demonstrations_never_start_from_a_listed_state(world):
 
 
 def test_the_expert_knows_what_it_cannot_do(world):
-    reasons = [world.cannot_demonstrate(f"libero_goal/{number}") for number in (0, 1, 2, 4)]
+    reasons = [world.cannot_demonstrate(f"libero_goal/{number}") for number in (0, 1, 2, 4, 5)]
     assert "turnon stove" in reasons[0]
     assert "wooden_cabinet_1_top_region is closed" in reasons[2]
+    assert "plate_1 lies too flat" in reasons[4]
     assert reasons[1] == reasons[3] == ""  # a lamp that is on and a drawer that is open need no hand
 
 

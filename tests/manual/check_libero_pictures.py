@@ -23,7 +23,7 @@ IMAGES = {"full": "agentview_image", "wrist": "robot0_eye_in_hand_image"}
 
 def main(suite: str = "libero_spatial", task: str = "0") -> None:
     ours, number = server.Simulation(), int(task)
-    ours.reset(suite, number, EPISODE, 0, SEED)
+    ours.reset(suite, number, EPISODE, True, 0, SEED)
     listed = ours._suite(suite)
     env = OffScreenRenderEnv(
         bddl_file_name=listed.get_task_bddl_file_path(number),
