@@ -66,7 +66,7 @@ class Episode:
 class LeRobotWriter:
     """Appends batches of episodes to a dataset. `vectors` gives the names of each vector feature's dimensions.
 
-    `lossless` videos hold every pixel as it was, in about ten times the space.
+    `lossless` videos hold every pixel as it was, in more space.
     """
 
     def __init__(
