@@ -7,7 +7,6 @@ and used again, so a call in steady state allocates nothing large. M rows (token
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, NamedTuple
@@ -235,9 +234,9 @@ class Decoder:
             narrow = narrow.rows(slice(0, len(x)))
             # A causal query is the last that its keys serve.
             seen = length if language.bidirectional else start + rows.stop
-            past = (cache.keys[index], cache.values[index]) if cache else (k[:seen], v[:seen])
+            keys, values = (cache.keys[index], cache.values[index]) if cache else (k[:seen], v[:seen])
             native.attention(  # in place: every block of queries is copied before its answers are written
-                q, *past, language.num_heads, language.num_kv_heads, scale, not language.bidirectional, q,
+                q, keys, values, language.num_heads, language.num_kv_heads, scale, not language.bidirectional, q,
                 packed=seen if cache else None,
             )  # fmt: skip
             native.rms_norm_quantize(q, layer.attn_sub_norm, eps, *narrow)
