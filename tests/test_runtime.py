@@ -31,6 +31,8 @@ from bitvla.runtime import selftest
 from bitvla.runtime.policy import PARTS, Policy
 from checkpoints import observation, pack_random, random_weights, tiny_config, token_config
 from reference_network import ReferenceNetwork, attention, gelu, gelu_tanh
+from serving import NANO
+from serving import observation as serving_observation
 
 
 def changed(**sections: dict[str, Any]) -> PolicyConfig:
@@ -89,7 +91,9 @@ def test_layers_match_the_reference(tmp_path: Path, name: str, seed: int) -> Non
         error = np.abs(states[key] - value) / np.abs(value).max()
         assert np.median(error) < 1e-5, key
         assert error.max() < 0.05, key
-    np.testing.assert_allclose(policy.network.act(states["answers"]), reference.head(states["answers"])[None], atol=1e-5)
+    np.testing.assert_allclose(
+        policy.network.act(states["answers"]), reference.head(states["answers"])[None], atol=1e-5
+    )
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -339,11 +343,19 @@ def test_a_batch_answers_what_each_observation_gets_alone(tmp_path: Path, name: 
         assert [chunk.tobytes() for chunk in chunks] == [alone[i] for i in order]
 
 
+def test_a_batch_of_the_shipped_policy() -> None:
+    policy = bitvla.load(NANO, threads=1)
+    seen = [serving_observation(seed) for seed in range(3)]
+    prefixes = [None, policy.act(seen[0])[:3], policy.act(seen[0])[:1]]
+    alone = [policy.act(*given).tobytes() for given in zip(seen, prefixes, strict=True)]
+    assert [chunk.tobytes() for chunk in policy.act_batch(seen, prefixes)] == alone
+
+
 def test_a_batch_that_cannot_be_answered_is_refused(policy: Policy) -> None:
     good = observation(policy.config)
     with pytest.raises(BitvlaError, match="observation 1 of the batch: the observation lacks the entry 'state'"):
         policy.act_batch([good, without(good, "state"), good])
-    with pytest.raises(BitvlaError, match="observation 2 of the batch: .* was not trained to continue"):
+    with pytest.raises(BitvlaError, match=r"observation 2 of the batch: .* was not trained to continue"):
         policy.act_batch([good] * 3, [None, None, np.zeros((1, 4))])
     for wrong in (([],), ([], []), ([good], [None, None])):
         with pytest.raises(BitvlaError, match="at least one observation, and a prefix or None for each"):

@@ -216,8 +216,8 @@ class Decoder:
         self.cos, self.sin = rotary_table(language.max_positions, language.head_dim, language.rope_theta)
 
     def run(self, x: Floats, spans: Sequence[Span], record: Record | None = None) -> Floats:
-        """Embeddings (M, H) of the spans' tokens, span after span, which are used up -> final hidden states (answers, H)
-        of those that are answers."""
+        """Embeddings (M, H) of all spans, one after the other, which are used up -> final hidden states (answers, H) of
+        those that are answers."""
         language, eps = self.language, self.language.rms_norm_eps
         q = self.workspace.floats("q", len(x), language.hidden_size)
         k, v = (self.workspace.floats(name, len(x), language.num_kv_heads * language.head_dim) for name in ("k", "v"))
@@ -452,8 +452,10 @@ class ActionTokens:
 
 
 class Network:
-    """From patches, plans and normalised states of N observations to normalised actions. `record`, when set, sees hidden
-    states."""
+    """From patches, plans and normalised states of N observations to normalised actions.
+
+    `record`, when set, sees hidden states.
+    """
 
     def __init__(self, bundle: Bundle[PolicyConfig]) -> None:
         config = bundle.config

@@ -74,12 +74,14 @@ class Policy:
         """
         return self.act_batch([observation], [prefix])[0]
 
-    def act_batch(self, observations: Sequence[object], prefixes: Sequence[object] | None = None) -> NDArray[np.float32]:
+    def act_batch(
+        self, observations: Sequence[object], prefixes: Sequence[object] | None = None
+    ) -> NDArray[np.float32]:
         """The chunks for several observations, computed together: float32 (observations, horizon, action_dim).
 
-        Each is what `act` answers, bit for bit, whatever else is in the batch; instructions and the lengths of
-        `prefixes`, one or None for each observation, may differ. Raises BitvlaError where there is nothing to answer, or
-        any of it is unusable.
+        Each is what `act` answers, bit for bit, whatever else is in the batch. Instructions may differ, and so may
+        `prefixes`: one, or None, for each observation. Raises BitvlaError where there is none, or
+        where any of it is unusable.
         """
         times = [time.perf_counter()]
         prefixes = [None] * len(observations) if prefixes is None else prefixes
