@@ -53,7 +53,7 @@ for _ in range(10):
     policy.act(observation)
 from bitvla.runtime.machine import memory
 alone = memory()
-for _ in range(3):
+for _ in range(3 if batch > 1 else 0):
     policy.act_batch([observation] * batch)
 print(json.dumps({
     "times": {"import_s": imported - start, "load_s": loaded - imported, "first_call_s": acted - before},

@@ -80,8 +80,8 @@ class Policy:
         """The chunks for several observations, computed together: float32 (observations, horizon, action_dim).
 
         Each is what `act` answers, bit for bit, whatever else is in the batch. Instructions may differ, and so may
-        `prefixes`: one, or None, for each observation. Raises BitvlaError where there is none, or
-        where any of it is unusable.
+        `prefixes`: one, or None, for each observation. Raises BitvlaError where there is none, or where
+        any of it is unusable.
         """
         times = [time.perf_counter()]
         prefixes = [None] * len(observations) if prefixes is None else prefixes
