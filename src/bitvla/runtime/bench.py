@@ -105,10 +105,7 @@ def bench(
         native.set_num_threads(before)
     return {
         "policy": policy.config.name,
-        "sha256": policy.bundle.sha256,
-        "bitvla": bitvla.__version__,
-        "machine": {"processor": processor(), "cores": cores(), "python": platform.python_version()},
-        "instruction_set": policy.isa,
+        **_circumstances(policy),
         "views": len(policy.config.processing.cameras),
         "tokens": {
             "vision": policy.config.vision.num_patches * len(policy.config.processing.cameras),
@@ -126,6 +123,15 @@ def bench(
         "startup": startup["times"],
         "memory": startup["memory"],
     } | ({"batches": batches, "batch_memory": startup["batch_memory"]} if batches else {})
+
+
+def _circumstances(measured: Policy | LanguageModel) -> dict[str, Any]:
+    return {
+        "sha256": measured.bundle.sha256,
+        "bitvla": bitvla.__version__,
+        "machine": {"processor": processor(), "cores": cores(), "python": platform.python_version()},
+        "instruction_set": measured.isa,
+    }
 
 
 class _Run(NamedTuple):
@@ -190,11 +196,10 @@ def _writing(path: Path, threads: int | None, repeats: int) -> dict[str, Any]:
     `gb_per_s` counts the weights that a token reads, `share` is that of the memory bandwidth measured in the same run.
     """
     model = LanguageModel.load(path, threads)
-    tensors, head = model.bundle.tensors, "language_model.model.embed_tokens.weight"
-    sizes = {
-        "decoder": sum(tensor.nbytes for name, tensor in tensors.items() if name != head),
-        "head": tensors[head].nbytes,
-    }
+    layers = (
+        tensor for name, tensor in model.bundle.tensors.items() if name.startswith("language_model.model.layers.")
+    )
+    sizes = {"decoder": sum(tensor.nbytes for tensor in layers), "head": model.head.weight.nbytes}
     before = native.num_threads()
     rows: list[dict[str, Any]] = []
     used: dict[str, int] = {}
@@ -216,10 +221,7 @@ def _writing(path: Path, threads: int | None, repeats: int) -> dict[str, Any]:
         native.set_num_threads(before)
     return {
         "model": model.config.name,
-        "sha256": model.bundle.sha256,
-        "bitvla": bitvla.__version__,
-        "machine": {"processor": processor(), "cores": cores(), "python": platform.python_version()},
-        "instruction_set": model.isa,
+        **_circumstances(model),
         "tokens": {"prompt": PROMPT_TOKENS, "written": repeats},
         "latency": rows,
         "memory": used,
