@@ -214,12 +214,25 @@ class CheckedNative:
         assert (np.abs(out - (x @ w.T + bias)) <= 2.0**-23 * steps * bound).all()
 
     @staticmethod
-    def check_attention(args: Any, before: Any) -> None:
+    def check_attention(args: Any, before: Any, packed: int | None = None) -> None:
         q, k, v, heads, kv_heads, scale, causal, out = args
         assert scale == (q.shape[1] // heads) ** -0.5
         q, k, v = (part.astype(np.float64) for part in before[:3])  # the answers may lie where the queries were
+        if packed is not None:
+            dim = q.shape[1] // heads
+            k = k.reshape(kv_heads, -1, dim, 16).transpose(1, 3, 0, 2).reshape(-1, kv_heads * dim)[:packed]
+            v = v.reshape(kv_heads, -1, v.shape[1])[:, :packed, :dim].transpose(1, 0, 2).reshape(packed, -1)
         expected = attention(q, k, v, heads, kv_heads, causal)
         np.testing.assert_allclose(out, expected, rtol=1e-4, atol=1e-5 * np.abs(v).max())
+
+    @staticmethod
+    def check_append(args: Any, before: Any) -> None:
+        k, v, start, kv_heads, packed_k, packed_v = args
+        dim = k.shape[1] // kv_heads
+        keys = packed_k.reshape(kv_heads, -1, dim, 16).transpose(1, 3, 0, 2).reshape(-1, kv_heads * dim)
+        values = packed_v.reshape(kv_heads, -1, packed_v.shape[1])[:, :, :dim].transpose(1, 0, 2)
+        np.testing.assert_array_equal(keys[start : start + len(k)], k)
+        np.testing.assert_array_equal(values[start : start + len(k)].reshape(len(k), -1), v)
 
     @staticmethod
     def check_rope(args: Any, before: Any) -> None:
