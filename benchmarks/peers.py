@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
-import math
 import os
 import re
 import shutil
@@ -152,9 +151,10 @@ def language_engines(arguments: argparse.Namespace, kind: str) -> list[Engine]:
         for form in formats if program else ():
             path = arguments.files / f"language-{form}.gguf"
             command = [str(program), "-m", str(path), "-t", threads, "-r", "1", "-o", "json"]
-            # The prompt in one batch, as here; by itself it takes 512 tokens at a time.
-            command += ["-p", str(tokens), "-n", "0"] if kind == "prompt" else ["-p", "0", "-n", str(tokens)]
-            command += ["-b", "4096", "-ub", "4096"]
+            if kind == "prompt":  # in one batch: faster than its 512 tokens at a time
+                command += ["-p", str(tokens), "-n", "0", "-b", str(tokens), "-ub", str(tokens)]
+            else:
+                command += ["-p", "0", "-n", str(tokens)]
             engines.append(Engine(f"{name} {form}", path, command, partial(llama_seconds, each=kind == "decode")))
     return engines
 
@@ -185,6 +185,7 @@ def rows(kind: str, engines: list[Engine], macs: int, arguments: argparse.Namesp
     else:
         unit, ceiling = "GMAC/s", partial(native.peak_int8_gmacs, CEILING_SECONDS, arguments.threads)
     result = measure(timers, ceiling, 1.0, arguments.rounds)
+    tokens = {"prompt": arguments.prompt, "decode": 1}.get(kind)
     table = []
     for engine in engines:
         figures, amount = result[engine.name], macs / 1e9
@@ -196,7 +197,7 @@ def rows(kind: str, engines: list[Engine], macs: int, arguments: argparse.Namesp
                 "measure": kind,
                 "engine": engine.name,
                 "ms": figures["ms"],
-                "tokens_per_s": 1e3 * {"prompt": arguments.prompt, "decode": 1}.get(kind, math.nan) / figures["ms"],
+                "tokens_per_s": tokens and 1e3 * tokens / figures["ms"],
                 "rate": amount * figures["rate"],
                 "unit": unit,
                 "share": amount * figures["share"],
@@ -245,11 +246,10 @@ def main() -> None:
     engines = {kind: language_engines(arguments, kind) for kind in ("prompt", "decode")}
     engines["call"] = call_engines(arguments, shape)
     engines = {kind: engines[kind] for kind in arguments.only}
-    for path in {
-        Path(needed) for some in engines.values() for engine in some for needed in (engine.command[0], engine.file)
-    }:
-        if not path.is_file():
-            raise SystemExit(f"{path} is not there; see benchmarks/peers.md")
+    for engine in (engine for some in engines.values() for engine in some):
+        for path in (Path(engine.command[0]), engine.file):
+            if not path.is_file():
+                raise SystemExit(f"{engine.name} needs {path}, which is not there; see benchmarks/peers.md")
     print(*missing(arguments), sep="\n", file=sys.stderr)
     results = []
     for kind, some in engines.items():
