@@ -31,14 +31,6 @@ FORMATS = ("TQ2_0", "TQ1_0", "I2_S")
 Array = np.ndarray[Any, Any]
 
 
-def language_file(folder: Path, kind: str) -> Path:
-    return folder / f"language-{kind}.gguf"
-
-
-def policy_file(folder: Path) -> Path:
-    return folder / "policy-BF16.gguf"
-
-
 def write(path: Path, architecture: str, fill: Callable[[GGUFWriter], None]) -> None:
     """A GGUF file that appears whole or not at all."""
     temporary = path.with_name(f".{path.name}.tmp")
@@ -218,11 +210,11 @@ def main() -> None:
     arguments = parser.parse_args()
     config = read(arguments.policy).config
     arguments.folder.mkdir(parents=True, exist_ok=True)
-    for kind in set(arguments.only) & set(FORMATS):
-        path = language_file(arguments.folder, kind)
+    for kind in [kind for kind in FORMATS if kind in arguments.only]:
+        path = arguments.folder / f"language-{kind}.gguf"
         write(path, "bitnet", partial(add_language_model, config=config.language, kind=kind))
     if "BF16" in arguments.only:
-        write(policy_file(arguments.folder), "bitvla", partial(add_policy, config=config))
+        write(arguments.folder / "policy-BF16.gguf", "bitvla", partial(add_policy, config=config))
 
 
 if __name__ == "__main__":

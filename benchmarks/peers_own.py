@@ -34,7 +34,7 @@ def decode(path: Path, tokens: int, threads: int) -> float:
 def call(path: Path, tokens: int, threads: int) -> float:
     """Seconds from a golden trace's observation to its chunk."""
     policy = bitvla.load(path, threads)
-    observation, *_ = next(golden_traces(policy.bundle))
+    observation, _ = next(golden_traces(policy.bundle))
     for _ in range(2):
         policy.act(observation)
     return sum(policy.timings.values()) / 1e3
