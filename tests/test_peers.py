@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 
@@ -85,7 +86,7 @@ def test_a_prompt_counts_products_and_causal_attention() -> None:
 
 def test_vla_cpp_gets_a_sequence_of_the_same_length() -> None:
     """Its sequence: text, the patches of each image, one token of the state, the action slots, the stop."""
-    config = tiny_config(vision=VisionConfig(), action=ActionConfig(horizon=8, dim=7, slots_per_step=7))
+    config = msgspec.structs.replace(tiny_config(), vision=VisionConfig(), action=ActionConfig())
     assert peers.vla_tokens(config, 58 + 2 * 256 + 1 + 56 + 1) == 58
 
 
