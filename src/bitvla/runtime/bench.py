@@ -207,7 +207,7 @@ def _writing(path: Path, threads: int | None, repeats: int) -> dict[str, Any]:
         with Console(stderr=True).status("measuring"):
             for count in [threads] if threads else range(1, before + 1):
                 native.set_num_threads(count)
-                times = _token_times(model, repeats)
+                times = token_times(model, repeats)
                 used = used or memory()  # before that of the next line
                 bandwidth = native.peak_bandwidth_gbs(CEILING_SECONDS, BANDWIDTH_MEGABYTES, count)
                 for (part, size), values in zip(sizes.items(), times.T, strict=True):
@@ -228,7 +228,7 @@ def _writing(path: Path, threads: int | None, repeats: int) -> dict[str, Any]:
     }
 
 
-def _token_times(model: LanguageModel, tokens: int) -> NDArray[np.float64]:
+def token_times(model: LanguageModel, tokens: int) -> NDArray[np.float64]:
     """Milliseconds of each token (tokens, parts) after a prompt; which tokens they are costs nothing more or less."""
     cache = Cache(model.config.language, PROMPT_TOKENS + WARM_UP + tokens)
     model.logits([0] * PROMPT_TOKENS, cache)
