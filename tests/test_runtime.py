@@ -29,6 +29,7 @@ from bitvla.quantization import STEPS, Packing, quantize_activations, unpack
 from bitvla.runtime import network as network_module
 from bitvla.runtime import selftest
 from bitvla.runtime.policy import PARTS, Policy
+from bitvla.runtime.pruning import most_different
 from checkpoints import observation, pack_random, random_weights, tiny_config, token_config
 from reference_network import ReferenceNetwork, attention, gelu, gelu_tanh
 
@@ -247,6 +248,98 @@ def test_every_kernel_call_matches_numpy(
     policy.act(observation(CONFIGS[name], 3))
     tower = policy.config.vision.num_layers * 6 if policy.config.vision.ternary else 0
     assert checked.calls["ternary_linear"] == tower + policy.config.language.num_layers * 7
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_pruned_sequence_matches_the_reference(tmp_path: Path, name: str) -> None:
+    """Of each image a quarter of the tokens is left out, those that the others resemble; the rest keeps its places."""
+    config = CONFIGS[name]
+    policy = bitvla.load(pack_random(tmp_path, config, matrix_dtype="F32"), prune=0.25)
+    seen = observation(config, 1)
+    states: dict[str, NDArray[np.float32]] = {}
+    policy.network.record = states.__setitem__
+    policy.act(seen)
+    reference = ReferenceNetwork(config, random_weights(config))
+    _, plan, state = policy._preprocess(seen)
+    kept = np.concatenate([most_different(image, 12) for image in np.split(states["connector"], 2)])
+    assert kept.sum() == 24
+    places = np.setdiff1d(np.arange(plan.length), plan.image_positions[~kept])
+    special = policy._prompt.image_id, policy._prompt.proprio_id
+    whole = reference.embed(policy._prompt.ids(seen["instruction"]), *special, states["connector"], state)
+    np.testing.assert_allclose(states["decoder.0"], whole[places], rtol=1e-5, atol=1e-6)
+    layers = config.language.num_layers
+    for index in range(layers):
+        expected = reference.decoder_layer(index, states[f"decoder.{index}"], places)
+        if index == layers - 1:
+            expected = expected[np.isin(places, np.arange(plan.length)[plan.answers])]
+        error = np.abs(states[f"decoder.{index + 1}"] - expected) / np.abs(expected).max()
+        assert np.median(error) < 1e-5
+        assert error.max() < 0.05
+
+
+def test_no_token_left_out_is_far_from_those_kept() -> None:
+    random = np.random.default_rng(0)
+    groups = random.permutation(np.repeat(np.arange(6), [1, 2, 3, 4, 5, 6]))
+    tokens = (10 * np.eye(6, 40)[groups] + 0.1 * random.standard_normal((21, 40))).astype(np.float32)
+    for count in range(1, 22):
+        kept = most_different(tokens, count)
+        assert kept.sum() == count
+        assert len(set(groups[kept])) == min(count, 6)
+    assert most_different(np.zeros((4, 8), np.float32), 3).sum() == 3
+
+
+def test_every_machine_prunes_alike(policy_file: Path) -> None:
+    policy = bitvla.load(policy_file, prune=0.5)
+    chunks = set()
+    for isa in native.available():
+        for threads in (1, 2):
+            native.set_isa(isa)
+            native.set_num_threads(threads)
+            chunks.add(policy.act(observation(policy.config, 5)).tobytes())
+    assert len(chunks) == 1
+    assert bitvla.load(policy_file).act(observation(policy.config, 5)).tobytes() not in chunks
+
+
+def test_a_prompt_may_end_with_its_images(tmp_path: Path) -> None:
+    """The first action slot is read one place before it, at the last image token: that one stays."""
+    config = tiny_config()
+    prompt = msgspec.structs.replace(config.processing.prompt, template="{instruction}<proprio_pad>{images}")
+    config = msgspec.structs.replace(config, processing=msgspec.structs.replace(config.processing, prompt=prompt))
+    policy = bitvla.load(pack_random(tmp_path, config), prune=0.9)
+    seen = observation(config)
+    patches, plan, _ = policy._preprocess(seen)
+    pruned, features = policy.network._prune(plan, policy.network.see(patches))
+    assert pruned.image_positions[-1] == pruned.answers.start == pruned.slots.start - 1
+    assert len(features) == len(pruned.image_positions) in (4, 5)  # two of 16 of each image, and the last
+    assert np.isfinite(policy.act(seen)).all()
+
+
+@pytest.mark.parametrize("share", [-0.1, 1, float("nan")])
+def test_what_cannot_be_pruned_is_refused(policy_file: Path, tmp_path: Path, share: float) -> None:
+    with pytest.raises(BitvlaError, match="give the share of image tokens to leave out"):
+        bitvla.load(policy_file, prune=share)
+    with pytest.raises(BitvlaError, match="this one writes its actions as tokens"):
+        bitvla.load(pack_random(tmp_path, token_config()), prune=0.5)
+
+
+def test_what_every_prompt_begins_with_is_read_once(tmp_path: Path) -> None:
+    """Only where nothing that changes stands before it; the chunks are those of a policy that reads everything."""
+    config = token_config()
+    for name, template, fixed in (("alike", "<|begin_of_text|>look {images}{instruction}", True),
+                                  ("not", "{instruction}{images}<|end_of_text|>", False)):  # fmt: skip
+        prompt = msgspec.structs.replace(config.processing.prompt, template=template)
+        changed_config = msgspec.structs.replace(
+            config, processing=msgspec.structs.replace(config.processing, prompt=prompt)
+        )
+        path = pack_random(tmp_path / name, changed_config)
+        policy, read = bitvla.load(path), []
+        policy.network.record = lambda key, value, read=read: read.append(len(value)) if key == "decoder.0" else None
+        for seed in (0, 1, 0):
+            seen = observation(changed_config, seed)
+            plan = policy.plan(seen["instruction"])
+            np.testing.assert_array_equal(policy.act(seen), bitvla.load(path).act(seen))
+            assert (plan.fixed > 0) == fixed
+            assert read[-1] == plan.length - (plan.fixed if len(read) > 1 else 0)
 
 
 @pytest.mark.parametrize("seed", [1, 2])

@@ -58,8 +58,8 @@ class TensorSpec(NamedTuple):
 
     ternary: a quantised linear layer. matrix: a linear layer that training keeps in full precision (connector,
     projector, heads, at times the tower), stored by choice as float32, as bfloat16, or as int8 codes with a scale a
-    row. embedding: of tokens or patches, float32 with float32 matrices, else bfloat16. vector: norms, biases,
-    positions, always float32.
+    row. embedding: of tokens or patches, and the layer that writes actions: float32 with float32 matrices, else
+    bfloat16. vector: norms, biases, positions, always float32.
     """
 
     kind: _Kind
@@ -211,7 +211,8 @@ def action_specs(action: ActionConfig, hidden: int) -> dict[str, TensorSpec]:
         block = f"action_head.model.mlp_resnet_blocks.{index}.ffn."
         specs |= _norm(f"{block}0", width) | _linear(f"{block}1", width, width)
     specs |= _norm("action_head.model.layer_norm2", width)
-    return specs | _linear("action_head.model.fc2", action.dim, width)
+    # Not a matrix: int8 would save a kilobyte and shift every action by a part of its error (docs/results.md).
+    return specs | _linear("action_head.model.fc2", action.dim, width, "embedding")
 
 
 def _norm(name: str, size: int) -> dict[str, TensorSpec]:

@@ -39,8 +39,9 @@ imported = time.perf_counter()
 policy = bitvla.load(sys.argv[1], threads=int(sys.argv[2]))
 loaded = time.perf_counter()
 from bitvla.runtime.verify import golden_traces, with_views
-if sys.argv[3:]:
-    policy = Policy(with_views(policy.bundle, int(sys.argv[3])))
+views, prune = int(sys.argv[3]), float(sys.argv[4])
+if views or prune:
+    policy = Policy(with_views(policy.bundle, views) if views else policy.bundle, prune)
 observation = next(golden_traces(policy.bundle))[0]
 before = time.perf_counter()
 policy.act(observation)
@@ -56,33 +57,39 @@ print(json.dumps({
 
 
 def bench(
-    source: str | os.PathLike[str], threads: int | None = None, repeats: int = 50, views: int | None = None
+    source: str | os.PathLike[str],
+    threads: int | None = None,
+    repeats: int = 50,
+    views: int | None = None,
+    prune: float = 0.0,
 ) -> dict[str, Any]:
     """Measure a policy file: latency for 1 to all threads (or just `threads`), startup and memory of a fresh process.
 
-    `views` measures the network as if it had so many cameras. A language model is measured writing; see `_writing`.
+    `views` measures the network as if it had so many cameras, `prune` without that share of image tokens. A language
+    model is measured writing; see `_writing`.
 
     Latencies are milliseconds, memory bytes, `gmacs_per_s` 10**9 multiply-adds a second of the whole network, `ceiling`
     what the processor's int8 dot products reach on registers alone in the same run, `share` their ratio. Energy, in
     joules, is measured where the processor shows its counters, and estimated from the arithmetic everywhere.
     """
     if is_language_model(Path(source)):
-        return _writing(Path(source), threads, repeats, views)
-    policy = bitvla.load(source, threads)
+        return _writing(Path(source), threads, repeats, views, prune)
+    policy = bitvla.load(source, threads, prune)
     if views:
-        policy = Policy(with_views(policy.bundle, views))
+        policy = Policy(with_views(policy.bundle, views), prune)
     observation = next(golden_traces(policy.bundle), None)
     if observation is None:
         raise BitvlaError(f"{source} holds no golden trace to measure with; pack it again")
     counts = [threads] if threads else range(1, native.num_threads() + 1)
-    length = policy.plan(observation[0]["instruction"]).length
-    parts = work(policy.config, length)
+    plan, cameras = policy.plan(observation[0]["instruction"]), len(policy.config.processing.cameras)
+    length = plan.length - cameras * policy.network.pruned
+    parts = work(policy.config, length, plan.fixed if policy.config.action.bins else 0)
     macs = sum(part.total for part in parts.values())
     before = native.num_threads()
     try:
         with Console(stderr=True).status("measuring"):
             runs = [_run(policy, observation[0], count, repeats, macs) for count in counts]
-            startup = _startup(Path(str(policy.bundle.path)), threads or 1, views)
+            startup = _startup(Path(str(policy.bundle.path)), threads or 1, views or 0, prune)
     finally:
         native.set_num_threads(before)
     return {
@@ -91,9 +98,10 @@ def bench(
         "bitvla": bitvla.__version__,
         "machine": {"processor": processor(), "cores": cores(), "python": platform.python_version()},
         "instruction_set": policy.isa,
-        "views": len(policy.config.processing.cameras),
+        "views": cameras,
+        "prune": prune,
         "tokens": {
-            "vision": policy.config.vision.num_patches * len(policy.config.processing.cameras),
+            "vision": policy.config.vision.num_patches * cameras,
             "decoder": length,
             "action slots": policy.config.action.num_slots,
         },
@@ -147,13 +155,13 @@ def _percentiles(milliseconds: NDArray[np.float64]) -> dict[str, float]:
     return {f"p{percent}_ms": float(np.percentile(milliseconds, percent)) for percent in (50, 95, 99)}
 
 
-def _writing(path: Path, threads: int | None, repeats: int, views: int | None) -> dict[str, Any]:
+def _writing(path: Path, threads: int | None, repeats: int, views: int | None, prune: float) -> dict[str, Any]:
     """Measure a language model: `repeats` tokens after a prompt of `PROMPT_TOKENS`, one by one.
 
     `gb_per_s` counts the weights that a token reads, `share` is that of the memory bandwidth measured in the same run.
     """
-    if views:
-        raise BitvlaError(f"{path} is a language model and has no views")
+    if views or prune:
+        raise BitvlaError(f"{path} is a language model: --views and --prune are for policies")
     model = LanguageModel.load(path, threads)
     tensors, head = model.bundle.tensors, "language_model.model.embed_tokens.weight"
     sizes = {
@@ -202,9 +210,9 @@ def _token_times(model: LanguageModel, tokens: int) -> NDArray[np.float64]:
     return np.array(times[WARM_UP:])
 
 
-def _startup(path: Path, threads: int, views: int | None) -> dict[str, Any]:
+def _startup(path: Path, threads: int, views: int, prune: float) -> dict[str, Any]:
     """Startup times and memory of a process that does nothing but run the policy."""
-    command = [sys.executable, "-c", _STARTUP, str(path), str(threads), *([str(views)] if views else [])]
+    command = [sys.executable, "-c", _STARTUP, *map(str, (path, threads, views, prune))]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise BitvlaError(f"a fresh process could not run the policy: {done.stderr.strip().splitlines()[-1]}")

@@ -22,6 +22,7 @@ from bitvla.errors import BitvlaError, memory_for
 from bitvla.processing.prompt import Prompt
 from bitvla.processing.vectors import token_values
 from bitvla.quantization import Packing, code_columns
+from bitvla.runtime.pruning import most_different
 
 Floats = NDArray[np.float32]
 Record = Callable[[str, NDArray[Any]], None]  # sees hidden states by name
@@ -110,6 +111,27 @@ class Plan(NamedTuple):
     proprio_positions: NDArray[np.int64]
     slots: slice  # the action slots, which start as zeros
     answers: slice  # the positions whose final states the action head reads
+    fixed: int  # so many first tokens are the same for every instruction and every image
+    rotary_positions: NDArray[np.int64] | None = None  # where tokens were left out: where each one stood before
+
+    def keeping(self, stays: NDArray[np.bool_]) -> Plan:
+        """The plan of those tokens (length,) alone that stay; slots and answers do."""
+        place, left_out = np.cumsum(stays) - 1, int(np.count_nonzero(~stays))
+
+        def moved(positions: NDArray[np.int64]) -> NDArray[np.int64]:
+            return place[positions[stays[positions]]]
+
+        return Plan(
+            length=self.length - left_out,
+            text_positions=moved(self.text_positions),
+            text=self.text[stays[self.text_positions]],
+            image_positions=moved(self.image_positions),
+            proprio_positions=moved(self.proprio_positions),
+            slots=slice(self.slots.start - left_out, self.slots.stop - left_out),
+            answers=slice(self.answers.start - left_out, self.answers.stop - left_out),
+            fixed=int(np.count_nonzero(stays[: self.fixed])),
+            rotary_positions=np.flatnonzero(stays),
+        )
 
 
 class Workspace:
@@ -196,14 +218,24 @@ class Decoder:
         self.norm: Floats = tensors["language_model.model.norm.weight"]
         self.cos, self.sin = rotary_table(language.max_positions, language.head_dim, language.rope_theta)
 
-    def run(self, x: Floats, answers: slice, cache: Cache | None = None, record: Record | None = None) -> Floats:
+    def run(
+        self,
+        x: Floats,
+        answers: slice,
+        cache: Cache | None = None,
+        record: Record | None = None,
+        positions: NDArray[np.int64] | None = None,
+    ) -> Floats:
         """Embeddings (M, H), which are used up -> final hidden states (answers, H) of those of their rows.
 
-        With a cache the tokens follow those in it, and join them.
+        With a cache the tokens follow those in it, and join them. `positions` (M,) are theirs in the rotary embedding,
+        where they do not simply follow each other.
         """
         language, start = self.language, cache.length if cache else 0
         length, head_dim, eps = len(x), language.head_dim, language.rms_norm_eps
         scale, key_size = head_dim**-0.5, language.num_kv_heads * head_dim
+        at = slice(start, start + length) if positions is None else positions
+        cos, sin = self.cos[at], self.sin[at]
         q = self.workspace.floats("q", length, language.hidden_size)
         narrow = self.workspace.quantized(length, language.hidden_size)
         if cache is None:
@@ -218,12 +250,12 @@ class Decoder:
             native.rms_norm_quantize(x, layer.input_layernorm, eps, *narrow)
             _ternary(narrow, layer.k_proj, k[start:])
             _ternary(narrow, layer.v_proj, v[start:])
-            native.rope(k[start:], self.cos, self.sin, start, language.num_kv_heads)
+            native.rope(k[start:], cos, sin, 0, language.num_kv_heads)
             if layer is self.layers[-1]:  # from here on only the answers are needed
                 rows = answers
                 x, q = x[rows], q[rows]
             _ternary(narrow.rows(rows), layer.q_proj, q)
-            native.rope(q, self.cos, self.sin, start + rows.start, language.num_heads)
+            native.rope(q, cos, sin, rows.start, language.num_heads)
             narrow = narrow.rows(slice(0, len(x)))
             # A causal query is the last that its keys serve.
             seen = length if language.bidirectional else start + rows.stop
@@ -399,10 +431,15 @@ class ActionTokens:
         self.rows = stored_linear(bundle.tensors, LANGUAGE_HEAD.removesuffix(".weight"))
         self.cache = Cache(decoder.language, 0)
 
+    def unread(self, prompt: Plan) -> Plan:
+        """What of a prompt is to be read: no token of a causal decoder sees what follows, so those that every prompt of
+        this policy begins with are read once."""
+        self.cache.length = min(self.cache.length, prompt.fixed)
+        self.cache = self.cache.grown(prompt.length + self.action.dim)
+        return prompt.keeping(np.arange(prompt.length) >= self.cache.length)
+
     def read(self, x: Floats, answers: slice, record: Record | None = None) -> Floats:
-        """Embeddings of a prompt (M, H) -> the final hidden state (1, H) that the first token follows."""
-        self.cache = self.cache.grown(len(x) + self.action.dim)
-        self.cache.length = 0
+        """Embeddings of what was unread (M, H) -> the final hidden state (1, H) that the first token follows."""
         return self.decoder.run(x, answers, self.cache, record)
 
     def act(self, state: Floats, record: Record | None = None) -> Floats:
@@ -423,11 +460,19 @@ class ActionTokens:
 
 
 class Network:
-    """From patches, a plan and a normalised state to normalised actions. `record`, when set, sees hidden states."""
+    """From patches, a plan and a normalised state to normalised actions. `record`, when set, sees hidden states.
 
-    def __init__(self, bundle: Bundle[PolicyConfig]) -> None:
+    `prune` is the share of each image's tokens that the decoder does without.
+    """
+
+    def __init__(self, bundle: Bundle[PolicyConfig], prune: float = 0.0) -> None:
         config = bundle.config
+        if not 0 <= prune < 1:
+            raise BitvlaError(f"prune is {prune}; give the share of image tokens to leave out, from 0 to below 1")
+        if prune and config.action.bins:
+            raise BitvlaError("prune is for policies with an action head; this one writes its actions as tokens")
         self.config = config
+        self.pruned = int(prune * config.vision.num_patches)  # tokens of each image
         self.workspace = Workspace()
         self.record: Record | None = None
         self.vision = VisionTower(config.vision, bundle, self.workspace)
@@ -454,7 +499,7 @@ class Network:
         needed = length + (action.dim if action.bins else 0)
         if needed > most:
             raise BitvlaError(f"the sequence has {needed} tokens, the policy was built for {most}; shorten it")
-        slots = prompt.slots(length)
+        slots, images = prompt.slots(length), np.flatnonzero(ids == prompt.image_id)
         is_text = (ids != prompt.image_id) & (ids != prompt.proprio_id)
         is_text[slots] = False
         text = np.flatnonzero(is_text)
@@ -462,10 +507,11 @@ class Network:
             length=length,
             text_positions=text,
             text=self.decoder.embedding_rows(ids[text]),
-            image_positions=np.flatnonzero(ids == prompt.image_id),
+            image_positions=images,
             proprio_positions=np.flatnonzero(ids == prompt.proprio_id),
             slots=slots,
             answers=prompt.slot_states(length),
+            fixed=int(images[0]) if prompt.begins_alike else 0,
         )
 
     def see(self, patches: Floats) -> Floats:
@@ -475,16 +521,30 @@ class Network:
     def think(self, sequence: Plan, features: Floats, state: Floats, prefix: Floats | None = None) -> Floats:
         """Image tokens, a normalised state (state_dim,) and the normalised actions (n, dim) that are decided already
         -> final hidden states at the answers (slots, H)."""
-        x = self._embed(sequence, features, state, prefix)
         if isinstance(self.head, ActionTokens):
+            sequence = self.head.unread(sequence)
+            x = self._embed(sequence, features, state, prefix)
             return self.head.read(x, sequence.answers, self.record)
-        return self.decoder.run(x, sequence.answers, record=self.record)
+        if self.pruned:
+            sequence, features = self._prune(sequence, features)
+        x = self._embed(sequence, features, state, prefix)
+        return self.decoder.run(x, sequence.answers, record=self.record, positions=sequence.rotary_positions)
 
     def act(self, answers: Floats) -> Floats:
         """What `think` gave -> normalised actions (horizon, dim), a new array."""
         if isinstance(self.head, ActionTokens):
             return self.head.act(answers, self.record)
         return self.head.act(answers)
+
+    def _prune(self, sequence: Plan, features: Floats) -> tuple[Plan, Floats]:
+        """The plan without the image tokens that resemble others of their image; the features of those that stay."""
+        patches = self.config.vision.num_patches
+        images = features.reshape(-1, patches, features.shape[1])
+        kept = np.concatenate([most_different(image, patches - self.pruned) for image in images])
+        kept |= sequence.image_positions >= sequence.answers.start  # a prompt may end with its images
+        stays = np.ones(sequence.length, np.bool_)
+        stays[sequence.image_positions] = kept
+        return sequence.keeping(stays), features[kept]
 
     def _embed(self, sequence: Plan, features: Floats, state: Floats, prefix: Floats | None) -> Floats:
         x = self.workspace.floats("x", sequence.length, self.config.language.hidden_size)
