@@ -309,7 +309,7 @@ def test_a_prompt_may_end_with_its_images(tmp_path: Path) -> None:
     seen = observation(config)
     patches, plan, _ = policy._preprocess(seen)
     pruned, features = policy.network._prune(plan, policy.network.see(patches))
-    assert pruned.image_positions[-1] == pruned.answers.start == pruned.slots.start - 1
+    assert pruned.rotary_positions[pruned.answers.start] == plan.answers.start == plan.image_positions[-1]
     assert len(features) == len(pruned.image_positions) in (4, 5)  # two of 16 of each image, and the last
     assert np.isfinite(policy.act(seen)).all()
 
