@@ -268,6 +268,13 @@ def test_attention(isa: str, tokens: int, keys: int, heads: int, kv_heads: int, 
     exact = exact_attention(q, k, v, heads, kv_heads, scale, causal)
     assert np.abs(out[:, : heads * dim] - exact).max() <= bound
     assert np.all(out[:, heads * dim :] == 7)
+    packed_k = np.zeros((kv_heads * (keys // 16 + 2), dim * 16), np.float32)
+    packed_v = np.zeros((kv_heads * (keys + 3), -(-dim // 16) * 16), np.float32)
+    for part in (slice(0, keys // 3), slice(keys // 3, keys)):
+        native.append(k[part], v[part], part.start, kv_heads, packed_k, packed_v)
+    again = np.empty_like(q)
+    native.attention(q, packed_k, packed_v, heads, kv_heads, scale, causal, again, packed=keys)
+    np.testing.assert_array_equal(again, out[:, : heads * dim])
     native.attention(q, k, v, heads, kv_heads, scale, causal, q)  # in place
     np.testing.assert_array_equal(q, out[:, : heads * dim])
 

@@ -211,9 +211,10 @@ class CheckedNative:
         assert (np.abs(out - (x @ w.T + bias)) <= 2.0**-23 * steps * bound).all()
 
     @staticmethod
-    def check_attention(args: Any, before: Any) -> None:
+    def check_attention(args: Any, before: Any, packed: int | None = None) -> None:
         q, k, v, heads, kv_heads, scale, causal, out = args
         assert scale == (q.shape[1] // heads) ** -0.5
+        assert packed is None  # nothing is cached here
         q, k, v = (part.astype(np.float64) for part in before[:3])  # the answers may lie where the queries were
         expected = attention(q, k, v, heads, kv_heads, causal)
         np.testing.assert_allclose(out, expected, rtol=1e-4, atol=1e-5 * np.abs(v).max())

@@ -7,7 +7,6 @@ and used again, so a call in steady state allocates nothing large. M rows (token
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, NamedTuple
@@ -30,6 +29,7 @@ Record = Callable[[str, NDArray[Any]], None]  # sees hidden states by name
 # Tokens that pass the feed-forward part of a layer together: its two wide buffers are the largest of all. Unpacking the
 # weights anew for every block costs less than 2 %.
 FEED_FORWARD_BLOCK = 192
+TILE = 16  # width of the kernels' vectors
 HEAD_EPSILON = 1e-5  # of the action head's norms: PyTorch's default, which BitVLA uses
 
 
@@ -172,9 +172,11 @@ class Cache:
     """The keys and values that a causal decoder has computed for `length` of at most `capacity` tokens."""
 
     def __init__(self, language: LanguageConfig, capacity: int) -> None:
-        shape = (language.num_layers, capacity, language.num_kv_heads * language.head_dim)
-        with memory_for(f"the keys and values of {capacity} tokens", 8 * math.prod(shape)):
-            self.keys, self.values = (np.empty(shape, np.float32) for _ in range(2))
+        layers, heads, head_dim = language.num_layers, language.num_kv_heads, language.head_dim
+        with memory_for(f"the keys and values of {capacity} tokens", 8 * layers * capacity * heads * head_dim):
+            # As attention reads them: packing all of them again for every token took longer than attention itself.
+            self.keys = np.zeros((layers, heads * _tiles(capacity), head_dim * TILE), np.float32)
+            self.values = np.zeros((layers, heads * capacity, _tiles(head_dim) * TILE), np.float32)
         self.capacity, self.length = capacity, 0
         self._language = language
 
@@ -183,10 +185,16 @@ class Cache:
         if capacity <= self.capacity:
             return self
         grown = Cache(self._language, capacity)
-        grown.keys[:, : self.length] = self.keys[:, : self.length]
-        grown.values[:, : self.length] = self.values[:, : self.length]
+        for mine, copy, used in zip(self.by_head(), grown.by_head(), (_tiles(self.length), self.length), strict=True):
+            copy[:, :, :used] = mine[:, :, :used]
         grown.length = self.length
         return grown
+
+    def by_head(self) -> tuple[Floats, Floats]:
+        """Views: keys (layers, heads, tiles of TILE, TILE * head_dim), values (layers, heads, capacity, head_dim)."""
+        layers, heads = self._language.num_layers, self._language.num_kv_heads
+        keys, values = self.keys, self.values
+        return keys.reshape(layers, heads, -1, keys.shape[-1]), values.reshape(layers, heads, -1, values.shape[-1])
 
 
 class Decoder:
@@ -238,19 +246,18 @@ class Decoder:
         cos, sin = self.cos[at], self.sin[at]
         q = self.workspace.floats("q", length, language.hidden_size)
         narrow = self.workspace.quantized(length, language.hidden_size)
-        if cache is None:
-            k, v = (self.workspace.floats(name, length, key_size) for name in ("k", "v"))
+        k, v = (self.workspace.floats(name, length, key_size) for name in ("k", "v"))
 
         if record:
             record("decoder.0", x.copy())
         rows = slice(0, length)
         for index, layer in enumerate(self.layers):
-            if cache:
-                k, v = cache.keys[index, : start + length], cache.values[index, : start + length]
             native.rms_norm_quantize(x, layer.input_layernorm, eps, *narrow)
-            _ternary(narrow, layer.k_proj, k[start:])
-            _ternary(narrow, layer.v_proj, v[start:])
-            native.rope(k[start:], cos, sin, 0, language.num_kv_heads)
+            _ternary(narrow, layer.k_proj, k)
+            _ternary(narrow, layer.v_proj, v)
+            native.rope(k, cos, sin, 0, language.num_kv_heads)
+            if cache:
+                native.append(k, v, start, language.num_kv_heads, cache.keys[index], cache.values[index])
             if layer is self.layers[-1]:  # from here on only the answers are needed
                 rows = answers
                 x, q = x[rows], q[rows]
@@ -259,9 +266,10 @@ class Decoder:
             narrow = narrow.rows(slice(0, len(x)))
             # A causal query is the last that its keys serve.
             seen = length if language.bidirectional else start + rows.stop
+            keys, values = (cache.keys[index], cache.values[index]) if cache else (k[:seen], v[:seen])
             native.attention(  # in place: every block of queries is copied before its answers are written
-                q, k[:seen], v[:seen], language.num_heads, language.num_kv_heads, scale,
-                not language.bidirectional, q,
+                q, keys, values, language.num_heads, language.num_kv_heads, scale, not language.bidirectional, q,
+                packed=seen if cache else None,
             )  # fmt: skip
             native.rms_norm_quantize(q, layer.attn_sub_norm, eps, *narrow)
             _ternary(narrow, layer.o_proj, x, accumulate=True)
@@ -600,6 +608,10 @@ def _ternary(x: Quantized, layer: Ternary, out: Floats, *, accumulate: bool = Fa
         *x, layer.packed, layer.rows, layer.columns, layer.scale, layer.bias, out,
         accumulate=accumulate, packing=layer.packing,
     )  # fmt: skip
+
+
+def _tiles(count: int) -> int:
+    return -(-count // TILE)
 
 
 def rotary_table(positions: int, head_dim: int, theta: float) -> tuple[Floats, Floats]:
