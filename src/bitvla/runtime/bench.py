@@ -161,7 +161,7 @@ def _writing(path: Path, threads: int | None, repeats: int, views: int | None, p
     `gb_per_s` counts the weights that a token reads, `share` is that of the memory bandwidth measured in the same run.
     """
     if views or prune:
-        raise BitvlaError(f"{path} is a language model: --views and --prune are for policies")
+        raise BitvlaError(f"{path} is a language model and has no views, to change or to prune")
     model = LanguageModel.load(path, threads)
     tensors, head = model.bundle.tensors, "language_model.model.embed_tokens.weight"
     sizes = {
