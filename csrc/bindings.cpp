@@ -271,7 +271,7 @@ void attention(In q, In k, In v, size_t heads, size_t kv_heads, float scale, boo
   if (packed) {
     expect_packed<const float>(job, "k", k, "v", v, job.keys);
   } else {
-    const auto ka = expect<const float>("k", k, {job.keys, kv_heads * job.dim});
+    const auto ka = expect<const float>("k", k, {kAny, kv_heads * job.dim});
     const auto va = expect<const float>("v", v, {job.keys, kv_heads * job.dim});
     job.k = ka.data;
     job.v = va.data;

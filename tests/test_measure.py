@@ -27,7 +27,7 @@ from bitvla.runtime.bench import bench
 from bitvla.runtime.inspect import inspect
 from bitvla.runtime.verify import verify
 from bitvla.runtime.work import Work, estimated_joules, processor_joules, work
-from checkpoints import observation, pack_random, random_weights, tiny_config, token_config
+from checkpoints import observation, pack_random, random_weights, tiny_config, token_config, with_prompt
 
 Q_PROJ = "language_model.model.layers.0.self_attn.q_proj.weight"
 
@@ -197,6 +197,16 @@ def test_bench_measures_every_part(path: Path) -> None:
     assert all(seconds > 0 for seconds in result["startup"].values())
 
 
+def test_bench_measures_batches(path: Path) -> None:
+    result = bench(path, threads=1, repeats=2, batch=5)
+    assert [row["observations"] for row in result["batches"]] == [1, 2, 4, 5]
+    assert result["batches"][0]["gain"] == 1
+    for row in result["batches"]:
+        assert row["observations_per_s"] == pytest.approx(1e3 * row["observations"] / row["p50_ms"])
+    assert result["batch_memory"]["peak"] >= result["memory"]["peak"]
+    assert "batches" not in bench(path, threads=1, repeats=1)
+
+
 def test_bench_measures_other_numbers_of_views(path: Path) -> None:
     results = [bench(path, threads=1, repeats=1, views=views) for views in (1, 3)]
     assert [result["views"] for result in results] == [1, 3]
@@ -247,10 +257,8 @@ def test_multiply_adds_are_those_that_kernels_do(path: Path, monkeypatch: pytest
 
 def test_what_was_read_before_costs_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The prompt of a policy that writes its actions as tokens begins alike in every call."""
-    config = token_config()
-    prompt = msgspec.structs.replace(config.processing.prompt, template="<|begin_of_text|>look {images}{instruction}")
-    processing = msgspec.structs.replace(config.processing, prompt=prompt)
-    policy = bitvla.load(pack_random(tmp_path, msgspec.structs.replace(config, processing=processing)))
+    config = with_prompt(token_config(), "<|begin_of_text|>look {images}{instruction}")
+    policy = bitvla.load(pack_random(tmp_path, config))
     seen = observation(policy.config)
     policy.act(seen)
     done = kernels_work(monkeypatch)
