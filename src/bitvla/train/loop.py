@@ -436,9 +436,10 @@ class _Trainer:
         episodes = sum(dataset.num_episodes for dataset in self.datasets)
         self.console.print(
             f"{self.stage} of '{self.network.config.name}' ({config.precision} precision, {parameters / 1e6:.2f} M "
-            f"parameters, {trained / 1e6:.2f} M trained): {windows.num_frames} frames of {episodes} episodes, {config.steps} steps of {effective} "
-            f"windows ({config.gradient_accumulation} x {processes} process(es) x {config.batch_size // processes}; "
-            f"{config.steps * effective / windows.num_frames:.1f} epochs) on {self.accelerator.device}"
+            f"parameters, {trained / 1e6:.2f} M trained): {windows.num_frames} frames of {episodes} episodes, "
+            f"{config.steps} steps of {effective} windows ({config.gradient_accumulation} x {processes} process(es) x "
+            f"{config.batch_size // processes}; {config.steps * effective / windows.num_frames:.1f} epochs) on "
+            f"{self.accelerator.device}"
         )
         if self.step:
             self.console.print(f"going on at step {self.step}")
