@@ -54,7 +54,7 @@ POLICY = SIZES + f"prompt = {{ template = {json.dumps(conventions.TEMPLATE)} }}\
 OTHER_SIZE = POLICY.replace("hidden_size = 80", "hidden_size = 88")
 FULL_TOWER = POLICY.replace("num_layers = 2, num_heads = 4 }", "num_layers = 2, num_heads = 4, ternary = false }", 1)
 ENLARGED = POLICY.replace("hidden_size = 80", "hidden_size = 80, vocab_size = 128268")
-QUIET = {"auxiliary_weight": 0.0, "keypoint_weight": 0.0, "steps": 2, "batch_size": 2, "precision": "ternary"}
+QUIET = {"auxiliary_weight": 0.0, "keypoint_weight": 0.0, "steps": 1, "batch_size": 2, "precision": "ternary"}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -211,12 +211,11 @@ def test_reserved_tokens_become_those_of_a_policy(published, tmp_path):
 
 
 def test_a_hub_id_is_a_start(published, data, tmp_path, monkeypatch):
-    monkeypatch.setattr(official, "local", lambda source: published / source.split("/")[1])
-    config = write_config(tmp_path, POLICY, **{**QUIET, "steps": 1, "lora_rank": 2})
-    run("finetune", config, data, tmp_path / "out", init=Path("hongyuw/vision-language"))
-    assert (
-        json.loads((tmp_path / "out" / "provenance.json").read_text())["adapters"]["base"] == "hongyuw/vision-language"
-    )
+    known = {"hongyuw/base": published / "vision-language"}
+    monkeypatch.setattr(official, "local", lambda source: known.get(source, Path(source)))
+    config = write_config(tmp_path, POLICY, **QUIET, lora_rank=2)
+    run("finetune", config, data, tmp_path / "out", init=Path("hongyuw/base"))
+    assert json.loads((tmp_path / "out" / "provenance.json").read_text())["adapters"]["base"] == "hongyuw/base"
     assert open_start(tmp_path / "out").tensor("vision_tower.vision_model.embeddings.patch_embedding.weight").any()
 
 
