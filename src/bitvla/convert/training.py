@@ -31,6 +31,8 @@ from bitvla.convert.source import (
 from bitvla.errors import BitvlaError
 from bitvla.quantization import ternarize
 
+Reader = Callable[[str], NDArray[np.float32]]  # of a tensor by its name
+
 
 class Adapters(Record, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Low-rank adapters of a training checkpoint: `base` (folder or Hub id) is what they are added to.
@@ -59,17 +61,13 @@ def open_training(checkpoint: Path) -> Source:
     weights, specs = checkpoint / "model.safetensors", tensor_specs(config)
     with safetensors(weights) as file:
         names = set(file.keys())
-
-    def tensor(name: str) -> NDArray[np.float32]:
-        return _read_weight(weights, name, specs[name])
-
     if "adapters" in provenance:
         adapters = from_dict(Adapters, provenance["adapters"], f"{checkpoint / 'provenance.json'}: adapters")
         tensor = _adapted(weights, names, specs, adapters)
         # Where the base was is nobody's business but this machine's.
         provenance["adapters"].pop("base")
     else:
-        check_names(weights, names, specs)
+        tensor = _whole(weights, names, specs)
     return Source(
         folder=checkpoint,
         config=config,
@@ -82,9 +80,13 @@ def open_training(checkpoint: Path) -> Source:
     )
 
 
-def _adapted(
-    weights: Path, names: set[str], specs: Mapping[str, TensorSpec], adapters: Adapters
-) -> Callable[[str], NDArray[np.float32]]:
+def _whole(weights: Path, names: set[str], specs: Mapping[str, TensorSpec]) -> Reader:
+    """Reads tensors of a checkpoint that holds all of them."""
+    check_names(weights, names, specs)
+    return lambda name: _read_weight(weights, name, specs[name])
+
+
+def _adapted(weights: Path, names: set[str], specs: Mapping[str, TensorSpec], adapters: Adapters) -> Reader:
     """Reads tensors of a checkpoint with adapters: what was trained whole, otherwise the base's with its adapter."""
     import torch
 

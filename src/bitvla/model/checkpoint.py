@@ -27,11 +27,11 @@ def load_network(start: Source, config: PolicyConfig | None = None) -> tuple[Bit
     `config`, by default the checkpoint's, may have another `precision`, a larger `max_prefix`, or other actions; what
     the checkpoint does not have, as projectors and heads, begins at random.
     """
-    config = config or start.config
-    if not isinstance(config, PolicyConfig):
+    policy = config or start.config
+    if not isinstance(policy, PolicyConfig):
         raise BitvlaError(f"{start.folder} is a base model, which does not act; finetune a policy from it")
-    prompt = Prompt(config, Tokenizer.from_str(start.tokenizer))
-    network = BitVLA(config, prompt.image_id, prompt.proprio_id)
+    prompt = Prompt(policy, Tokenizer.from_str(start.tokenizer))
+    network = BitVLA(policy, prompt.image_id, prompt.proprio_id)
     stored = tensor_specs(start.config)
     for name, parameter in network.named_parameters():
         if name in stored:
