@@ -200,9 +200,9 @@ def test_reserved_tokens_become_those_of_a_policy(published, tmp_path):
     """As the official `convert_ckpt.py` has it: base models know of no state and no action."""
     shutil.copytree(published / "vision-language", tmp_path / "base", copy_function=os.link)
     content = json.loads((tmp_path / "base" / "tokenizer.json").read_text())
-    for index, token in enumerate(content["added_tokens"]):
+    for token in content["added_tokens"]:
         if token["id"] == 128002 or token["id"] >= 128010:
-            token["content"] = f"<|reserved_special_token_{index}|>"
+            token["content"] = f"<|reserved_special_token_{token['id']}|>"
     (tmp_path / "base" / "tokenizer.json").unlink()
     (tmp_path / "base" / "tokenizer.json").write_text(json.dumps(content))
     tokenizer = Tokenizer.from_str(open_start(tmp_path / "base").tokenizer)
