@@ -107,8 +107,8 @@ def _adapted(weights: Path, names: set[str], specs: Mapping[str, TensorSpec], ad
         weight = to_float32(base.tensor(name))
         if name not in parts:
             return weight
-        pair = (_read_weight(weights, part, spec) for part, spec in parts[name].items())
-        return merged(*map(torch.from_numpy, (weight, *pair)), adapters.alpha / adapters.rank).numpy()
+        a, b = (torch.from_numpy(_read_weight(weights, part, spec)) for part, spec in parts[name].items())
+        return merged(torch.from_numpy(weight), a, b, adapters.alpha / adapters.rank).numpy()
 
     return tensor
 

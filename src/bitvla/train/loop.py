@@ -579,7 +579,7 @@ def start_config(stage: str, config: TrainConfig, start: Source | None, dataset:
     stored = start.config if start is not None and isinstance(start.config, PolicyConfig) else None
     if stored is not None and bool(stored.action.bins) == (stage == "pretrain"):
         policy = msgspec.structs.replace(stored, precision=config.precision)
-    elif stored is not None and stage == "pretrain":
+    elif start is not None and stored is not None and stage == "pretrain":
         raise BitvlaError(
             f"{start.folder} regresses its actions; stage 'pretrain' goes on from a pre-trained checkpoint only"
         )
