@@ -45,6 +45,7 @@ def test_a_deaf_policy_is_found_out():
     deaf = run(partial(Walker, deaf=True), suite="swap")
     assert deaf.obedience[0].matrix == ((0, 3, 0), (0, 3, 0))
     assert deaf.obedience[0].changed.rate == 0
+    assert deaf.failures == {"goal misunderstanding": 3}
     obedient = run(suite="swap")
     assert obedient.obedience[0].matrix == ((3, 0, 0), (0, 3, 0))
     assert obedient.obedience[0].changed.rate == 1
@@ -57,6 +58,8 @@ def test_policies_are_compared_on_the_same_states():
     assert comparison.tasks["left"].only_a == 3
     assert comparison.tasks["right"].both == 3
     assert comparison.total.difference == 0.5
+    swapped = compare(run(suite="swap"), run(partial(Walker, deaf=True), suite="swap"))
+    assert swapped.failures == {"goal misunderstanding": (0, 3)}
     with pytest.raises(BitvlaError, match="protocol"):
         compare(good, run(episodes=2))
     with pytest.raises(BitvlaError, match="protocol"):
