@@ -63,8 +63,8 @@ class World:
         self.state[0] += action[0]
         return {{"state": self.state, "success": self.state[0] > 2.5 and not self.swapped}}
     def moment(self):
-        hand, bowl = self.state[:3], [0, 0, 0]
-        return {{"hand": hand, "at": {{"bowl": bowl}}, "touched": [], "held": [], "wanted": {{"bowl": True}}, "named": ["bowl"]}}
+        bowl = {{"at": {{"bowl": [0, 0, 0]}}, "wanted": {{"bowl": True}}, "named": ["bowl"]}}
+        return {{"hand": self.state[:3], "touched": [], "held": [], **bowl}}
     def scene(self):
         goal = {{"predicate": "on", "thing": "bowl", "place": "plate"}}
         done = {{**goal, "holds": True, "at": [9.0, 9.0, 9.0]}}
@@ -348,7 +348,9 @@ def test_the_real_benchmark_follows_the_conventions():
 @pytest.mark.skipif(installed() is None, reason="LIBERO is not installed: make libero")
 def test_a_perturbed_sentence_is_the_one_that_is_said():
     with Libero() as simulator:
-        said = {change: simulator.sentence(f"libero_object{change}/2", None) for change in ("", "_lan", "_swap", "_task")}
+        said = {
+            change: simulator.sentence(f"libero_object{change}/2", None) for change in ("", "_lan", "_swap", "_task")
+        }
     assert said[""] == said["_swap"] != said["_lan"]
     assert said["_lan"] == "grab salad dressing and put it into basket"
     assert said["_task"] == "pick the tomato sauce and place it in the basket"

@@ -14,12 +14,13 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 os.environ["PYTHONPATH"] = os.pathsep.join(entry or "." for entry in sys.path)
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 
-import msgspec  # noqa: E402
-from ray.cluster_utils import Cluster  # noqa: E402
+import msgspec
+import pytest
+from ray.cluster_utils import Cluster
 
-from bitvla.errors import BitvlaError  # noqa: E402
-from bitvla.evaluate.rollout import evaluate  # noqa: E402
-from fakes import Line, Walker  # noqa: E402
+from bitvla.errors import BitvlaError
+from bitvla.evaluate.rollout import evaluate
+from fakes import Line, Walker
 
 EPISODES = 12  # of each of two tasks
 MEASURED = {"chunk_ms": (), "seconds": None, "policy_peak_bytes": 0}  # no two runs have these in common
@@ -65,12 +66,8 @@ def main():
     assert begun > 2 * EPISODES, begun  # some were run again
     assert len(ended) == len(set(ended)) == 2 * EPISODES  # none was counted twice
     assert episodes(far) == episodes(alone)
-    try:
+    with pytest.raises(BitvlaError, match="ray start --head"):
         run(env=Line, ray="127.0.0.1:1")
-    except BitvlaError as error:
-        assert "ray start --head" in str(error), error
-    else:
-        raise AssertionError("a cluster that is not there was not missed")
     print(f"the same {2 * EPISODES} episodes, {begun} begun, with a worker killed and a node lost")
 
 

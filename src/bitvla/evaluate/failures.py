@@ -18,9 +18,9 @@ class Watch:
     """Sees every moment of an episode, from the first on, and sorts its failure by the first of these that is true.
 
     - Goal misunderstanding: a thing that the goal does not name was held `CARRIED` or more from where it stood.
-    - Trajectory planning: a thing whose part of the goal is not done at the end was held (one that is not to be carried:
-      touched). It was found, and not brought where it belongs in time.
-    - Spatial localisation: the hand was closed within `NEAR` of such a thing, without ever holding it.
+    - Trajectory planning: a thing whose part of the goal is not done at the end was held, or touched where it is not to
+      be carried. It was found, and not brought where it belongs in time.
+    - Spatial localisation: such a thing was never held, and the hand was closed within `NEAR` of it.
     - Other: none of it happened.
     """
 

@@ -65,7 +65,7 @@ class Result(Record, frozen=True, kw_only=True):
     total: Rate
     tasks: dict[str, Rate]
     errors: int
-    failures: dict[str, int] = {}
+    failures: dict[str, int] = msgspec.field(default_factory=dict)
     latency: Latency | None
     obedience: tuple[Obedience, ...]
     drops: tuple[Drop, ...] = ()
@@ -130,9 +130,11 @@ def _drops(episodes: Sequence[Episode]) -> tuple[Drop, ...]:
     """Of every suite after the first, where tasks are called suite/number."""
     suites: dict[str, list[Episode]] = {}
     for episode in episodes:
-        suites.setdefault(episode.task.partition("/")[0], []).append(episode)
-    _, *perturbed = suites if all("/" in episode.task for episode in episodes) else [""]
-    return tuple(_drop(suite, suites[suite], next(iter(suites.values()))) for suite in perturbed)
+        suite, slash, _ = episode.task.partition("/")
+        if slash:
+            suites.setdefault(suite, []).append(episode)
+    base, *perturbed = suites or [""]
+    return tuple(_drop(suite, suites[suite], suites[base]) for suite in perturbed)
 
 
 def _drop(suite: str, perturbed: list[Episode], base: list[Episode]) -> Drop:

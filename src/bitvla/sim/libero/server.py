@@ -253,7 +253,9 @@ class World:
         env, data = self._env, self._sim.data._data
         goals = env.parsed_problem["goal_state"]
         # A region (a drawer, the inside of a basket) belongs to a thing, which is what can be touched.
-        owner = {name: getattr(env.object_sites_dict.get(name), "parent_name", name) for goal in goals for name in goal[1:]}
+        owner = {
+            name: getattr(env.object_sites_dict.get(name), "parent_name", name) for goal in goals for name in goal[1:]
+        }
         things = {name: name for name in env.objects_dict} | {goal[1]: owner[goal[1]] for goal in goals}
         roots = {name: self._model.body_rootid[env.obj_body_id[thing]] for name, thing in things.items()}
         left, right = ({name for name, root in roots.items() if root in met} for met in map(self._met, self._fingers))
