@@ -61,7 +61,7 @@ class _Actor:
                 raise BitvlaError(str(error.cause)) from None
             raise ProcessError(f"{type(error.cause).__name__}: {error.cause}") from None
         except RayError as error:
-            raise ProcessError(str(error).splitlines()[0]) from None
+            raise ProcessError(_first_line(error)) from None
 
     def call(self, method: str, *args: Any) -> Any:
         self.send(method, *args)
@@ -87,7 +87,8 @@ class RayPool(Pool):
                 ray.init(address or None, log_to_driver=False, logging_level="ERROR")
             except (ConnectionError, RuntimeError, ValueError) as error:
                 raise BitvlaError(
-                    f"no Ray cluster at '{address}' ({str(error).splitlines()[0]}); start one with `ray start --head`"
+                    f"cannot join the Ray cluster {address or 'of this machine'} ({_first_line(error)}); "
+                    "start one with `ray start --head`"
                 ) from None
         policy, *rest = spec
         spec = (policy if callable(policy) else os.path.abspath(policy), *rest)
@@ -111,6 +112,11 @@ class RayPool(Pool):
             worker.close()
         if self._ours:
             ray.shutdown()
+
+
+def _first_line(error: Exception) -> str:
+    """Ray's errors go on with traces and advice."""
+    return str(error).partition("\n")[0]
 
 
 def _identity(policy: PolicyFacts, simulator: SimulatorFacts) -> _Identity:
