@@ -80,6 +80,8 @@ class RayPool(Pool):
     BitvlaError when the cluster cannot be reached.
     """
 
+    start_attempts = 5  # a machine may be lost as it starts a worker
+
     def __init__(self, spec: tuple[Any, ...], size: int | None, threads: int, address: str) -> None:
         self._ours = not ray.is_initialized()
         if self._ours:

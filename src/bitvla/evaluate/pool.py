@@ -25,17 +25,20 @@ class _Task(NamedTuple):
 class Pool:
     """Up to `size` workers made by `Worker(*spec)`; a context manager that leaves no process behind."""
 
+    start_attempts = 1  # here, a worker that dies as it starts has found no memory
+
     def __init__(self, spec: tuple[Any, ...], size: int, threads: int) -> None:
         self._spec, self.size, self._threads = spec, size, threads
+        self._failed_starts = 0
         self._idle: list[Any] = []
         self._busy: dict[Any, tuple[Any, _Task | None]] = {}  # by what is waited for; None: the worker is starting
 
     def describe(self) -> tuple[PolicyFacts, SimulatorFacts]:
         """Start the first worker and ask it what it runs. BitvlaError when it cannot run."""
-        worker = self._start()
-        self._finish_start(worker)
+        while not self._idle:
+            self._finish_start(self._start())
         try:
-            facts: tuple[PolicyFacts, SimulatorFacts] = worker.call("facts")
+            facts: tuple[PolicyFacts, SimulatorFacts] = self._idle[0].call("facts")
         except ProcessError as error:
             raise BitvlaError(f"the simulator could not be started: {error}") from None
         return facts
@@ -96,7 +99,12 @@ class Pool:
         try:
             worker.receive()
         except ProcessError as error:
-            raise BitvlaError(f"a worker could not start ({error}); try fewer processes") from None
+            self._failed_starts += 1
+            if self._failed_starts == self.start_attempts:
+                raise BitvlaError(f"a worker could not start ({error}); try fewer processes") from None
+            del self._busy[worker.connection]
+            worker.close(grace=0)
+            return
         del self._busy[worker.connection]
         self._idle.append(worker)
 

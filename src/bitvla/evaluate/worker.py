@@ -101,7 +101,7 @@ class _Run:
         self._steps = 0
         self._success = False
         self._done: str | None = None
-        self._moment = getattr(simulator, "moment", None)
+        self._moment: Any = getattr(simulator, "moment", None)
 
     def episode(self) -> tuple[Episode, bytes | None]:
         start = time.perf_counter()
