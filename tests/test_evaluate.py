@@ -16,6 +16,8 @@ from rich.console import Console
 from bitvla.errors import BitvlaError
 from bitvla.evaluate.demo import demo
 from bitvla.evaluate.files import load
+from bitvla.evaluate.pool import Pool
+from bitvla.evaluate.process import Remote
 from bitvla.evaluate.report import report
 from bitvla.evaluate.result import compare
 from bitvla.evaluate.rollout import evaluate
@@ -74,6 +76,26 @@ def test_a_crash_is_tried_again_then_counted_as_a_failure(tmp_path):
     assert twice.errors == 1
     assert twice.tasks["left"].successes == 1
     assert "SIGKILL" in next(e.error for e in twice.episodes if e.error)
+
+
+class Unlucky(Pool):
+    """Its first worker dies as it starts."""
+
+    made = 0
+
+    def _make(self):
+        self.made += 1
+        return Remote(os._exit, 1) if self.made == 1 else super()._make()
+
+
+def test_a_worker_lost_as_it_starts_is_replaced_where_that_may_happen():
+    spec = (Walker, Line, "both", 1, False)
+    with Unlucky(spec, 1, 1) as pool, pytest.raises(BitvlaError, match="fewer processes"):
+        pool.describe()
+    with Unlucky(spec, 1, 1) as pool:
+        pool.start_attempts = 2
+        assert pool.describe()[1].name == "line"
+        assert pool.made == 2
 
 
 def test_refusals_are_recorded_not_hidden():

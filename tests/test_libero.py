@@ -352,7 +352,7 @@ def test_a_perturbed_sentence_is_the_one_that_is_said():
             change: simulator.sentence(f"libero_object{change}/2", None) for change in ("", "_lan", "_swap", "_task")
         }
     assert said[""] == said["_swap"] != said["_lan"]
-    assert said["_lan"] == "grab salad dressing and put it into basket"
+    assert said["_lan"] == "grab salad dressing and put into basket"
     assert said["_task"] == "pick the tomato sauce and place it in the basket"
 
 

@@ -7,6 +7,8 @@ import os
 import signal
 import sys
 import tempfile
+import time
+from collections import Counter
 from functools import partial
 from pathlib import Path
 
@@ -16,29 +18,35 @@ os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 
 import msgspec
 import pytest
+import ray
 from ray.cluster_utils import Cluster
 
 from bitvla.errors import BitvlaError
 from bitvla.evaluate.rollout import evaluate
 from fakes import Line, Walker
 
-EPISODES = 12  # of each of two tasks
+EPISODES = 10  # of each of two tasks
 MEASURED = {"chunk_ms": (), "seconds": None, "policy_peak_bytes": 0}  # no two runs have these in common
 
 
 class Mortal(Line):
-    """Kills its process, the worker's, in the fourth episode that was begun anywhere."""
+    """Writes down what was begun. Kills its process in "left 3"; on the node `lost`, hangs in the first of "right"."""
 
-    def __init__(self, counts: Path, image_size: int) -> None:
+    def __init__(self, folder: Path, lost: str, image_size: int) -> None:
         super().__init__(image_size)
-        self._counts = counts
+        self._begun, self._hung, self._lost = folder / "begun", folder / "hung", lost
 
-    def reset(self, *args, **options) -> None:
-        with self._counts.open("a+") as counts:
-            counts.write("x")
-        if len(self._counts.read_text()) == 4:
+    def reset(self, task, seed, *args) -> None:
+        with self._begun.open("a") as begun:
+            begun.write(f"{task} {seed}\n")
+        if (task, seed) == ("left", 3) and self._begun.read_text().count("left 3\n") == 1:
             os.kill(os.getpid(), signal.SIGKILL)
-        super().reset(*args, **options)
+        if task == "right" and ray.get_runtime_context().get_node_id() == self._lost:
+            self._hung.write_text(f"{task} {seed}")
+            time.sleep(600)
+        while (task, seed) == ("right", 6) and not self._hung.exists():
+            time.sleep(0.1)  # the other node may need long to start its worker
+        super().reset(task, seed, *args)
 
 
 def episodes(result):
@@ -46,29 +54,32 @@ def episodes(result):
 
 
 def main():
-    run = partial(evaluate, partial(Walker, seconds=0.02), suite="both", episodes=EPISODES)
+    run = partial(evaluate, Walker, suite="both", episodes=EPISODES)
     alone = run(env=Line, processes=1)
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
     node = cluster.add_node(num_cpus=1)
     ended = []
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
 
-    def on_episode(episode):
-        ended.append(episode.job)
-        if len(ended) == EPISODES:
-            cluster.remove_node(node, allow_graceful=False)
+        def on_episode(episode):
+            ended.append(episode.job)
+            if (folder / "hung").exists() and node in cluster.worker_nodes:
+                cluster.remove_node(node, allow_graceful=False)
 
-    with tempfile.TemporaryDirectory() as folder:
-        counts, out = Path(folder, "counts"), Path(folder, "result.json")
-        far = run(env=partial(Mortal, counts), ray=cluster.address, out=out, on_episode=on_episode)
-        begun = len(counts.read_text())
+        env = partial(Mortal, folder, node.node_id)
+        far = run(env=env, ray=cluster.address, out=folder / "result.json", on_episode=on_episode)
+        begun = Counter((folder / "begun").read_text().splitlines())
+        hung = (folder / "hung").read_text()
     cluster.shutdown()
     assert far.processes == 2
-    assert begun > 2 * EPISODES, begun  # some were run again
-    assert len(ended) == len(set(ended)) == 2 * EPISODES  # none was counted twice
+    del begun["left 0"]  # what every worker begins with, to show that it can
+    assert {job for job, times in begun.items() if times > 1} == {"left 3", hung}  # these, and no other, were run again
+    assert len(ended) == len(set(ended)) == 2 * EPISODES  # and none was counted twice
     assert episodes(far) == episodes(alone)
     with pytest.raises(BitvlaError, match="ray start --head"):
         run(env=Line, ray="127.0.0.1:1")
-    print(f"the same {2 * EPISODES} episodes, {begun} begun, with a worker killed and a node lost")
+    print(f"the same {2 * EPISODES} episodes, with a worker killed in 'left 3' and a node lost in '{hung}'")
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import socket
 from collections.abc import Sequence
 from types import TracebackType
 from typing import Any
@@ -86,8 +87,9 @@ class RayPool(Pool):
         self._ours = not ray.is_initialized()
         if self._ours:
             try:
+                _reach(address)
                 ray.init(address or None, log_to_driver=False, logging_level="ERROR")
-            except (ConnectionError, RuntimeError, ValueError) as error:
+            except (OSError, RuntimeError, ValueError) as error:
                 raise BitvlaError(
                     f"cannot join the Ray cluster {address or 'of this machine'} ({_first_line(error)}); "
                     "start one with `ray start --head`"
@@ -114,6 +116,13 @@ class RayPool(Pool):
             worker.close()
         if self._ours:
             ray.shutdown()
+
+
+def _reach(address: str) -> None:
+    """OSError where nobody listens: Ray itself would try for a quarter of an hour."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if port.isdecimal():
+        socket.create_connection((host, int(port)), timeout=5).close()
 
 
 def _first_line(error: Exception) -> str:
