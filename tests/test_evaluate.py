@@ -18,6 +18,8 @@ from bitvla.errors import BitvlaError
 from bitvla.evaluate.demo import demo
 from bitvla.evaluate.files import load
 from bitvla.evaluate.policy_host import PolicyHost
+from bitvla.evaluate.pool import Pool
+from bitvla.evaluate.process import Remote
 from bitvla.evaluate.report import report
 from bitvla.evaluate.result import compare
 from bitvla.evaluate.rollout import evaluate
@@ -47,6 +49,7 @@ def test_a_deaf_policy_is_found_out():
     deaf = run(partial(Walker, deaf=True), suite="swap")
     assert deaf.obedience[0].matrix == ((0, 3, 0), (0, 3, 0))
     assert deaf.obedience[0].changed.rate == 0
+    assert deaf.failures == {"goal misunderstanding": 3}
     obedient = run(suite="swap")
     assert obedient.obedience[0].matrix == ((3, 0, 0), (0, 3, 0))
     assert obedient.obedience[0].changed.rate == 1
@@ -59,6 +62,8 @@ def test_policies_are_compared_on_the_same_states():
     assert comparison.tasks["left"].only_a == 3
     assert comparison.tasks["right"].both == 3
     assert comparison.total.difference == 0.5
+    swapped = compare(run(suite="swap"), run(partial(Walker, deaf=True), suite="swap"))
+    assert swapped.failures == {"goal misunderstanding": (0, 3)}
     with pytest.raises(BitvlaError, match="protocol"):
         compare(good, run(episodes=2))
     with pytest.raises(BitvlaError, match="protocol"):
@@ -73,6 +78,26 @@ def test_a_crash_is_tried_again_then_counted_as_a_failure(tmp_path):
     assert twice.errors == 1
     assert twice.tasks["left"].successes == 1
     assert "SIGKILL" in next(e.error for e in twice.episodes if e.error)
+
+
+class Unlucky(Pool):
+    """Its first worker dies as it starts."""
+
+    made = 0
+
+    def _make(self):
+        self.made += 1
+        return Remote(os._exit, 1) if self.made == 1 else super()._make()
+
+
+def test_a_worker_lost_as_it_starts_is_replaced_where_that_may_happen():
+    spec = (Walker, Line, "both", 1, False)
+    with Unlucky(spec, 1, 1) as pool, pytest.raises(BitvlaError, match="fewer processes"):
+        pool.describe()
+    with Unlucky(spec, 1, 1) as pool:
+        pool.start_attempts = 2
+        assert pool.describe()[1].name == "line"
+        assert pool.made == 2
 
 
 def test_refusals_are_recorded_not_hidden():

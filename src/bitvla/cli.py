@@ -192,6 +192,7 @@ def _eval(args: argparse.Namespace) -> Any:
         execute_horizon=args.execute_horizon,
         full_precision=args.full_precision,
         processes=args.processes,
+        ray=args.ray,
         resume=not args.restart,
         out=out,
     )
@@ -526,6 +527,13 @@ def _add_running(add: _Add) -> None:
     _add_environment(evaluate, "episodes of each task")
     _add_record(evaluate)
     evaluate.add_argument("--processes", type=_count, metavar="N", help="simulators side by side (default: all cores)")
+    evaluate.add_argument(
+        "--ray",
+        nargs="?",
+        const="",
+        metavar="ADDRESS",
+        help="on the machines of a Ray cluster (default: the one that this machine belongs to)",
+    )
     evaluate.add_argument(
         "--full-precision", action="store_true", help="run the PyTorch network of a checkpoint, same protocol"
     )

@@ -19,6 +19,7 @@ EXTRAS = {
     "data": ("pandas", "pyarrow", "av"),
     "serve": ("websockets", "msgpack", "prometheus_client", "grpc", "google.protobuf", "zmq"),
     "report": ("scipy", "matplotlib", "jinja2"),
+    "ray": ("ray",),
 }
 """Which packages each extra of `pip install bitvla[...]` brings, by the name that is imported."""
 

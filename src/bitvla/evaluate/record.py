@@ -10,6 +10,7 @@ from typing import Any, Literal
 import msgspec
 
 from bitvla.config import Camera
+from bitvla.evaluate.failures import Failure
 
 
 class Record(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -75,8 +76,8 @@ class Episode(Record, frozen=True, kw_only=True):
 
     `initial` is the state at the start: proprio, then the simulator's object positions. `chunk_ms` are the durations
     of the policy's calls, `policy_peak_bytes` the peak memory of its process so far. `outcome` holds the simulator's
-    own measurements at the end, `done` the first task of the group that was done (None: nothing). `video` is a path
-    relative to the result's file.
+    own measurements at the end, `done` the first task of the group that was done (None: nothing). `failure` is the kind
+    of a failure, where the simulator knows enough to tell. `video` is a path relative to the result's file.
     """
 
     task: str
@@ -90,6 +91,7 @@ class Episode(Record, frozen=True, kw_only=True):
     initial: tuple[float, ...] = ()
     outcome: dict[str, Any] = {}
     done: str | None = None
+    failure: Failure | None = None
     policy_peak_bytes: int = 0
     attempts: int = 1
     error: str | None = None
