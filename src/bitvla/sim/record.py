@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from bitvla.data.lerobot import Episode, LeRobotWriter
+from bitvla.data.lerobot import Episode, LeRobotWriter, claim
 from bitvla.errors import BitvlaError
 from bitvla.sim.base import TRAINING_SEEDS, Simulator, make_simulator
 
@@ -78,7 +78,7 @@ def record(
     left_out = {task: reason for task, reason in reasons.items() if reason}
     if not tasks:
         raise BitvlaError(f"no expert can do '{suite}': {next(iter(left_out.values()))}")
-    _claim(out, settings)
+    claim(out, "recording", asdict(settings))
     writer = LeRobotWriter(
         out,
         robot_type=simulator.robot,
@@ -276,23 +276,6 @@ def _load(path: Path) -> Episode:
         images = {name.removeprefix("images/"): stored[name] for name in stored if name.startswith("images/")}
         vectors = {name.removeprefix("vectors/"): stored[name] for name in stored if name.startswith("vectors/")}
         return Episode(images, vectors, str(stored["task"]), json.loads(str(stored["extra"])))
-
-
-def _claim(out: Path, settings: Settings) -> None:
-    """Make `out` the folder of this recording, or raise when it is another's."""
-    path = out / "meta" / "recording.json"
-    if path.exists():
-        if json.loads(path.read_text()) != asdict(settings):
-            raise BitvlaError(
-                f"{out} holds a recording with other settings ({path.read_text()}); choose another folder"
-            )
-        return
-    if out.exists() and any(out.iterdir()):
-        raise BitvlaError(f"{out} is not empty and holds no recording of bitvla; choose another folder")
-    path.parent.mkdir(parents=True)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(asdict(settings)))
-    os.replace(temporary, path)
 
 
 @contextlib.contextmanager

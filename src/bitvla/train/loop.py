@@ -32,7 +32,7 @@ from torch.utils._pytree import tree_map
 
 import bitvla
 from bitvla.config import PolicyConfig, check, to_dict
-from bitvla.data.lerobot import LeRobotDataset
+from bitvla.data.lerobot import AS_STORED, LeRobotDataset, name_of
 from bitvla.errors import BitvlaError, meant
 from bitvla.model.checkpoint import digest, golden_tensors, load_config, load_network, load_tokenizer, save_policy
 from bitvla.model.network import BitVLA, checkpoint_activations, layers
@@ -49,33 +49,42 @@ GOLDEN_OBSERVATIONS = 2
 def run(
     stage: str,
     config_path: Path,
-    data: Path | Sequence[Path],
+    data: str | Path | Sequence[str | Path],
     out: Path,
     *,
     init: Path | None = None,
     teacher: Path | None = None,
     sentences: list[str] | None = None,
+    cache_bytes: int | None = None,
 ) -> dict[str, Any]:
     """Train a policy and return a summary (steps, losses, checkpoint folder).
 
     Args:
         stage: one of `stages.NAMES`; "distill" needs `teacher`.
         config_path: TOML file of a `TrainConfig`.
-        data: root of a LeRobotDataset v3; for "pretrain" one or several.
+        data: a LeRobotDataset v3, as a folder, an address that fsspec knows, or an id on the Hub; for "pretrain" one
+            or several.
         out: folder of the run. If it holds an unfinished run of the same settings, that run goes on.
         init: checkpoint whose weights are the start; by default random (finetune) or the teacher's (distill).
         teacher: full-precision checkpoint that a distilled student follows.
         sentences: corpus of the tokenizer of a new policy; by default the instructions of the dataset.
+        cache_bytes: disk that decoded pictures may take, in all; by default what they need.
 
     Raises:
         BitvlaError: unusable configuration, data or checkpoint; a loss that is not finite.
     """
     check_stage(stage, teacher)
     config = load(config_path)
-    roots = [Path(data)] if isinstance(data, str | Path) else [Path(root) for root in data]
-    _check_mixture(stage, config, roots)
+    sources = [data] if isinstance(data, str | Path) else list(data)
+    names = [name_of(source) for source in sources]
+    _check_mixture(stage, config, names)
+    share = None if cache_bytes is None else cache_bytes // len(sources)
+    datasets = [
+        LeRobotDataset(source, config.data.get(name, AS_STORED), share)
+        for source, name in zip(sources, names, strict=True)
+    ]
     start = init or (teacher if stage == "distill" else None)
-    trainer = _Trainer(stage, config, [LeRobotDataset(root) for root in roots], Path(out), start, teacher, sentences)
+    trainer = _Trainer(stage, config, datasets, Path(out), start, teacher, sentences)
     with _interruptible() as interrupted:
         return trainer.train(interrupted)
 
@@ -96,10 +105,12 @@ def check_stage(stage: str, teacher: Path | None) -> None:
         raise BitvlaError(f"the teacher {teacher} is of stage '{trained}' and has no action head; finetune it first")
 
 
-def _check_mixture(stage: str, config: TrainConfig, roots: list[Path]) -> None:
-    names = [root.name for root in roots]
+def _check_mixture(stage: str, config: TrainConfig, names: list[str]) -> None:
+    for name in config.data:
+        if name not in names:
+            raise BitvlaError(f"the configuration describes the data '{name}', which is no --data{meant(name, names)}")
     if stage != "pretrain":
-        if len(roots) > 1:
+        if len(names) > 1:
             raise BitvlaError(f"stage '{stage}' trains on one dataset, not on {', '.join(names)}")
         return
     if len(set(names)) < len(names):
@@ -182,15 +193,16 @@ class _Trainer:
     def train(self, interrupted: list[int]) -> dict[str, Any]:
         config, passes = self.config, self.config.gradient_accumulation
         split = {"rank": self.accelerator.process_index, "world_size": self.accelerator.num_processes}
-        with self.accelerator.main_process_first():  # which decodes the videos once
+        with self.accelerator.local_main_process_first():  # which decodes the videos once
             self.windows = self._windows("train", **split)
+            self.windows.prepare(self.step * passes)
         self._announce(self.windows)
         steps = range(self.step * passes, config.steps * passes)
         losses: dict[str, float] = {}
         latest: list[stages.Losses] = []
         with self._progress() as progress:
             bar = progress.add_task(self.stage, total=config.steps, completed=self.step, losses="")
-            for number, window in zip(steps, batches(self.windows, steps), strict=True):
+            for number, window in zip(steps, batches(self.windows, steps, config.workers), strict=True):
                 self.number = number
                 latest = [*latest, self._step(window)][-passes:]
                 if not self.accelerator.sync_gradients:
@@ -311,6 +323,8 @@ class _Trainer:
                     "digest": digest(dataset.root / "meta" / "stats.json"),
                     "episodes": dataset.num_episodes,
                     "frames": dataset.num_frames,
+                    # Which decides the order of the frames.
+                    **({} if dataset.pictures.limit is None else {"cache_bytes": dataset.pictures.limit}),
                 }
                 for dataset in self.datasets
             ],

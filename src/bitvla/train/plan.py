@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
 from bitvla.config import Camera, PolicyConfig, ProcessingConfig, Statistics, check
-from bitvla.data.lerobot import IMAGE_PREFIX, read_info
+from bitvla.data.lerobot import AS_STORED, cameras_of, locate, name_of, read_info
 from bitvla.errors import BitvlaError
 from bitvla.model.checkpoint import load_config
 from bitvla.model.network import Batch, BitVLA, checkpoint_activations, layers
@@ -49,7 +49,7 @@ def plan(
     *,
     init: Path | None = None,
     teacher: Path | None = None,
-    data: Path | None = None,
+    data: str | Path | None = None,
     devices: int = 1,
     tflops: float | None = None,
 ) -> dict[str, Any]:
@@ -248,7 +248,7 @@ def _sequence_length(policy: PolicyConfig) -> int:
     return images + text + prompt.max_instruction_tokens + (action.dim if action.bins else action.num_slots + 1)
 
 
-def _policy(stage: str, config: TrainConfig, start: Path | None, data: Path | None) -> PolicyConfig:
+def _policy(stage: str, config: TrainConfig, start: Path | None, data: str | Path | None) -> PolicyConfig:
     stored = None if start is None else load_config(start)
     if stored is not None and bool(stored.action.bins) == (stage == "pretrain"):
         return msgspec.structs.replace(stored, precision=config.precision)
@@ -257,7 +257,8 @@ def _policy(stage: str, config: TrainConfig, start: Path | None, data: Path | No
     new = config.policy
     names = new.cameras
     if names is None and data is not None:
-        names = tuple(key.removeprefix(IMAGE_PREFIX) for key in read_info(data)["features"] if IMAGE_PREFIX in key)
+        chosen = config.data.get(name_of(data), AS_STORED).cameras
+        names = tuple(chosen or cameras_of(read_info(locate(data))["features"]))
     if names is None:
         raise BitvlaError(
             "nothing says how many cameras there are: give --data, or policy.cameras in the configuration"
