@@ -38,6 +38,8 @@ from bitvla.data.pictures import Images, Pictures
 from bitvla.errors import BitvlaError, meant
 from bitvla.files import write_whole
 
+Place = Path | UPath  # on this machine, or wherever fsspec reaches
+
 VERSION = "v3.0"
 IMAGE_PREFIX = "observation.images."
 _DATA_PATH = "data/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet"
@@ -249,7 +251,7 @@ class LeRobotDataset:
     def __init__(
         self, source: str | os.PathLike[str], conventions: Conventions = AS_STORED, cache_bytes: int | None = None
     ) -> None:
-        self.name, self.root = name_of(source), locate(source)
+        self.name, self.root, self._source = name_of(source), locate(source), os.fspath(source)
         self.info = read_info(self.root)
         self.features: dict[str, Any] = self.info["features"]
         self.fps = float(conventions.control_hz or self.info["fps"])
@@ -325,18 +327,22 @@ class LeRobotDataset:
 
     def _decode(self, camera: str, episode: int) -> Iterator[NDArray[np.uint8]]:
         # A new one of a far root: connections do not survive the fork of a loader's worker.
-        root = self.root if isinstance(self.root, Path) else UPath(str(self.root))
+        root = self.root if isinstance(self.root, Path) else UPath(self._source)
         frames = read_pictures(root, self.info, self.episodes.iloc[episode], self._cameras[camera])
         return (frame[::-1, ::-1] for frame in frames) if self._turned else frames
 
     def _cache_folder(self) -> Path:
         """Of a dataset here, in it; of one that is far away, among this user's caches. Other data have another name."""
         stats = self.root / "meta" / "stats.json"
-        parts = (str(self.root), json.dumps(self.info, sort_keys=True), stats.read_text() if stats.exists() else "",
-                 f"{self._cameras} {self._turned}")  # fmt: skip
-        digest = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
+        here = self.root / ".cache" if isinstance(self.root, Path) else None
         user = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "bitvla"
-        return (self.root / ".cache" if isinstance(self.root, Path) else user) / digest
+        parts = (
+            "" if here else self._source,
+            json.dumps(self.info, sort_keys=True),
+            stats.read_text() if stats.exists() else "",
+            f"{self._cameras} {self._turned}",
+        )
+        return (here or user) / hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
 
     def _frame_table(self) -> pd.DataFrame:
         places = self.episodes[["data/chunk_index", "data/file_index"]].drop_duplicates()
@@ -431,7 +437,7 @@ def _write_video(path: Path, frames: Iterator[NDArray[np.uint8]], fps: float, co
 
 
 def read_pictures(
-    root: Path, info: Mapping[str, Any], episode: pd.Series[Any], camera: str, pixels: str = "rgb24"
+    root: Place, info: Mapping[str, Any], episode: pd.Series[Any], camera: str, pixels: str = "rgb24"
 ) -> Iterator[NDArray[np.uint8]]:
     """The frames of a camera in one episode (a row of the episode table), uint8 (H, W, 3), or (H, W) with "gray".
 
@@ -452,7 +458,7 @@ def read_pictures(
         )
 
 
-def pictures_file(root: Path, info: Mapping[str, Any], episode: pd.Series[Any], camera: str) -> Path:
+def pictures_file(root: Place, info: Mapping[str, Any], episode: pd.Series[Any], camera: str) -> Place:
     """The file that holds a camera's frames of an episode: a video, or the table of its frames."""
     key = IMAGE_PREFIX + camera
     is_video = info["features"][key]["dtype"] == "video"
@@ -461,7 +467,7 @@ def pictures_file(root: Path, info: Mapping[str, Any], episode: pd.Series[Any], 
     return root / info[kind].format(video_key=key, **place)
 
 
-def _read_video(path: Path, begin: float, length: int, fps: float, pixels: str) -> Iterator[NDArray[np.uint8]]:
+def _read_video(path: Place, begin: float, length: int, fps: float, pixels: str) -> Iterator[NDArray[np.uint8]]:
     """Up to `length` frames from `begin` seconds on."""
     first = last = begin
     count = 0
@@ -484,7 +490,7 @@ def _read_video(path: Path, begin: float, length: int, fps: float, pixels: str) 
         raise BitvlaError(f"{path} runs at {(count - 1) / (last - first):.4g} frames a second, info.json says {fps:g}")
 
 
-def _read_stored(path: Path, key: str, episode: int, mode: str) -> Iterator[NDArray[np.uint8]]:
+def _read_stored(path: Place, key: str, episode: int, mode: str) -> Iterator[NDArray[np.uint8]]:
     """The encoded pictures in the column `key` of a table, read a row group at a time."""
     try:
         with path.open("rb") as file:
@@ -507,7 +513,7 @@ def _write_table(path: Path, table: pd.DataFrame, index: bool = False) -> None:
     os.replace(temporary, path)
 
 
-def read_table(path: Path, without: Collection[str] = ()) -> pd.DataFrame:
+def read_table(path: Place, without: Collection[str] = ()) -> pd.DataFrame:
     """A Parquet file but for the columns `without`."""
     try:
         with path.open("rb") as file:
@@ -531,7 +537,7 @@ def name_of(source: str | os.PathLike[str]) -> str:
     return text.rstrip("/").rpartition("/")[2] if "://" in text else os.path.basename(os.path.abspath(text))
 
 
-def locate(source: str | os.PathLike[str]) -> Path:
+def locate(source: str | os.PathLike[str]) -> Place:
     """The folder of a dataset: on this machine, on a file system that fsspec knows, or fetched from the Hub by its id.
 
     What is far away behaves like a path of this machine, to read from.
@@ -539,7 +545,7 @@ def locate(source: str | os.PathLike[str]) -> Path:
     text = os.fspath(source)
     if "://" in text:
         try:
-            root: Any = UPath(text)
+            root = UPath(text)
             root.exists()
         except Exception as error:  # a package that is missing, an unknown protocol, and whatever a service says
             raise BitvlaError(f"{text} cannot be reached: {' '.join(str(error).split())}") from None
@@ -585,7 +591,7 @@ def names_of(feature: Mapping[str, Any]) -> list[str]:
     return [str(name) for name in stored] if len(stored) == size else [str(i) for i in range(size)]
 
 
-def read_info(root: Path) -> dict[str, Any]:
+def read_info(root: Place) -> dict[str, Any]:
     """What is in the dataset; BitvlaError where there is none, or one of another version."""
     path = root / "meta" / "info.json"
     try:
@@ -601,7 +607,7 @@ def read_info(root: Path) -> dict[str, Any]:
     return dict(info)
 
 
-def read_episodes(root: Path, info: Mapping[str, Any]) -> pd.DataFrame:
+def read_episodes(root: Place, info: Mapping[str, Any]) -> pd.DataFrame:
     """Rows of the committed episodes, in order."""
     paths = sorted((root / "meta" / "episodes").glob("chunk-*/file-*.parquet"))
     if not paths:

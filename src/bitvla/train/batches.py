@@ -222,6 +222,8 @@ class Windows(Dataset[Window]):
         return f"episode {self._episode[self._at(position, place)[0]]} of {self.name}"
 
     def _at(self, position: int, place: float) -> Ids:
+        if self._group_bytes is None:
+            return self._frames[[int(place * self.num_frames)]]
         number, position = divmod(position, self.num_frames)
         epoch = self._epoch(number)
         begin, end = np.concatenate([[0], epoch.ends])[epoch.group(position) :][:2]

@@ -12,7 +12,7 @@ import platform
 import signal
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -263,11 +263,8 @@ class _Trainer:
             _check_fits(config, self.dataset, start)
             network, prompt = load_network(start, config)
             return network, prompt, load_tokenizer(start)
-        template = config.processing.prompt
-        specials = [template.pad_token, "<|slot|>", template.image_token, template.proprio_token, template.stop_token]
-        specials += [token for token in ("<|begin_of_text|>", "<|eot_id|>") if token in template.template]
-        corpus = sorted(set(sentences or [text for dataset in self.datasets for text in dataset.task_strings]))
-        tokenizer = train_tokenizer(corpus, config.language.vocab_size - config.action.bins, specials)
+        corpus = sentences or [text for dataset in self.datasets for text in dataset.task_strings]
+        tokenizer = new_tokenizer(config, corpus)
         prompt = Prompt(config, tokenizer)
         return BitVLA(config, prompt.image_id, prompt.proprio_id), prompt, tokenizer
 
@@ -463,6 +460,14 @@ class _Trainer:
             with (self.out / "metrics.jsonl").open("a") as file:
                 file.write(json.dumps({"step": self.step, **values}) + "\n")
             self.accelerator.log(values, step=self.step)
+
+
+def new_tokenizer(config: PolicyConfig, corpus: Iterable[str]) -> Tokenizer:
+    """The tokenizer of a new policy, made for the sentences that it will be told."""
+    template = config.processing.prompt
+    specials = [template.pad_token, "<|slot|>", template.image_token, template.proprio_token, template.stop_token]
+    specials += [token for token in ("<|begin_of_text|>", "<|eot_id|>") if token in template.template]
+    return train_tokenizer(sorted(set(corpus)), config.language.vocab_size - config.action.bins, specials)
 
 
 class _Trained(torch.nn.Module):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -15,7 +14,7 @@ from scipy.stats import spearmanr
 from bitvla.data.check import rules
 from bitvla.data.check.rules import Finding
 from bitvla.data.check.source import Floats, Source
-from bitvla.data.lerobot import pictures_file, read_pictures
+from bitvla.data.lerobot import Place, pictures_file, read_pictures
 from bitvla.errors import BitvlaError
 
 
@@ -39,7 +38,7 @@ def watch_camera(
     luminance, contrast = np.full(count, np.nan), np.full(count, np.nan)
     first = np.zeros((count, rules.THUMBNAIL, rules.THUMBNAIL), np.uint8)
     travel, frozen = np.full(count, np.nan), {}
-    broken: set[Path] = set()
+    broken: set[Place] = set()
     for episode, row in dataset.episodes.iterrows():
         path = pictures_file(dataset.root, dataset.info, row, camera)
         if path in broken:
@@ -149,7 +148,7 @@ def _shift(reference: NDArray[Any], image: NDArray[Any]) -> float:
     return float(np.hypot(dy, dx)) / rules.THUMBNAIL if after < before / 2 else 0.0
 
 
-def _broken_video(path: Path, camera: str, episode: Any, count: int, length: int, error: BitvlaError) -> Finding:
+def _broken_video(path: Place, camera: str, episode: Any, count: int, length: int, error: BitvlaError) -> Finding:
     return rules.BROKEN_VIDEO.found(
         subject=f"camera '{camera}', episode {episode}",
         value=f"{path.name} ends after {count} of its frames ({error})",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,7 +11,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from bitvla.data.check import rules
-from bitvla.data.lerobot import cameras_of, names_of, read_episodes, read_info, read_table
+from bitvla.data.lerobot import Place, cameras_of, names_of, read_episodes, read_info, read_table
 
 Floats = NDArray[np.float64]
 
@@ -20,7 +19,7 @@ Floats = NDArray[np.float64]
 class Source:
     """Where things are. Unlike `LeRobotDataset` it opens what is broken, and never holds more than two tables."""
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Place) -> None:
         self.root, self.info = root, read_info(root)
         self.fps = float(self.info["fps"])
         self.features: dict[str, Any] = self.info["features"]
