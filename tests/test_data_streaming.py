@@ -146,6 +146,11 @@ def test_conventions_of_data_that_are_not_given_are_refused(data, tmp_path):
         run("finetune", write_config(tmp_path, policy), data, tmp_path / "out")
 
 
+def test_another_size_of_actions_is_refused(data, tmp_path):
+    with pytest.raises(BitvlaError, match="random has vectors of 3, policy.action.dim is 4; change it"):
+        windows(data, tmp_path, POLICY.replace(" dim = 3", " dim = 4"))
+
+
 def test_far_data_give_the_same_batches(data, far, tmp_path):
     near, there = windows(data, tmp_path), windows(LeRobotDataset(far), tmp_path)
     for step in (0, 7):

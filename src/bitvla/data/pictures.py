@@ -12,6 +12,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import product
 from pathlib import Path
+from threading import get_ident
 
 import numpy as np
 from numpy.typing import NDArray
@@ -74,7 +75,7 @@ class Pictures:
 
     def _write(self, camera: str, episode: int) -> None:
         path, shape = self._path(camera, episode), self._shapes[camera]
-        temporary = path.with_suffix(f".{os.getpid()}.tmp")
+        temporary = path.with_suffix(f".{os.getpid()}-{get_ident()}.tmp")
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
             self._make_room(math.prod(shape) * int(self.lengths[episode]))
@@ -98,7 +99,7 @@ class Pictures:
         if self.limit is None:
             return
         kept = []
-        for path in self._folder.iterdir():
+        for path in self._folder.glob("*.rgb"):
             with contextlib.suppress(FileNotFoundError):  # another process made room
                 status = path.stat()
                 kept.append((status.st_mtime_ns, status.st_size, path))

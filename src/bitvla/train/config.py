@@ -124,6 +124,12 @@ def policy_config(new: NewPolicy, dataset: LeRobotDataset, precision: Literal["f
     for name in names:
         if name not in dataset.cameras:
             raise BitvlaError(f"{dataset.root} has no camera '{name}', only {', '.join(dataset.cameras)}")
+    sizes = {"state_dim": (new.action.state_dim, dataset.state), "dim": (new.action.dim, dataset.action)}
+    for name, (size, vectors) in sizes.items():
+        if size and size != vectors.shape[1]:
+            raise BitvlaError(
+                f"{dataset.name} has vectors of {vectors.shape[1]}, policy.action.{name} is {size}; change it"
+            )
     config = PolicyConfig(
         name=new.name,
         vision=new.vision,

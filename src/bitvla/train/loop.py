@@ -617,7 +617,10 @@ def _with_prefix(policy: PolicyConfig, config: TrainConfig) -> PolicyConfig:
 def _check_fits(config: Any, dataset: LeRobotDataset, start: Path) -> None:
     wanted = [camera.name for camera in config.processing.cameras]
     if not set(wanted) <= set(dataset.cameras):
-        raise BitvlaError(f"{start} was trained on the cameras {wanted}, the data has {list(dataset.cameras)}")
+        raise BitvlaError(
+            f"{start} was trained on the cameras {wanted}, the data has {list(dataset.cameras)}; say in the "
+            f"configuration which are which: data.{dataset.name}.cameras"
+        )
     state_dim = 0 if config.action.bins else dataset.state.shape[1]
     if dataset.action.shape[1] != config.action.dim or state_dim != config.action.state_dim:
         raise BitvlaError(
