@@ -7,12 +7,14 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import fsspec
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+from fsspec.implementations.memory import MemoryFileSystem
 from PIL import Image
 
 from bitvla.data.check import check
@@ -37,6 +39,14 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def far(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """The address of a copy of `data` in fsspec's memory; what is decoded of it goes to a folder of the test."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "caches"))
+    shared = MemoryFileSystem._open
+
+    def open_apart(self: MemoryFileSystem, path: str, mode: str = "rb", **options: Any) -> Any:
+        """Every reader has a position of its own, as in a store that is really far away."""
+        file = shared(self, path, mode, **options)
+        return io.BytesIO(file.getvalue()) if mode == "rb" else file
+
+    monkeypatch.setattr(MemoryFileSystem, "_open", open_apart)
     memory = fsspec.filesystem("memory")
     for path in data.rglob("*.*"):
         if path.is_file() and ".cache" not in path.parts:
