@@ -3,14 +3,13 @@
     python benchmarks/loader.py --config configs/metaworld-nano-localize.toml --data datasets/mt10 --workers 2
 
 The first line includes decoding the videos, where that has not been done before; the second is what a run sees. With
-`--cache-size` groups of episodes are decoded meanwhile: let `--batches` be long enough for several.
+`--cache-gb` groups of episodes are decoded meanwhile: let `--batches` be long enough for several.
 """
 
 import argparse
 import time
 from pathlib import Path
 
-from bitvla.cli import _bytes
 from bitvla.data.lerobot import AS_STORED, LeRobotDataset, name_of
 from bitvla.errors import BitvlaError
 from bitvla.processing.prompt import Prompt
@@ -23,9 +22,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", type=Path, required=True, help="TOML file of a run with a [policy] section")
     parser.add_argument("--data", required=True, help="dataset: folder, address or id on the Hub")
-    parser.add_argument(
-        "--cache-size", type=_bytes, help="disk for decoded pictures, as in 20GB (default: all of them)"
-    )
+    parser.add_argument("--cache-gb", type=float, help="disk for decoded pictures (default: as much as all need)")
     parser.add_argument("--workers", type=int, help="processes that prepare batches (default: as the file says)")
     parser.add_argument("--batches", type=int, default=200, help="to time (default: 200)")
     arguments = parser.parse_args()
@@ -34,7 +31,8 @@ def main() -> None:
         raise BitvlaError(f"{arguments.config} has no [policy] section; name the file of a run that begins anew")
     begin = time.perf_counter()
     conventions = settings.data.get(name_of(arguments.data), AS_STORED)
-    dataset = LeRobotDataset(arguments.data, conventions, arguments.cache_size)
+    cache_bytes = None if arguments.cache_gb is None else int(1e9 * arguments.cache_gb)
+    dataset = LeRobotDataset(arguments.data, conventions, cache_bytes)
     config = policy_config(settings.policy, dataset, settings.precision)
     prompt = Prompt(config, new_tokenizer(config, dataset.task_strings))
     sizes = {"batch_size": settings.batch_size, "seed": settings.seed, "augmentation": settings.augmentation}
