@@ -140,9 +140,9 @@ def test_published_data_are_checked(published):
     [
         (
             Conventions(cameras={"front": "imgae"}),
-            r"no camera 'imgae'.*'image'.*it has image, image2; name it in data\.",
+            r"data.libero.cameras names 'imgae', .* has image, image2; did you mean 'image'",
         ),
-        (Conventions(cameras={"front": "observation.images.image"}), "no camera 'observation.images.image'"),
+        (Conventions(cameras={"front": "observation.images.image"}), "cameras names 'observation.images.image'"),
     ],
 )
 def test_cameras_that_are_not_there_are_refused(published, conventions, message):
@@ -157,7 +157,7 @@ def test_conventions_of_data_that_are_not_given_are_refused(data, tmp_path):
 
 
 def test_another_size_of_actions_is_refused(data, tmp_path):
-    with pytest.raises(BitvlaError, match="random has vectors of 3, policy.action.dim is 4; change it"):
+    with pytest.raises(BitvlaError, match=r"random has vectors of 3, policy\.action\.dim is 4; change it"):
         windows(data, tmp_path, POLICY.replace(" dim = 3", " dim = 4"))
 
 

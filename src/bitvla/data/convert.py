@@ -130,7 +130,7 @@ def _writer(out: Path, first: Episode, fps: float, layout: Any) -> LeRobotWriter
         out,
         robot_type=layout.ROBOT,
         fps=fps,
-        cameras={camera: frames.shape[1:3] for camera, frames in first.images.items()},
+        cameras={camera: (frames.shape[1], frames.shape[2]) for camera, frames in first.images.items()},
         vectors={
             key: names.get(key, [str(i) for i in range(values.shape[1])]) for key, values in first.vectors.items()
         },

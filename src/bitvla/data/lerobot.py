@@ -260,8 +260,8 @@ class LeRobotDataset:
         self._cameras = conventions.cameras or {camera: camera for camera in stored}
         for camera in self._cameras.values():
             if camera not in stored:
-                raise BitvlaError(f"the dataset {self.root} has no camera '{camera}'{meant(camera, stored)}, it has "
-                                  f"{', '.join(stored) or 'none'}; name it in data.{self.name}.cameras")  # fmt: skip
+                raise BitvlaError(f"data.{self.name}.cameras names '{camera}', the dataset {self.root} has "
+                                  f"{', '.join(stored) or 'no camera'}{meant(camera, stored)}")  # fmt: skip
         self.cameras = list(self._cameras)
         self.num_episodes, self.num_frames = int(self.info["total_episodes"]), int(self.info["total_frames"])
         if self.num_episodes == 0:
@@ -476,10 +476,13 @@ def _read_video(path: Place, begin: float, length: int, fps: float, pixels: str)
             stream = container.streams.video[0]
             stream.thread_type = "AUTO"
             if begin > 0:
-                container.seek(int(begin / stream.time_base), stream=stream)  # to the key frame before
+                # To a key frame before; some frames early, as frames are stored in another order than they are shown.
+                container.seek(int(max(0.0, begin - 8 / fps) / stream.time_base), stream=stream)
             for frame in container.decode(stream):
                 if frame.time < begin - 0.5 / fps:
                     continue
+                if not count and frame.time > begin + 0.5 / fps:
+                    raise BitvlaError(f"{path} has no frame at {begin:g} s, where an episode begins; copy it again")
                 first, last, count = first if count else frame.time, frame.time, count + 1
                 yield frame.to_ndarray(format=pixels).astype(np.uint8, copy=False)
                 if count == length:

@@ -66,7 +66,9 @@ class Pictures:
                 os.utime(self._path(camera, episode))
             except FileNotFoundError:
                 missing.append((camera, episode))
-        shown = track(missing, description, console=Console(stderr=True)) if description and missing else missing
+        shown: Iterable[tuple[str, int]] = missing
+        if description and missing:
+            shown = track(missing, description, console=Console(stderr=True))
         for camera, episode in shown:
             self._write(camera, episode)
 
@@ -103,7 +105,9 @@ class Pictures:
             with contextlib.suppress(FileNotFoundError):  # another process made room
                 status = path.stat()
                 kept.append((status.st_mtime_ns, status.st_size, path))
-        excess = sum(size for _, size, _ in kept) + needed - self.limit
+        # Another thread may be writing one, too.
+        longest = int(self.lengths.max()) * max(math.prod(shape) for shape in self._shapes.values())
+        excess = sum(size for _, size, _ in kept) + needed + longest - self.limit
         for _, size, path in sorted(kept):
             if excess <= 0:
                 break
@@ -121,7 +125,7 @@ class Images(Sequence[Frame]):
     def __len__(self) -> int:
         return int(self._ends[-1])
 
-    def __getitem__(self, frame: int) -> Frame:  # type: ignore[override] -- one at a time
+    def __getitem__(self, frame: int) -> Frame:  # type: ignore[override]  # one at a time
         if not 0 <= frame < len(self):
             raise IndexError(frame)
         episode = int(np.searchsorted(self._ends, frame, side="right"))

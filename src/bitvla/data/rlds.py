@@ -120,6 +120,7 @@ def _message(name: str) -> Any:
         described = file.message_type.add(name=message)
         for field, number, kind, repeats in fields:
             label = kinds.LABEL_REPEATED if repeats else kinds.LABEL_OPTIONAL
+            type_: dict[str, Any]
             if kind in _FIELDS:
                 type_ = {"type": kinds.TYPE_MESSAGE, "type_name": f".tf.{kind}"}
             else:

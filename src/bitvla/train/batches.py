@@ -311,7 +311,7 @@ class Mixture(Dataset[TokenWindow]):
     def __getitem__(self, step: int) -> TokenWindow:
         for part, position in self._positions(step):
             part.load_ahead(position)
-        examples = [part.example(*window) for part, *window in self._chosen(step)]
+        examples = [part.example(position, place, changes) for part, position, place, changes in self._chosen(step)]
         token_ids = torch.full((len(examples), self._length), self._pad_id)
         targets = torch.full((len(examples), self._dim), UNKNOWN)
         for i, (_, prompt, action) in enumerate(examples):
