@@ -205,6 +205,17 @@ def test_the_next_group_is_decoded_ahead(data, tmp_path):
     assert all(dataset.pictures._path("front", episode).exists() for episode in wanted)
 
 
+def test_a_mixture_draws_from_the_group_in_use(data, tmp_path):
+    part = windows(LeRobotDataset(data, cache_bytes=CACHE), tmp_path)
+    epoch, drawn = part._epoch(0), set()
+    for position in range(part.num_frames):
+        for place in (0.0, 0.5, 0.999):
+            (frame,) = part._at(position, place)
+            assert part._episode[frame] in epoch.episodes[epoch.group(position)]
+            drawn.add(part._episode[frame])
+    assert drawn == set(part._episode[part._frames])
+
+
 def test_a_run_streams_in_bounded_space(data, far, tmp_path):
     """Its loader is another process; a run that is resumed must not get another order of the frames."""
     config = write_config(tmp_path, keypoint_weight=0, auxiliary_weight=0)
