@@ -237,10 +237,12 @@ def test_a_truncated_video_ends_a_streaming_run_with_one_line(far, tmp_path):
     assert "Traceback" not in str(error.value)
 
 
-def test_fsspec_keeps_what_was_fetched(far, tmp_path):
-    """By the address alone, as fsspec chains file systems."""
+def test_fsspec_keeps_what_was_fetched(far, tmp_path, monkeypatch):
+    """By the address alone, as fsspec chains file systems; where, its own configuration says."""
+    monkeypatch.setitem(fsspec.config.conf, "simplecache", {"cache_storage": str(tmp_path / "kept")})
     data = LeRobotDataset(f"simplecache::{far}")
-    assert data.images("front")[0].shape == (16, 16, 3)
+    assert (data.name, data.images("front")[0].shape) == ("random", (16, 16, 3))
+    assert len(list((tmp_path / "kept").iterdir())) >= 5  # tables and a video
 
 
 @pytest.mark.parametrize(
