@@ -29,14 +29,14 @@ def actions(length):
 def picture(number, size=16):
     """Light at the top left, so that it tells how it is turned, and darker with every number."""
     frame = np.zeros((size, size, 3), np.uint8)
-    frame[: size // 2, : size // 2] = 250 - 5 * number
+    frame[: size // 2, : size // 2] = 250 - 12 * number
     return frame
 
 
 def shows(frame, number):
     """Whether a frame that was compressed is the picture of that number, and upright."""
     light, dark = frame[2:6, 2:6].mean(), frame[10:14, 10:14].mean()
-    return abs(light - (250 - 5 * number)) < 2.5 and dark < 10
+    return abs(light - (250 - 12 * number)) < 6 and dark < 10
 
 
 def write_hdf5(folder, name="bowl_demo.hdf5", lengths=(6, 8)):
@@ -52,7 +52,7 @@ def write_hdf5(folder, name="bowl_demo.hdf5", lengths=(6, 8)):
             obs["ee_states"] = np.arange(length * 6, dtype=np.float64).reshape(length, 6)
             obs["gripper_states"] = np.full((length, 2), number, np.float64)
             obs["agentview_rgb"] = np.stack([picture(step) for step in range(length)])
-            obs["eye_in_hand_rgb"] = np.stack([picture(20 + step) for step in range(length)])
+            obs["eye_in_hand_rgb"] = np.stack([picture(10 + step) for step in range(length)])
     return folder
 
 
@@ -104,7 +104,7 @@ def test_libero_hdf5_becomes_a_dataset(tmp_path):
     assert data.episode_ranges == [(0, 6), (6, 14)]  # demo_2 before demo_10
     np.testing.assert_array_equal(data.action, np.concatenate([actions(6), actions(8)]))
     assert data.state[7].tolist() == [6, 7, 8, 9, 10, 11, 10, 10]
-    for camera, first in (("full", 0), ("wrist", 20)):
+    for camera, first in (("full", 0), ("wrist", 10)):
         for frame, step in ((0, 0), (6, 0), (13, 7)):
             assert shows(data.images(camera)[frame], first + step), (camera, frame)
     assert data.features["observation.state"]["names"][0] == "eef_x"
