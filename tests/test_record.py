@@ -160,6 +160,11 @@ def test_a_full_disk_is_named_and_loses_nothing(whole, tmp_path, monkeypatch):
     assert same(out, whole)
 
 
+def test_a_second_recording_into_the_same_folder_is_refused(whole):
+    with recorder._alone_in(whole), pytest.raises(BitvlaError, match="another recording is writing"):
+        record("metaworld", TASK, 3, whole, image_size=32, processes=1)
+
+
 def test_a_folder_of_something_else_is_refused(whole, tmp_path):
     with pytest.raises(BitvlaError, match="other settings"):
         record("metaworld", TASK, 3, whole, image_size=48, processes=1)

@@ -8,6 +8,7 @@ that was killed goes on from there.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
 import shutil
@@ -79,31 +80,32 @@ def record(
     if not tasks:
         raise BitvlaError(f"no expert can do '{suite}': {next(iter(left_out.values()))}")
     _claim(out, settings)
-    writer = LeRobotWriter(
-        out,
-        robot_type=simulator.robot,
-        fps=simulator.control_hz,
-        cameras=dict.fromkeys(simulator.cameras, (image_size, image_size)),
-        vectors={
-            "observation.state": simulator.state_names,
-            "action": simulator.action_names,
-            "observation.environment_state": simulator.environment_state_names,
-            "observation.keypoints": [
-                f"{camera}.{thing}.{axis}"
-                for camera in simulator.cameras
-                for thing in simulator.keypoint_names
-                for axis in "uv"
-            ],
-        },
-    )
     simulator.close()
-    # Task by task within an index, so that every prefix of the dataset is balanced.
-    jobs = [Job(i * len(tasks) + k, task, i) for i in range(episodes) for k, task in enumerate(tasks)]
-    pending = jobs[writer.num_episodes :]
-    if pending:
-        with _named_disk_errors(out):
-            _record_all(pending, settings, writer, out, processes or os.cpu_count() or 1)
-    shutil.rmtree(out / ".staging", ignore_errors=True)
+    with _alone_in(out):
+        writer = LeRobotWriter(
+            out,
+            robot_type=simulator.robot,
+            fps=simulator.control_hz,
+            cameras=dict.fromkeys(simulator.cameras, (image_size, image_size)),
+            vectors={
+                "observation.state": simulator.state_names,
+                "action": simulator.action_names,
+                "observation.environment_state": simulator.environment_state_names,
+                "observation.keypoints": [
+                    f"{camera}.{thing}.{axis}"
+                    for camera in simulator.cameras
+                    for thing in simulator.keypoint_names
+                    for axis in "uv"
+                ],
+            },
+        )
+        # Task by task within an index, so that every prefix of the dataset is balanced.
+        jobs = [Job(i * len(tasks) + k, task, i) for i in range(episodes) for k, task in enumerate(tasks)]
+        pending = jobs[writer.num_episodes :]
+        if pending:
+            with _named_disk_errors(out):
+                _record_all(pending, settings, writer, out, processes or os.cpu_count() or 1)
+        shutil.rmtree(out / ".staging", ignore_errors=True)
     summary = {"out": str(out), "tasks": len(tasks), "episodes": writer.num_episodes, "recorded_now": len(pending)}
     return summary | ({"left_out": left_out} if left_out else {})
 
@@ -112,6 +114,7 @@ def _record_all(jobs: list[Job], settings: Settings, writer: LeRobotWriter, out:
     staging = out / ".staging"
     staging.mkdir(exist_ok=True)
     missing = [job for job in jobs if not _staged(staging, job).exists()]
+    missing.sort(key=lambda job: (job.number // BATCH, job.task))  # changing the task can cost seconds
     console = Console(stderr=True)
     columns = [TextColumn("recording"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()]
     pool = ProcessPoolExecutor(processes, mp_context=get_context("spawn"), initializer=_start_worker)
@@ -293,6 +296,19 @@ def _claim(out: Path, settings: Settings) -> None:
     temporary = path.with_suffix(".tmp")
     temporary.write_text(json.dumps(asdict(settings)))
     os.replace(temporary, path)
+
+
+@contextlib.contextmanager
+def _alone_in(out: Path) -> Iterator[None]:
+    """Two recordings into one folder would take each other's staged episodes."""
+    descriptor = os.open(out, os.O_RDONLY)  # the folder itself is locked: no file to be left behind
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError:
+        raise BitvlaError(f"another recording is writing {out} now; wait for it or choose another folder") from None
+    finally:
+        os.close(descriptor)
 
 
 @contextlib.contextmanager
