@@ -62,18 +62,18 @@ def convert(
         source=Path(source).resolve().name, cameras=chosen, fps=fps, rotate180=rotate180, drop_no_ops=drop_no_ops
     )
     demonstrations = [one for path in files for one in layout.demonstrations(path, chosen)]
-    claim(out, "conversion", to_dict(settings))
-    done = read_info(out)["total_episodes"] if (out / "meta" / "info.json").exists() else 0
-    frames, dropped, batch = 0, 0, list[Episode]()
-    for number, (name, read) in enumerate(demonstrations[done:], start=done + 1):
-        whole = read()
-        episode = _as_wanted(whole, settings, name)
-        frames, dropped = frames + episode.length, dropped + whole.length - episode.length
-        batch.append(episode)
-        if number == len(demonstrations) or sum(_picture_bytes(one) for one in batch) > _BATCH_BYTES:
-            _writer(out, batch[0], fps, layout).append(batch)
-            batch = []
-        progress(number, len(demonstrations), name)
+    with claim(out, "conversion", to_dict(settings)):
+        done = read_info(out)["total_episodes"] if (out / "meta" / "info.json").exists() else 0
+        frames, dropped, batch = 0, 0, list[Episode]()
+        for number, (name, read) in enumerate(demonstrations[done:], start=done + 1):
+            whole = read()
+            episode = _as_wanted(whole, settings, name)
+            frames, dropped = frames + episode.length, dropped + whole.length - episode.length
+            batch.append(episode)
+            if number == len(demonstrations) or sum(_picture_bytes(one) for one in batch) > _BATCH_BYTES:
+                _writer(out, batch[0], fps, layout).append(batch)
+                batch = []
+            progress(number, len(demonstrations), name)
     return {"out": str(out), "episodes": len(demonstrations), "converted_now": len(demonstrations) - done,
             "frames_now": frames, "no_ops_dropped_now": dropped}  # fmt: skip
 

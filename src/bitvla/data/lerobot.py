@@ -12,6 +12,8 @@ Pictures may also be in the tables, as PNG or JPEG (`"dtype": "image"`). What is
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import hashlib
 import io
 import json
@@ -72,16 +74,25 @@ class Episode:
         return len(self.vectors["action"])
 
 
-def claim(root: Path, work: str, settings: Mapping[str, Any]) -> None:
-    """Make `root` the folder of this `work` ("recording"), or raise where it holds another, or anything else."""
-    path = root / "meta" / f"{work}.json"
-    if path.exists():
-        if json.loads(path.read_text()) != settings:
+@contextlib.contextmanager
+def claim(root: Path, work: str, settings: Mapping[str, Any]) -> Iterator[None]:
+    """Have `root` for this `work` ("recording") alone; BitvlaError where it holds another, or something else."""
+    root.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(root, os.O_RDONLY)  # the folder itself is locked: no file to be left behind
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        path = root / "meta" / f"{work}.json"
+        if not path.exists():
+            if any(root.iterdir()):
+                raise BitvlaError(f"{root} is not empty and holds no {work} of bitvla; choose another folder")
+            write_whole(path, json.dumps(settings).encode())
+        elif json.loads(path.read_text()) != settings:
             raise BitvlaError(f"{root} holds a {work} with other settings ({path.read_text()}); choose another folder")
-        return
-    if root.exists() and any(root.iterdir()):
-        raise BitvlaError(f"{root} is not empty and holds no {work} of bitvla; choose another folder")
-    write_whole(path, json.dumps(settings).encode())
+        yield
+    except BlockingIOError:
+        raise BitvlaError(f"another {work} is writing {root} now; wait for it or choose another folder") from None
+    finally:
+        os.close(descriptor)
 
 
 class LeRobotWriter:

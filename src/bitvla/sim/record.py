@@ -78,32 +78,32 @@ def record(
     left_out = {task: reason for task, reason in reasons.items() if reason}
     if not tasks:
         raise BitvlaError(f"no expert can do '{suite}': {next(iter(left_out.values()))}")
-    claim(out, "recording", asdict(settings))
-    writer = LeRobotWriter(
-        out,
-        robot_type=simulator.robot,
-        fps=simulator.control_hz,
-        cameras=dict.fromkeys(simulator.cameras, (image_size, image_size)),
-        vectors={
-            "observation.state": simulator.state_names,
-            "action": simulator.action_names,
-            "observation.environment_state": simulator.environment_state_names,
-            "observation.keypoints": [
-                f"{camera}.{thing}.{axis}"
-                for camera in simulator.cameras
-                for thing in simulator.keypoint_names
-                for axis in "uv"
-            ],
-        },
-    )
     simulator.close()
-    # Task by task within an index, so that every prefix of the dataset is balanced.
-    jobs = [Job(i * len(tasks) + k, task, i) for i in range(episodes) for k, task in enumerate(tasks)]
-    pending = jobs[writer.num_episodes :]
-    if pending:
-        with _named_disk_errors(out):
-            _record_all(pending, settings, writer, out, processes or os.cpu_count() or 1)
-    shutil.rmtree(out / ".staging", ignore_errors=True)
+    with claim(out, "recording", asdict(settings)):
+        writer = LeRobotWriter(
+            out,
+            robot_type=simulator.robot,
+            fps=simulator.control_hz,
+            cameras=dict.fromkeys(simulator.cameras, (image_size, image_size)),
+            vectors={
+                "observation.state": simulator.state_names,
+                "action": simulator.action_names,
+                "observation.environment_state": simulator.environment_state_names,
+                "observation.keypoints": [
+                    f"{camera}.{thing}.{axis}"
+                    for camera in simulator.cameras
+                    for thing in simulator.keypoint_names
+                    for axis in "uv"
+                ],
+            },
+        )
+        # Task by task within an index, so that every prefix of the dataset is balanced.
+        jobs = [Job(i * len(tasks) + k, task, i) for i in range(episodes) for k, task in enumerate(tasks)]
+        pending = jobs[writer.num_episodes :]
+        if pending:
+            with _named_disk_errors(out):
+                _record_all(pending, settings, writer, out, processes or os.cpu_count() or 1)
+        shutil.rmtree(out / ".staging", ignore_errors=True)
     summary = {"out": str(out), "tasks": len(tasks), "episodes": writer.num_episodes, "recorded_now": len(pending)}
     return summary | ({"left_out": left_out} if left_out else {})
 
@@ -112,6 +112,7 @@ def _record_all(jobs: list[Job], settings: Settings, writer: LeRobotWriter, out:
     staging = out / ".staging"
     staging.mkdir(exist_ok=True)
     missing = [job for job in jobs if not _staged(staging, job).exists()]
+    missing.sort(key=lambda job: (job.number // BATCH, job.task))  # changing the task can cost seconds
     console = Console(stderr=True)
     columns = [TextColumn("recording"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()]
     pool = ProcessPoolExecutor(processes, mp_context=get_context("spawn"), initializer=_start_worker)
