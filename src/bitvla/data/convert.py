@@ -94,7 +94,8 @@ def _files(source: Path, pattern: str) -> list[Path]:
 
 
 def _as_wanted(whole: Episode, settings: Settings, name: str) -> Episode:
-    lengths = {key: len(values) for key, values in {**whole.images, **whole.vectors}.items()}
+    arrays: dict[str, NDArray[Any]] = {**whole.images, **whole.vectors}
+    lengths = {key: len(values) for key, values in arrays.items()}
     if len(set(lengths.values())) > 1:
         raise BitvlaError(f"{name} is half-written: it has {lengths} frames; remove it from the source")
     for key, values in whole.vectors.items():

@@ -483,12 +483,12 @@ def _read_video(path: Place, begin: float, length: int, fps: float, pixels: str)
     first = last = begin
     count = 0
     try:
-        with path.open("rb") as file, av.open(file) as container:
+        with path.open("rb") as file, av.open(file, "r") as container:
             stream = container.streams.video[0]
             stream.thread_type = "AUTO"
             if begin > 0:
                 # To a key frame before; some frames early, as frames are stored in another order than they are shown.
-                container.seek(int(max(0.0, begin - 8 / fps) / stream.time_base), stream=stream)
+                container.seek(int(max(0.0, begin - 8 / fps) * av.time_base))
             for frame in container.decode(stream):
                 if frame.time < begin - 0.5 / fps:
                     continue
@@ -623,7 +623,7 @@ def read_info(root: Place) -> dict[str, Any]:
 
 def read_episodes(root: Place, info: Mapping[str, Any]) -> pd.DataFrame:
     """Rows of the committed episodes, in order."""
-    paths = sorted((root / "meta" / "episodes").glob("chunk-*/file-*.parquet"))
+    paths: list[Place] = sorted((root / "meta" / "episodes").glob("chunk-*/file-*.parquet"), key=str)
     if not paths:
         raise BitvlaError(f"{root} has no episode table (meta/episodes)")
     table = pd.concat([read_table(path) for path in paths], ignore_index=True).sort_values("episode_index")
@@ -699,7 +699,7 @@ def write_statistics(source: str | os.PathLike[str]) -> dict[str, Any]:
     stored = json.loads(path.read_text()) if path.exists() else {}
     stats = _table_stats(dataset._frames, dataset.features)
     try:
-        if isinstance(dataset.root, Path):
+        if isinstance(path, Path):
             _write_json(path, stored | stats)
         else:
             path.write_text(json.dumps(stored | stats, indent=2))  # an object appears whole

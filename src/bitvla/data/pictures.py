@@ -86,7 +86,7 @@ class Pictures:
                     if frame.shape != shape:
                         raise BitvlaError(f"camera '{camera}' has a picture of {frame.shape} in episode {episode}, "
                                           f"info.json says {shape}")  # fmt: skip
-                    file.write(np.ascontiguousarray(frame))
+                    file.write(np.ascontiguousarray(frame).data)
             os.replace(temporary, path)
         except OSError as error:
             if error.errno != errno.ENOSPC:

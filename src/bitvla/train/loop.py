@@ -317,7 +317,7 @@ class _Trainer:
             "data": [
                 {
                     # The exact statistics of every frame change when any value does, and are cheap to read.
-                    "digest": digest(dataset.root / "meta" / "stats.json"),
+                    "digest": hashlib.sha256((dataset.root / "meta" / "stats.json").read_bytes()).hexdigest(),
                     "episodes": dataset.num_episodes,
                     "frames": dataset.num_frames,
                     # Which decides the order of the frames.
