@@ -202,7 +202,7 @@ def test_the_next_group_is_decoded_ahead(data, tmp_path):
     ahead.load_ahead(0)
     ahead._loader.join()
     wanted = [*ahead._epoch(0).episodes[0], *ahead._epoch(0).episodes[1]]
-    assert all(dataset.pictures._path("front", episode).exists() for episode in wanted)
+    assert all(Path(dataset.pictures._path("front", episode)).exists() for episode in wanted)
 
 
 def test_a_mixture_draws_from_the_group_in_use(data, tmp_path):

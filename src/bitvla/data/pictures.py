@@ -53,9 +53,14 @@ class Pictures:
         size = math.prod(shape)
         while True:
             try:
-                return np.fromfile(path, np.uint8, size, offset=index * size).reshape(shape)
+                descriptor = os.open(path, os.O_RDONLY)  # a third of the time that Python's files take
             except FileNotFoundError:
                 self._write(camera, episode)
+                continue
+            try:
+                return np.frombuffer(os.pread(descriptor, size, index * size), np.uint8).reshape(shape)
+            finally:
+                os.close(descriptor)
 
     def load(self, cameras: Sequence[str], episodes: Iterable[int], description: str = "") -> None:
         """Decode what is not on disk of these episodes; a `description` shows how far it is."""
@@ -72,11 +77,11 @@ class Pictures:
         for camera, episode in shown:
             self._write(camera, episode)
 
-    def _path(self, camera: str, episode: int) -> Path:
-        return self._folder / f"{camera}-{episode:06d}.rgb"
+    def _path(self, camera: str, episode: int) -> str:
+        return f"{self._folder}/{camera}-{episode:06d}.rgb"
 
     def _write(self, camera: str, episode: int) -> None:
-        path, shape = self._path(camera, episode), self._shapes[camera]
+        path, shape = Path(self._path(camera, episode)), self._shapes[camera]
         temporary = path.with_suffix(f".{os.getpid()}-{get_ident()}.tmp")
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
