@@ -13,9 +13,11 @@ import msgspec
 import pytest
 from rich.console import Console
 
+import bitvla
 from bitvla.errors import BitvlaError
 from bitvla.evaluate.demo import demo
 from bitvla.evaluate.files import load
+from bitvla.evaluate.policy_host import PolicyHost
 from bitvla.evaluate.report import report
 from bitvla.evaluate.result import compare
 from bitvla.evaluate.rollout import evaluate
@@ -130,6 +132,30 @@ def test_a_torn_line_is_run_again_and_another_policy_may_not_go_on(tmp_path):
     with pytest.raises(BitvlaError, match="another protocol"):
         run(out=out, episodes=4)
     assert run(out=out).total.total == 6
+
+
+def test_a_pruned_policy_is_another_policy(tmp_path):
+    out, pruned = tmp_path / "r.json", partial(Walker, prune=0.25)
+
+    def stop(_):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(pruned, out=out, on_episode=stop)
+    with pytest.raises(BitvlaError, match="another prune"):
+        run(out=out)
+    result = run(pruned, out=out)
+    assert load(out).policy.prune == 0.25
+    assert compare(result, run()).a == "walker (ternary, 25% of the image tokens left out)"
+
+
+def test_a_policy_file_is_known_by_its_name_however_it_is_loaded(tmp_path):
+    path = pack_random(tmp_path, nano_config())
+    plain = PolicyHost(str(path), 1, False).facts()
+    pruned = PolicyHost(partial(bitvla.load, path, threads=1, prune=0.5), 1, False).facts()
+    assert plain.source == "policy.safetensors"
+    assert plain.file_bytes > 0
+    assert pruned == msgspec.structs.replace(plain, prune=0.5, load_seconds=pruned.load_seconds)
 
 
 @pytest.mark.parametrize(

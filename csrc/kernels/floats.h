@@ -232,7 +232,11 @@ BITVLA_APART void linear_tile(const LinearJob& job, const W* weight, size_t m0, 
   const auto step = [&](size_t k, size_t count) __attribute__((always_inline)) {
     F row[kRows];
 #pragma GCC unroll 8
-    for (int n = 0; n < kRows; ++n) row[n] = get<F>(w + n * job.cols + k, count);
+    for (int n = 0; n < kRows; ++n) {
+      row[n] = get<F>(w + n * job.cols + k, count);
+      // A single token waits for memory, whose own prefetching stops where a row ends: ask for the rows that follow.
+      if (kTokens == 1) __builtin_prefetch(w + (n + kRows) * job.cols + k);
+    }
 #pragma GCC unroll 8
     for (int m = 0; m < kTokens; ++m) {
       const F v = get<F>(x + m * job.x_stride + k, count);

@@ -176,7 +176,14 @@ def _inspect(args: argparse.Namespace) -> Any:
 def _bench(args: argparse.Namespace) -> Any:
     from bitvla.runtime.bench import bench
 
-    return bench(args.policy, threads=args.threads, repeats=args.repeats, views=args.views, batch=args.batch)
+    return bench(
+        args.policy,
+        threads=args.threads,
+        repeats=args.repeats,
+        views=args.views,
+        prune=args.prune,
+        batch=args.batch,
+    )
 
 
 def _eval(args: argparse.Namespace) -> Any:
@@ -187,13 +194,20 @@ def _eval(args: argparse.Namespace) -> Any:
     if args.protocol and args.env != "libero":
         raise BitvlaError(f"--protocol is for --env libero: '{args.env}' has one protocol only")
     # A result is a record: it is always kept, and an interrupted evaluation goes on from it.
-    precision = "-full-precision" if args.full_precision else ""
+    if args.prune and args.full_precision:
+        raise BitvlaError("--prune is for policy files; --full-precision runs a checkpoint")
+    policy: Any = args.policy
+    if args.prune:
+        import bitvla
+
+        policy = partial(bitvla.load, args.policy, threads=1, prune=args.prune)
+    precision = "-full-precision" if args.full_precision else f"-pruned-{args.prune:g}" if args.prune else ""
     rules = f"-{args.protocol}" if args.protocol else ""
     suite = args.suite.replace("/", "-")
     default = Path("reports") / f"{args.policy.stem}-{suite}{rules}{precision}.json"
     out = args.json if isinstance(args.json, Path) else default
     result = evaluate(
-        args.policy,
+        policy,
         env=partial(make_simulator, args.env, protocol=args.protocol) if args.protocol else args.env,
         suite=args.suite,
         episodes=args.episodes,
@@ -260,7 +274,7 @@ def _serve(args: argparse.Namespace) -> Any:
         preset=args.preset,
         allow_kill=args.allow_kill,
     )
-    return serve(args.policy, options, threads=args.threads, watch=args.watch)
+    return serve(args.policy, options, threads=args.threads, prune=args.prune, watch=args.watch)
 
 
 def _run(args: argparse.Namespace) -> Any:
@@ -290,6 +304,7 @@ def _run(args: argparse.Namespace) -> Any:
         timeout=args.timeout,
         token=args.token if args.token is not None else os.environ.get("BITVLA_TOKEN"),
         threads=args.threads,
+        prune=args.prune,
     )
     result = run(args.policy, robot, options)
     return result if args.json else display.run(result)
@@ -375,6 +390,12 @@ def _amount(text: str) -> float:
     if not 0 <= value < float("inf"):
         raise argparse.ArgumentTypeError(f"'{text}' is not a number of at least 0")
     return value
+
+
+def _share(text: str) -> float:
+    if not 0 <= (share := _amount(text)) < 1:
+        raise argparse.ArgumentTypeError(f"'{text}' is not a share from 0 to below 1")
+    return share
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -595,6 +616,7 @@ def _add_running(add: _Add) -> None:
     evaluate.add_argument(
         "--execute-horizon", type=_count, metavar="N", help="actions of a chunk to play (default: the policy's)"
     )
+    _add_prune(evaluate)
     evaluate.add_argument("--first-seed", type=_seed, default=0, metavar="N", help="initial state of the first episode")
     evaluate.add_argument("--protocol", metavar="P", help="LIBERO's: official (default), lerobot or vla.cpp")
     evaluate.add_argument("--restart", action="store_true", help="do not go on from an interrupted evaluation")
@@ -717,6 +739,7 @@ def _add_serving(add: _Add) -> None:
     )
     serve.add_argument("--preset", metavar="NAME", help="names and conventions of a known client: libero")
     serve.add_argument("--threads", type=_count, metavar="N", help="threads of the kernels (default: all cores)")
+    _add_prune(serve)
     serve.add_argument("--watch", action="store_true", help="load the policy again when its file changes")
     serve.add_argument("--allow-kill", action="store_true", help="let a robot stop the server (gr00t's 'kill')")
 
@@ -746,6 +769,7 @@ def _add_serving(add: _Add) -> None:
     run.add_argument("--timeout", type=_amount, default=5.0, metavar="S", help="of a call to a server (default: 5)")
     run.add_argument("--token", metavar="T", help="of the server (default: $BITVLA_TOKEN)")
     run.add_argument("--threads", type=_count, metavar="N", help="threads of the kernels (default: all cores)")
+    _add_prune(run)
 
     replay = add(
         _replay,
@@ -769,6 +793,7 @@ def _add_measuring(add: _Add) -> None:
     bench.add_argument(
         "--repeats", type=_count, default=50, metavar="N", help="calls, or tokens, to measure (default: 50)"
     )
+    _add_prune(bench)
     bench.add_argument("--views", type=_count, metavar="N", help="measure as if it had N cameras (default: as it has)")
     bench.add_argument(
         "--batch", type=_count, default=1, metavar="N", help="measure calls of up to N observations too (default: 1)"
@@ -784,6 +809,16 @@ def _add_record(command: argparse.ArgumentParser) -> None:
         const=True,
         metavar="OUT",
         help="write the record to OUT (default: a name under reports/); without OUT, print it too",
+    )
+
+
+def _add_prune(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--prune",
+        type=_share,
+        default=0.0,
+        metavar="SHARE",
+        help="leave out this share of the image tokens before the decoder: faster, other actions (default: 0)",
     )
 
 

@@ -48,6 +48,7 @@ class Header(Record, frozen=True, kw_only=True):
     protocol: Protocol
     policy: str
     precision: str
+    prune: float = 0.0
     versions: dict[str, str]
 
 
@@ -100,12 +101,14 @@ class Episode(Record, frozen=True, kw_only=True):
 
 
 class PolicyFacts(Record, frozen=True, kw_only=True):
-    """The policy that ran. Sizes in bytes; `bf16_bytes` is what the same parameters take in bfloat16."""
+    """The policy that ran. Sizes in bytes; `bf16_bytes` is what the same parameters take in bfloat16; `prune` the share
+    of image tokens that it did without."""
 
     name: str
     source: str
     digest: str
     precision: str
+    prune: float = 0.0
     isa: str
     threads: int
     parameters: int
@@ -118,6 +121,11 @@ class PolicyFacts(Record, frozen=True, kw_only=True):
     execute_horizon: int
     control_hz: float
     load_seconds: float
+
+    @property
+    def title(self) -> str:
+        pruned = f", {self.prune:.0%} of the image tokens left out" if self.prune else ""
+        return f"{self.name} ({self.precision}{pruned})"
 
 
 class Machine(Record, frozen=True, kw_only=True):

@@ -131,8 +131,8 @@ def compare(a: Result, b: Result) -> Comparison:
             )
     by_task = {task: [(x.success, y.success) for x, y in pairs if x.task == task] for task in a.protocol.tasks}
     return Comparison(
-        a=f"{a.policy.name} ({a.policy.precision})",
-        b=f"{b.policy.name} ({b.policy.precision})",
+        a=a.policy.title,
+        b=b.policy.title,
         total=paired([x.success for x, _ in pairs], [y.success for _, y in pairs]),
         tasks={task: paired([x for x, _ in outcomes], [y for _, y in outcomes]) for task, outcomes in by_task.items()},
     )

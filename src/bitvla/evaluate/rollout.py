@@ -125,7 +125,12 @@ def _journal(
     out: Path | None, protocol: Protocol, policy: PolicyFacts, simulator: SimulatorFacts, resume: bool
 ) -> Journal[Episode]:
     header = Header(
-        format=FORMAT, protocol=protocol, policy=policy.digest, precision=policy.precision, versions=simulator.versions
+        format=FORMAT,
+        protocol=protocol,
+        policy=policy.digest,
+        precision=policy.precision,
+        prune=policy.prune,
+        versions=simulator.versions,
     )
     return Journal(out and out.with_name(f"{out.name}.partial.jsonl"), header, Episode, resume)
 
