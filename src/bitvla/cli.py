@@ -56,7 +56,7 @@ def _record(args: argparse.Namespace) -> Any:
     )
 
 
-def _data(args: argparse.Namespace) -> Any:
+def _data_check(args: argparse.Namespace) -> Any:
     import msgspec
 
     from bitvla import display
@@ -73,6 +73,28 @@ def _data(args: argparse.Namespace) -> Any:
     return msgspec.to_builtins(checkup) if args.json else display.checkup(checkup) | written
 
 
+def _data_convert(args: argparse.Namespace) -> Any:
+    from bitvla import display
+    from bitvla.data.convert import convert
+
+    with display.progress("converting") as progress:
+        return convert(
+            args.source,
+            args.out,
+            cameras=dict(args.camera),
+            fps=args.fps,
+            rotate180=args.rotate180,
+            drop_no_ops=args.drop_no_ops,
+            progress=progress,
+        )
+
+
+def _data_statistics(args: argparse.Namespace) -> Any:
+    from bitvla.data.lerobot import write_statistics
+
+    return write_statistics(args.dataset)
+
+
 def _train(args: argparse.Namespace) -> Any:
     if args.plan:
         from bitvla.train.plan import plan
@@ -84,7 +106,8 @@ def _train(args: argparse.Namespace) -> Any:
 
     if not args.data or args.out is None:
         raise BitvlaError("training needs --data and --out; --plan does without")
-    result = run(args.stage, args.config, args.data, args.out, init=args.init, teacher=args.teacher)
+    parents = {"init": args.init, "teacher": args.teacher}
+    result = run(args.stage, args.config, args.data, args.out, cache_bytes=args.cache_size, **parents)
     return result if os.environ.get("RANK", "0") == "0" else None  # one of several processes speaks
 
 
@@ -338,6 +361,22 @@ def _rate(text: str) -> float:
     return rate
 
 
+def _bytes(text: str) -> int:
+    number = text.upper().removesuffix("B")
+    factor = {"M": 10**6, "G": 10**9, "T": 10**12}.get(number[-1:], 1)
+    try:
+        return int(float(number.rstrip("MGT")) * factor)
+    except (ValueError, OverflowError):
+        raise argparse.ArgumentTypeError(f"'{text}' is not a size, as in 500MB or 20GB") from None
+
+
+def _pair(text: str) -> tuple[str, str]:
+    ours, equals, theirs = text.partition("=")
+    if not (ours and equals and theirs):
+        raise argparse.ArgumentTypeError(f"'{text}' is not NAME=KEY, as in wrist=eye_in_hand_rgb")
+    return ours, theirs
+
+
 def _seed(text: str) -> int:
     if not text.isdecimal():
         raise argparse.ArgumentTypeError(f"'{text}' is not a whole number of at least 0")
@@ -372,10 +411,14 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
 
     def add(
-        run: Callable[[argparse.Namespace], Any], summary: str, example: str, interrupted: str = NOTHING_LEFT
+        run: Callable[[argparse.Namespace], Any],
+        summary: str,
+        example: str,
+        interrupted: str = NOTHING_LEFT,
+        group: Any = commands,
     ) -> argparse.ArgumentParser:
-        command: argparse.ArgumentParser = commands.add_parser(
-            run.__name__.removeprefix("_").replace("_", "-"),
+        command: argparse.ArgumentParser = group.add_parser(
+            run.__name__.rpartition("data_")[2].removeprefix("_").replace("_", "-"),
             help=summary,
             description=f"{summary[0].upper()}{summary[1:]}.",
             epilog=f"example: bitvla {example}",
@@ -387,7 +430,7 @@ def build_parser() -> argparse.ArgumentParser:
         command.set_defaults(run=run, parser=command, interrupted=interrupted)
         return command
 
-    _add_making(add)
+    _add_making(add, commands)
     _add_running(add)
     _add_writing(add)
     _add_serving(add)
@@ -398,7 +441,7 @@ def build_parser() -> argparse.ArgumentParser:
 _Add = Callable[..., argparse.ArgumentParser]
 
 
-def _add_making(add: _Add) -> None:
+def _add_making(add: _Add, commands: Any) -> None:
     """From a simulator to a policy file."""
     record = add(
         _record,
@@ -412,16 +455,7 @@ def _add_making(add: _Add) -> None:
     record.add_argument("--image-size", type=_count, default=128, metavar="PX", help="width and height (default: 128)")
     record.add_argument("--seed", type=_seed, default=0, help="another number, other initial states (default: 0)")
 
-    data = add(
-        _data,
-        "check a dataset before training on it",
-        "data check datasets/mt10 --out reports/mt10-data.html --split reports/mt10-split.json",
-    )
-    data.add_argument("action", choices=("check",), metavar="check", help="measure the dataset and grade what is wrong")
-    data.add_argument("dataset", type=Path, metavar="DATASET", help="folder of a LeRobot dataset (v3); only read")
-    data.add_argument("--out", type=Path, metavar="OUT.html", help="draw the report, one file with everything in it")
-    data.add_argument("--split", type=Path, metavar="OUT.json", help="write the proposed held-out split by region")
-    data.add_argument("--horizon", type=_count, default=8, metavar="N", help="actions of a chunk (default: 8)")
+    _add_data(add, commands)
 
     train = add(
         _train,
@@ -432,7 +466,13 @@ def _add_making(add: _Add) -> None:
     train.add_argument("stage", choices=STAGES, metavar="STAGE", help=" | ".join(STAGES))
     train.add_argument("--config", type=Path, required=True, metavar="FILE", help="TOML file of the run")
     train.add_argument(
-        "--data", type=Path, action="append", metavar="D", help="folder of the dataset; pretrain takes several"
+        "--data",
+        action="append",
+        metavar="D",
+        help="dataset: folder, address (s3://bucket/data) or id on the Hugging Face Hub; pretrain takes several",
+    )
+    train.add_argument(
+        "--cache-size", type=_bytes, metavar="SIZE", help="disk for decoded pictures, as in 20GB (default: all of them)"
     )
     train.add_argument("--out", type=Path, metavar="OUT", help="folder of the checkpoint")
     train.add_argument(
@@ -504,6 +544,55 @@ def _add_making(add: _Add) -> None:
     make_checkpoint.add_argument(
         "--statistics", type=Path, metavar="FILE", help="dataset_statistics.json (default: LIBERO-Spatial's)"
     )
+
+
+def _add_data(add: _Add, commands: Any) -> None:
+    """Before training: what a dataset is worth, and what is none yet."""
+    example = "data check datasets/mt10 --out reports/mt10-data.html --split reports/mt10-split.json"
+    summary = "check a dataset before training on it, or make one of other files"
+    data = commands.add_parser(
+        "data",
+        help=summary,
+        description=f"{summary[0].upper()}{summary[1:]}.",
+        epilog=f"example: bitvla {example}",
+        allow_abbrev=False,
+    )
+    group = data.add_subparsers(dest="action", metavar="ACTION", required=True)
+    check = add(_data_check, "measure a dataset and grade what is wrong", example, group=group)
+    check.add_argument("--out", type=Path, metavar="OUT.html", help="draw the report, one file with everything in it")
+    check.add_argument("--split", type=Path, metavar="OUT.json", help="write the proposed held-out split by region")
+    check.add_argument("--horizon", type=_count, default=8, metavar="N", help="actions of a chunk (default: 8)")
+
+    statistics = add(
+        _data_statistics,
+        "compute the statistics of a dataset again, over every frame, and write them into it",
+        "data statistics datasets/mine",
+        group=group,
+    )
+    where = "LeRobot dataset (v3): folder, address (s3://bucket/data) or id on the Hugging Face Hub"
+    for command in (check, statistics):
+        command.add_argument("dataset", metavar="DATASET", help=where)
+
+    convert = add(
+        _data_convert,
+        "write LIBERO's HDF5, or RLDS episodes in TFRecords, as a LeRobot dataset (v3)",
+        "data convert libero_spatial datasets/libero-spatial --drop-no-ops",
+        GO_ON,
+        group=group,
+    )
+    convert.add_argument("source", type=Path, metavar="SOURCE", help="file, or folder with *.hdf5 or *.tfrecord* files")
+    convert.add_argument("out", type=Path, metavar="OUT", help="folder of the dataset")
+    convert.add_argument(
+        "--camera",
+        type=_pair,
+        action="append",
+        default=[],
+        metavar="NAME=KEY",
+        help="the source's camera KEY gets this NAME (default: LIBERO's, as full and wrist)",
+    )
+    convert.add_argument("--fps", type=_rate, default=20.0, metavar="F", help="actions a second (default: LIBERO's 20)")
+    convert.add_argument("--rotate180", action="store_true", help="turn the pictures: the source has them turned")
+    convert.add_argument("--drop-no-ops", action="store_true", help="leave out steps without motion, as OpenVLA-OFT")
 
 
 def _add_running(add: _Add) -> None:

@@ -16,7 +16,7 @@ from bitvla.errors import BitvlaError
 EXTRAS = {
     "sim": ("metaworld", "mujoco", "gymnasium", "OpenGL", "packaging"),
     "train": ("torch", "transformers", "accelerate"),
-    "data": ("pandas", "pyarrow", "av"),
+    "data": ("pandas", "pyarrow", "av", "fsspec", "upath", "h5py", "google_crc32c"),
     "serve": ("websockets", "msgpack", "prometheus_client", "grpc", "google.protobuf", "zmq"),
     "report": ("scipy", "matplotlib", "jinja2"),
     "ray": ("ray",),

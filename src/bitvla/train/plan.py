@@ -23,7 +23,7 @@ import bitvla
 from bitvla.config import Camera, PolicyConfig, ProcessingConfig, Statistics, check
 from bitvla.convert import official
 from bitvla.convert.training import read_config
-from bitvla.data.lerobot import IMAGE_PREFIX, read_info
+from bitvla.data.lerobot import AS_STORED, cameras_of, locate, name_of, read_info
 from bitvla.errors import BitvlaError
 from bitvla.model.lora import add_adapters
 from bitvla.model.network import Batch, BitVLA, checkpoint_activations, layers
@@ -52,7 +52,7 @@ def plan(
     *,
     init: Path | None = None,
     teacher: Path | None = None,
-    data: Path | None = None,
+    data: str | Path | None = None,
     devices: int = 1,
     tflops: float | None = None,
 ) -> dict[str, Any]:
@@ -261,7 +261,7 @@ def _sequence_length(policy: PolicyConfig) -> int:
     return images + text + prompt.max_instruction_tokens + (action.dim if action.bins else action.num_slots + 1)
 
 
-def _policy(stage: str, config: TrainConfig, start: Path | None, data: Path | None) -> PolicyConfig:
+def _policy(stage: str, config: TrainConfig, start: Path | None, data: str | Path | None) -> PolicyConfig:
     published = start is not None and (official.recognizes(start) or _is_on_the_hub(start))
     stored = None if start is None or published else read_config(start)
     if stored is not None and bool(stored.action.bins) == (stage == "pretrain"):
@@ -271,7 +271,8 @@ def _policy(stage: str, config: TrainConfig, start: Path | None, data: Path | No
     new = config.policy
     names = new.cameras
     if names is None and data is not None:
-        names = tuple(key.removeprefix(IMAGE_PREFIX) for key in read_info(data)["features"] if IMAGE_PREFIX in key)
+        chosen = config.data.get(name_of(data), AS_STORED).cameras
+        names = tuple(chosen or cameras_of(read_info(locate(data))["features"]))
     if names is None:
         raise BitvlaError(
             "nothing says how many cameras there are: give --data, or policy.cameras in the configuration"
