@@ -110,7 +110,6 @@ def _drop(drop: Drop) -> dict[str, Any]:
         "success": f"{drop.rate.successes}/{drop.rate.total}",
         "difference": f"{100 * drop.difference:+.1f}",
         "95 % interval": _interval(drop),
-        "same initial states": drop.paired,
     }
 
 

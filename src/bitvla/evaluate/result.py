@@ -35,8 +35,8 @@ class Obedience(Record, frozen=True, kw_only=True):
 class Drop(Record, frozen=True, kw_only=True):
     """What a perturbed suite costs: `difference` = its rate - the rate of the suite that it was made from.
 
-    The 95 % interval is that of pairs where both start from the same states, as they do when only the sentence differs
-    (`paired`), else that of two independent rates.
+    The 95 % interval is that of two independent rates: LIBERO-PRO lists other initial states even where it changes
+    nothing but the sentence.
     """
 
     suite: str
@@ -44,7 +44,6 @@ class Drop(Record, frozen=True, kw_only=True):
     difference: float
     low: float
     high: float
-    paired: bool
 
 
 class Result(Record, frozen=True, kw_only=True):
@@ -138,15 +137,9 @@ def _drops(episodes: Sequence[Episode]) -> tuple[Drop, ...]:
 
 
 def _drop(suite: str, perturbed: list[Episode], base: list[Episode]) -> Drop:
-    a, b = [e.success for e in perturbed], [e.success for e in base]
-    pairs = len(a) == len(b) and all(_close(x.initial, y.initial) for x, y in zip(perturbed, base, strict=True))
-    rate = rate_of(a)
-    if pairs:
-        pair = paired(a, b)
-        low, high = pair.low, pair.high
-    else:
-        low, high = independent(rate, rate_of(b))
-    return Drop(suite=suite, rate=rate, difference=rate.rate - rate_of(b).rate, low=low, high=high, paired=pairs)
+    rate, before = rate_of(e.success for e in perturbed), rate_of(e.success for e in base)
+    low, high = independent(rate, before)
+    return Drop(suite=suite, rate=rate, difference=rate.rate - before.rate, low=low, high=high)
 
 
 class Comparison(Record, frozen=True, kw_only=True):
@@ -193,9 +186,6 @@ def _same(what: str, a: dict[str, Any], b: dict[str, Any]) -> None:
 
 
 def _same_start(x: Episode, y: Episode) -> bool:
-    return x.instruction == y.instruction and _close(x.initial, y.initial)
-
-
-def _close(x: Sequence[float], y: Sequence[float]) -> bool:
-    """Whether two initial states are the same."""
-    return len(x) == len(y) and all(abs(p - q) <= INITIAL_STATE_TOLERANCE for p, q in zip(x, y, strict=True))
+    if x.instruction != y.instruction or len(x.initial) != len(y.initial):
+        return False
+    return all(abs(p - q) <= INITIAL_STATE_TOLERANCE for p, q in zip(x.initial, y.initial, strict=True))
