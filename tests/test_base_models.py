@@ -201,7 +201,7 @@ def test_the_prompt_of_a_question(model: LanguageModel) -> None:
     """The image comes first, a line break stays after it, and a later turn has none."""
     conversation = Conversation(model)
     list(conversation.say(QUESTION, images=[picture()], max_tokens=1))
-    rest = [*model.encode(" is"), 389, 279, 2007, 30]
+    rest = [*model.chat.encode(" is"), 389, 279, 2007, 30]
     words = [3923, *rest]
     assert conversation.ids[:-1] == [*SYSTEM, 35075, 25, SPACE, *[IMAGE] * 256, NEW_LINE, *words, *ASSISTANT]
     before = list(conversation.ids)
@@ -210,7 +210,7 @@ def test_the_prompt_of_a_question(model: LanguageModel) -> None:
     assert conversation.ids[len(before) : -1] == [128009, 35075, 25, SPACE, *pictures, NEW_LINE, *words, *ASSISTANT]
     before = list(conversation.ids)
     list(conversation.say(QUESTION, max_tokens=1))
-    assert conversation.ids[len(before) : -1] == [128009, 35075, 25, *model.encode(" What"), *rest, *ASSISTANT]
+    assert conversation.ids[len(before) : -1] == [128009, 35075, 25, *model.chat.encode(" What"), *rest, *ASSISTANT]
 
 
 def test_files_say_what_their_model_does(checkpoints: Path) -> None:
@@ -386,7 +386,7 @@ def test_the_image_token_is_the_tokenizers(checkpoints: Path, tmp_path: Path) ->
     )
     pack(folder, tmp_path / "out")
     renamed = LanguageModel.load(tmp_path / "out")
-    assert (renamed.config.chat.image_token, renamed.image_id) == ("<image>", 128260)
+    assert (renamed.config.chat.image_token, renamed.chat.image_id) == ("<image>", 128260)
     published = LanguageModel.load(checkpoints / "vision-language.safetensors")
     texts = ["".join(model.generate(QUESTION, images=[picture()], max_tokens=4)) for model in (renamed, published)]
     assert texts[0] == texts[1]

@@ -22,7 +22,7 @@ from typing import Any, NoReturn
 from bitvla import __version__
 from bitvla.errors import BitvlaError, meant
 
-STAGES = ("localize", "pretrain", "finetune", "distill")
+STAGES = ("align", "instruct", "localize", "pretrain", "finetune", "distill")
 PACKINGS = ("2bit", "base3")
 MATRICES: dict[str, Any] = {"float32": "F32", "bfloat16": "BF16", "int8": "I8"}
 KINDS = ("libero", "vision-language", "vision-language-bf16-tower", "pretrained", "language", "language-bf16")
@@ -409,7 +409,11 @@ def _add_making(add: _Add) -> None:
     train.add_argument("stage", choices=STAGES, metavar="STAGE", help=" | ".join(STAGES))
     train.add_argument("--config", type=Path, required=True, metavar="FILE", help="TOML file of the run")
     train.add_argument(
-        "--data", type=Path, action="append", metavar="D", help="folder of the dataset; pretrain takes several"
+        "--data",
+        type=Path,
+        action="append",
+        metavar="D",
+        help="folder of the dataset; pretrain takes several; align and instruct a JSON file of conversations",
     )
     train.add_argument("--out", type=Path, metavar="OUT", help="folder of the checkpoint")
     train.add_argument("--init", type=Path, metavar="CKPT", help="checkpoint whose weights to start from")

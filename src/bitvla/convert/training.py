@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bitvla.bundle import TensorSpec, tensor_specs
-from bitvla.config import PolicyConfig, check, from_dict
+from bitvla.config import LanguageModelConfig, PolicyConfig, check, from_dict
 from bitvla.convert.source import (
     Golden,
     Source,
@@ -26,7 +26,7 @@ from bitvla.quantization import ternarize
 
 
 def open_training(checkpoint: Path) -> Source:
-    """Open a training checkpoint; BitvlaError names what is missing or does not fit."""
+    """Open a training checkpoint, of a policy or a vision-language model; BitvlaError names what does not fit."""
     config, provenance = _read_config(checkpoint), read_json(checkpoint / "provenance.json")
     if provenance.get("stage") == "localize":
         raise BitvlaError(
@@ -47,9 +47,11 @@ def open_training(checkpoint: Path) -> Source:
     )
 
 
-def _read_config(checkpoint: Path) -> PolicyConfig:
+def _read_config(checkpoint: Path) -> PolicyConfig | LanguageModelConfig:
     origin = checkpoint / "config.json"
-    config = from_dict(PolicyConfig, read_json(origin), str(origin))
+    stored = read_json(origin)
+    kind = LanguageModelConfig if "chat" in stored else PolicyConfig
+    config: PolicyConfig | LanguageModelConfig = from_dict(kind, stored, str(origin))
     try:
         return check(config)
     except BitvlaError as error:
@@ -67,8 +69,10 @@ def _read_weight(path: Path, name: str, spec: TensorSpec) -> NDArray[np.float32]
     return weight
 
 
-def _read_golden(path: Path, config: PolicyConfig) -> Golden:
-    """Golden observations; what is in them is checked when the policy plays them."""
+def _read_golden(path: Path, config: PolicyConfig | LanguageModelConfig) -> Golden:
+    """Golden observations; what is in them is checked when the policy plays them. A language model has none."""
+    if isinstance(config, LanguageModelConfig):
+        return Golden([], [])
     with safetensors(path) as file:
         try:
             instructions = msgspec.json.decode((file.metadata() or {})["instructions"], type=list[str])

@@ -13,19 +13,34 @@ import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 
-from bitvla.config import PolicyConfig, check, from_dict, to_dict
+from bitvla.config import LanguageModelConfig, PolicyConfig, check, from_dict, to_dict
 from bitvla.errors import BitvlaError
-from bitvla.model.network import BitVLA
-from bitvla.processing.prompt import Prompt
+from bitvla.model.network import Backbone, BitVLA, VisionLanguageModel
+from bitvla.processing.prompt import Chat, Prompt
 
 
 def load_config(checkpoint: Path) -> PolicyConfig:
     """The policy configuration of a checkpoint folder."""
+    if is_language_model(checkpoint):
+        raise BitvlaError(f"{checkpoint} is a vision-language model, which does not act; give a policy's checkpoint")
     path = checkpoint / "config.json"
-    stored = _read_json(path)
+    return check(from_dict(PolicyConfig, _read_json(path), str(path)))
+
+
+def load_language_config(checkpoint: Path) -> LanguageModelConfig:
+    """The configuration of a vision-language model in a checkpoint folder."""
+    if not is_language_model(checkpoint):
+        raise BitvlaError(f"{checkpoint} is a policy, not a vision-language model")
+    path = checkpoint / "config.json"
+    return check(from_dict(LanguageModelConfig, _read_json(path), str(path)))
+
+
+def is_language_model(checkpoint: Path) -> bool:
+    """Is this the checkpoint of a vision-language model, and not of a policy?"""
+    stored = _read_json(checkpoint / "config.json")
     if isinstance(stored, dict) and "model_type" in stored:
         raise BitvlaError(f"{checkpoint} is a published checkpoint; `bitvla pack` reads it, training does not")
-    return check(from_dict(PolicyConfig, stored, str(path)))
+    return isinstance(stored, dict) and "chat" in stored
 
 
 def load_tokenizer(checkpoint: Path) -> Tokenizer:
@@ -45,37 +60,68 @@ def load_network(checkpoint: Path, config: PolicyConfig | None = None) -> tuple[
     config = config or load_config(checkpoint)
     prompt = Prompt(config, load_tokenizer(checkpoint))
     network = BitVLA(config, prompt.image_id, prompt.proprio_id)
-    weights = checkpoint / "model.safetensors"
-    if not weights.is_file():
-        raise BitvlaError(f"{checkpoint} has no model.safetensors: the training run has not saved a checkpoint yet")
-    stored, action = load_file(weights), load_config(checkpoint).action
+    stored, action = _read_weights(checkpoint), load_config(checkpoint).action
     absent: tuple[str, ...] = () if action.max_prefix else ("prefix_projector.",)
     if action.bins and not config.action.bins:
         del stored["language_model.lm_head.weight"]
         absent += ("proprio_projector.", "action_head.")
     stored = {name: value for name, value in network.state_dict().items() if name.startswith(absent)} | stored
-    missing, unexpected = network.load_state_dict(stored, strict=False)
-    if missing or unexpected:
-        raise BitvlaError(
-            f"{weights} does not fit its configuration: missing {missing[:3]}, unexpected {unexpected[:3]}"
-        )
+    _fill(network, stored, checkpoint)
     return network, prompt
 
 
-def save_policy(
+def load_language_network(
+    checkpoint: Path, config: LanguageModelConfig | None = None
+) -> tuple[VisionLanguageModel, Chat]:
+    """The vision-language model of a checkpoint, in another precision if `config` says so, and its chat."""
+    config = config or load_language_config(checkpoint)
+    chat = Chat(config, load_tokenizer(checkpoint))
+    network = VisionLanguageModel(config, chat.image_id)
+    _fill(network, _read_weights(checkpoint), checkpoint)
+    return network, chat
+
+
+def load_tower(network: Backbone, checkpoint: Path) -> None:
+    """Put the vision tower of a policy's checkpoint into `network`, whose sizes it must have."""
+    stored = {name: value for name, value in _read_weights(checkpoint).items() if name.startswith("vision_tower.")}
+    others = {name: value for name, value in network.state_dict().items() if not name.startswith("vision_tower.")}
+    _fill(network, stored | others, checkpoint)
+
+
+def _read_weights(checkpoint: Path) -> dict[str, torch.Tensor]:
+    weights = checkpoint / "model.safetensors"
+    if not weights.is_file():
+        raise BitvlaError(f"{checkpoint} has no model.safetensors: the training run has not saved a checkpoint yet")
+    return load_file(weights)
+
+
+def _fill(network: Backbone, stored: dict[str, torch.Tensor], checkpoint: Path) -> None:
+    missing, unexpected = network.load_state_dict(stored, strict=False)
+    if missing or unexpected:
+        raise BitvlaError(
+            f"{checkpoint / 'model.safetensors'} does not fit its configuration: missing {missing[:3]}, "
+            f"unexpected {unexpected[:3]}"
+        )
+
+
+def save_checkpoint(
     out: Path,
-    network: BitVLA,
+    network: BitVLA | VisionLanguageModel,
     tokenizer: Tokenizer,
-    golden: tuple[dict[str, torch.Tensor], list[str]],
+    golden: tuple[dict[str, torch.Tensor], list[str]] | None,
     provenance: dict[str, Any],
 ) -> None:
-    """Write everything that `pack` needs. Each file is whole or absent; the weights come last."""
+    """Write everything that `pack` needs. Each file is whole or absent; the weights come last.
+
+    `golden` is of policies alone.
+    """
     out.mkdir(parents=True, exist_ok=True)
     _write_text(out / "config.json", json.dumps(to_dict(network.config), indent=1))
     _write_text(out / "tokenizer.json", tokenizer.to_str())
     _write_text(out / "provenance.json", json.dumps(provenance, indent=1))
-    tensors, instructions = golden
-    _write_tensors(out / "golden.safetensors", tensors, {"instructions": json.dumps(instructions)})
+    if golden is not None:
+        tensors, instructions = golden
+        _write_tensors(out / "golden.safetensors", tensors, {"instructions": json.dumps(instructions)})
     _write_tensors(out / "model.safetensors", {k: v.detach().float() for k, v in network.state_dict().items()}, None)
 
 

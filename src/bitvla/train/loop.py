@@ -34,8 +34,17 @@ import bitvla
 from bitvla.config import PolicyConfig, check, to_dict
 from bitvla.data.lerobot import LeRobotDataset
 from bitvla.errors import BitvlaError, meant
-from bitvla.model.checkpoint import digest, golden_tensors, load_config, load_network, load_tokenizer, save_policy
-from bitvla.model.network import BitVLA, checkpoint_activations, layers
+from bitvla.model.checkpoint import (
+    digest,
+    golden_tensors,
+    is_language_model,
+    load_config,
+    load_language_config,
+    load_network,
+    load_tokenizer,
+    save_checkpoint,
+)
+from bitvla.model.network import Backbone, BitVLA, checkpoint_activations, layers
 from bitvla.model.policy import TorchPolicy
 from bitvla.processing.prompt import Prompt, train_tokenizer
 from bitvla.train import stages
@@ -61,7 +70,8 @@ def run(
     Args:
         stage: one of `stages.NAMES`; "distill" needs `teacher`.
         config_path: TOML file of a `TrainConfig`.
-        data: root of a LeRobotDataset v3; for "pretrain" one or several.
+        data: root of a LeRobotDataset v3; for "pretrain" one or several; for "align", "instruct" and the distillation
+            of a vision-language model a JSON file of conversations (see `bitvla.train.conversations`).
         out: folder of the run. If it holds an unfinished run of the same settings, that run goes on.
         init: checkpoint whose weights are the start; by default random (finetune) or the teacher's (distill).
         teacher: full-precision checkpoint that a distilled student follows.
@@ -75,7 +85,14 @@ def run(
     roots = [Path(data)] if isinstance(data, str | Path) else [Path(root) for root in data]
     _check_mixture(stage, config, roots)
     start = init or (teacher if stage == "distill" else None)
-    trainer = _Trainer(stage, config, [LeRobotDataset(root) for root in roots], Path(out), start, teacher, sentences)
+    trainer: Trainer
+    if of_language(stage, teacher):
+        from bitvla.train.language import LanguageTrainer  # which is a Trainer
+
+        trainer = LanguageTrainer(stage, config, roots[0], Path(out), start, teacher)
+    else:
+        datasets = [LeRobotDataset(root) for root in roots]
+        trainer = Trainer(stage, config, datasets, Path(out), start, teacher, sentences)
     with _interruptible() as interrupted:
         return trainer.train(interrupted)
 
@@ -88,12 +105,22 @@ def check_stage(stage: str, teacher: Path | None) -> None:
         return
     if teacher is None:
         raise BitvlaError("stage 'distill' needs a full-precision teacher: --teacher CHECKPOINT")
+    if is_language_model(teacher):
+        model = load_language_config(teacher)
+        if model.precision == "ternary" and model.vision and model.vision.ternary:
+            raise BitvlaError(f"the tower of the teacher {teacher} is ternary; distillation needs full precision")
+        return
     config = load_config(teacher)
     if config.precision != "full":
         raise BitvlaError(f"the teacher {teacher} is {config.precision}; distillation needs full precision")
     trained = (_provenance_of(teacher) or {}).get("stage")
     if trained in ("localize", "pretrain"):
         raise BitvlaError(f"the teacher {teacher} is of stage '{trained}' and has no action head; finetune it first")
+
+
+def of_language(stage: str, teacher: Path | None) -> bool:
+    """Does this stage train a vision-language model, on conversations?"""
+    return stage in ("align", "instruct") or (stage == "distill" and teacher is not None and is_language_model(teacher))
 
 
 def _check_mixture(stage: str, config: TrainConfig, roots: list[Path]) -> None:
@@ -112,7 +139,9 @@ def _check_mixture(stage: str, config: TrainConfig, roots: list[Path]) -> None:
             raise BitvlaError(f"the mixture has no weight for '{name}'; give one to every --data, or to none")
 
 
-class _Trainer:
+class Trainer:
+    """One run of a stage over demonstrations; `bitvla.train.language` has the one over conversations."""
+
     def __init__(
         self,
         stage: str,
@@ -123,16 +152,16 @@ class _Trainer:
         teacher: Path | None,
         sentences: list[str] | None,
     ) -> None:
-        dataset = datasets[0]
-        self.stage, self.config, self.out, self.datasets, self.dataset = stage, config, out, datasets, dataset
+        self.stage, self.config, self.out, self.datasets = stage, config, out, datasets
         self.accelerator = _accelerator(config, out)
         self.console = Console(stderr=True, quiet=not self.accelerator.is_main_process)
         set_seed(config.seed)
         self.network, self.prompt, self.tokenizer = self._policy(start, sentences)
-        policy = self.network.config
-        positions = 0 if dataset.environment_state is None else dataset.environment_state.shape[1]
-        keypoints = 0 if dataset.keypoints is None else dataset.keypoints.shape[2]
-        self.auxiliary = stages.AuxiliaryHead(policy, positions, keypoints)
+        positions = keypoints = 0  # that a simulator knows
+        if datasets:
+            positions = 0 if datasets[0].environment_state is None else datasets[0].environment_state.shape[1]
+            keypoints = 0 if datasets[0].keypoints is None else datasets[0].keypoints.shape[2]
+        self.auxiliary = stages.AuxiliaryHead(self.network.config, positions, keypoints)
         # Without gradients where nothing is asked of them, as several processes demand.
         self.auxiliary.linear.requires_grad_(bool(positions and config.auxiliary_weight and stage != "pretrain"))
         self.auxiliary.points.requires_grad_(bool(keypoints and config.keypoint_weight and stage != "pretrain"))
@@ -174,6 +203,11 @@ class _Trainer:
         # FSDP2 takes care of its gradients itself; without it Accelerate wraps what several processes train.
         self.trained = trained if self._sharded else self.accelerator.prepare_model(trained)
         self.optimizers = [self.accelerator.prepare_optimizer(optimizer) for optimizer in self.optimizers]
+
+    @property
+    def dataset(self) -> LeRobotDataset:
+        """The first one, whose robot the policy is of."""
+        return self.datasets[0]
 
     @property
     def _sharded(self) -> bool:
@@ -223,6 +257,9 @@ class _Trainer:
             if self.accelerator.sync_gradients and self.config.clip_gradient:
                 self.accelerator.clip_grad_norm_(self.trained.parameters(), self.config.clip_gradient)
             for optimizer in self.optimizers:
+                if self.step == self.config.weight_decay_steps:
+                    for group in optimizer.param_groups:
+                        group["weight_decay"] = 0.0
                 optimizer.step()
                 optimizer.zero_grad()
         if self.accelerator.sync_gradients:
@@ -245,7 +282,8 @@ class _Trainer:
 
     # -- what is trained -----------------------------------------------------------------
 
-    def _policy(self, start: Path | None, sentences: list[str] | None) -> tuple[BitVLA, Prompt, Tokenizer]:
+    def _policy(self, start: Path | None, sentences: list[str] | None) -> tuple[Any, Any, Tokenizer]:
+        """Network, prompt and tokenizer."""
         config = start_config(self.stage, self.config, start, self.dataset)
         if start is not None:
             _check_fits(config, self.dataset, start)
@@ -273,7 +311,11 @@ class _Trainer:
                 frozen = torch.compile(frozen)
         return stages.objective(self.stage, self.config, self.auxiliary, frozen)
 
-    def _windows(self, split: str, **shard: int) -> Windows | Mixture:
+    def _validation_objective(self) -> stages.Objective:
+        return self.objective if self.stage != "distill" else stages.finetune(self.config, self.auxiliary)
+
+    def _windows(self, split: str, **shard: int) -> Any:
+        """The batches of a split: a dataset with `num_frames` and `where(step)`."""
         config = self.network.config
         configs = [config, *(for_dataset(config, dataset) for dataset in self.datasets[1:])]
         parts = [
@@ -305,15 +347,7 @@ class _Trainer:
             "stage": self.stage,
             "config": to_dict(self.config),
             "config_digest": hashlib.sha256(settings).hexdigest(),
-            "data": [
-                {
-                    # The exact statistics of every frame change when any value does, and are cheap to read.
-                    "digest": digest(dataset.root / "meta" / "stats.json"),
-                    "episodes": dataset.num_episodes,
-                    "frames": dataset.num_frames,
-                }
-                for dataset in self.datasets
-            ],
+            "data": self._data(),
             "parents": {
                 name: {"digest": digest(path / "model.safetensors"), "provenance": _provenance_of(path)}
                 for name, path in parents.items()
@@ -326,6 +360,18 @@ class _Trainer:
                 "transformers": transformers.__version__,
             },
         }
+
+    def _data(self) -> list[dict[str, Any]]:
+        """What the data are, for the record."""
+        return [
+            {
+                # The exact statistics of every frame change when any value does, and are cheap to read.
+                "digest": digest(dataset.root / "meta" / "stats.json"),
+                "episodes": dataset.num_episodes,
+                "frames": dataset.num_frames,
+            }
+            for dataset in self.datasets
+        ]
 
     def _identity(self) -> str:
         """What must be equal for a run to go on: stage, settings, data and parents."""
@@ -369,7 +415,7 @@ class _Trainer:
         console.print(f"step {self.step}: validation " + _show(validation))
         self._record({f"validation_{k}": v for k, v in validation.items()})
         provenance = {**self.provenance, "steps": self.step, "validation": validation}
-        save_policy(self.out, self.averaged, self.tokenizer, self._golden(), provenance)
+        save_checkpoint(self.out, self.averaged, self.tokenizer, self._golden(), provenance)
         temporary = self.out / (STATE_FILE + ".tmp")
         torch.save(state, temporary)
         os.replace(temporary, self.out / STATE_FILE)
@@ -382,12 +428,12 @@ class _Trainer:
             return {}
         device = self.accelerator.device
         averaged = stages.trained_part(self.stage, self.averaged.eval().to(device))
-        plain = self.objective if self.stage != "distill" else stages.finetune(self.config, self.auxiliary)
+        plain = self._validation_objective()
         with self.accelerator.autocast():
             rows = [plain(averaged, _to(windows[i], device)) for i in range(self.config.validation_batches)]
         return {name: sum(row[name].item() for row in rows) / len(rows) for name in rows[0]}
 
-    def _golden(self) -> tuple[dict[str, torch.Tensor], list[str]]:
+    def _golden(self) -> tuple[dict[str, torch.Tensor], list[str]] | None:
         """A few raw observations of the data with the answers of the averaged weights."""
         dataset, policy = self.dataset, TorchPolicy(self.averaged.cpu(), self.prompt)
         cameras = [camera.name for camera in policy.config.processing.cameras]
@@ -407,14 +453,15 @@ class _Trainer:
 
     # -- telling -------------------------------------------------------------------------
 
-    def _announce(self, windows: Windows | Mixture) -> None:
+    def _announce(self, windows: Any) -> None:
         config, processes = self.config, self.accelerator.num_processes
         effective = config.batch_size * config.gradient_accumulation
         parameters = sum(parameter.numel() for parameter in self.network.parameters())
         episodes = sum(dataset.num_episodes for dataset in self.datasets)
+        amount = f"frames of {episodes} episodes" if episodes else "conversations"
         self.console.print(
             f"{self.stage} of '{self.network.config.name}' ({config.precision} precision, {parameters / 1e6:.2f} M "
-            f"parameters): {windows.num_frames} frames of {episodes} episodes, {config.steps} steps of {effective} "
+            f"parameters): {windows.num_frames} {amount}, {config.steps} steps of {effective} "
             f"windows ({config.gradient_accumulation} x {processes} process(es) x {config.batch_size // processes}; "
             f"{config.steps * effective / windows.num_frames:.1f} epochs) on {self.accelerator.device}"
         )
@@ -466,7 +513,7 @@ class _Trained(torch.nn.Module):
         return self._losses(window)
 
 
-def optimizers(network: BitVLA, auxiliary: torch.nn.Module, config: TrainConfig) -> list[torch.optim.Optimizer]:
+def optimizers(network: Backbone, auxiliary: torch.nn.Module, config: TrainConfig) -> list[torch.optim.Optimizer]:
     """Matrices decay; norms, biases and embeddings of position do not. The vision tower may learn at its own rate."""
     inside = {id(p) for name, p in network.named_parameters() if ".layers." in name and p.ndim == 2}
     vision = {id(p) for p in network.vision_tower.parameters()}
@@ -517,11 +564,12 @@ def _optimizer_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]) ->
 
 
 def _learning_rate(step: int, config: TrainConfig) -> float:
-    """Linear warm-up, then a half cosine to zero (paper, Table V)."""
+    """Linear warm-up, then a half cosine (paper, Table V) or a line (Table IV) to zero."""
     if step < config.warmup_steps:
         return (step + 1) / config.warmup_steps
     done = (step - config.warmup_steps) / max(1, config.steps - config.warmup_steps)
-    return 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+    done = min(1.0, done)
+    return 1 - done if config.decay == "linear" else 0.5 * (1 + math.cos(math.pi * done))
 
 
 def _to(window: Any, device: torch.device) -> Any:

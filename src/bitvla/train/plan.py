@@ -19,16 +19,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
-from bitvla.config import Camera, PolicyConfig, ProcessingConfig, Statistics, check
+from bitvla.config import Camera, LanguageModelConfig, PolicyConfig, ProcessingConfig, Statistics, check
 from bitvla.data.lerobot import IMAGE_PREFIX, read_info
 from bitvla.errors import BitvlaError
 from bitvla.model.checkpoint import load_config
-from bitvla.model.network import Batch, BitVLA, checkpoint_activations, layers
+from bitvla.model.network import Batch, BitVLA, VisionLanguageModel, VisionTower, checkpoint_activations, layers
 from bitvla.model.ternary import TernaryLinear
 from bitvla.train import stages
 from bitvla.train.batches import TokenWindow, Window
 from bitvla.train.config import NewPolicy, TrainConfig, load
-from bitvla.train.loop import check_stage, optimizers
+from bitvla.train.language import start_config
+from bitvla.train.loop import check_stage, of_language, optimizers
 
 CHARACTERS_A_TOKEN = 4  # of English text, about
 # FLOP of an operation, from its arguments; PyTorch's own table has the attention of GPUs only.
@@ -70,8 +71,14 @@ def plan(
     config = load(config_path)
     if config.batch_size % devices:
         raise BitvlaError(f"batch_size {config.batch_size} cannot be shared by {devices} devices; make it a multiple")
-    policy = _policy(stage, config, init or (teacher if stage == "distill" else None), data)
-    windows, length = config.batch_size // devices, _sequence_length(policy)
+    start = init or (teacher if stage == "distill" else None)
+    policy: PolicyConfig | LanguageModelConfig
+    if of_language(stage, teacher) or (stage == "distill" and config.model is not None):
+        policy, length, views = start_config(stage, config, start), config.max_tokens, 1
+    else:
+        policy = _policy(stage, config, start, data)
+        length, views = _sequence_length(policy), len(policy.processing.cameras)
+    windows = config.batch_size // devices
     whole = _pass(stage, config, policy, windows, length, checkpoints=False)
     thrifty = _pass(stage, config, policy, windows, length, checkpoints=True)
     passes = config.gradient_accumulation
@@ -80,7 +87,6 @@ def plan(
     if tflops is not None:
         seconds = step / (devices * tflops * 1e12)
         compute |= {"a step, seconds": seconds, "the run, hours": seconds * config.steps / 3600}
-    views = len(policy.processing.cameras)
     return {
         "stage": f"{stage} of '{policy.name}', {config.precision} precision, {views} views",
         "parameters": whole.parameters,
@@ -131,20 +137,35 @@ def _memory(whole: _Pass, thrifty: _Pass, devices: int) -> list[dict[str, Any]]:
 
 
 def _pass(
-    stage: str, config: TrainConfig, policy: PolicyConfig, windows: int, length: int, *, checkpoints: bool
+    stage: str,
+    config: TrainConfig,
+    policy: PolicyConfig | LanguageModelConfig,
+    windows: int,
+    length: int,
+    *,
+    checkpoints: bool,
 ) -> _Pass:
     # The tensors claim to be on a CPU; attention is that of a GPU, which keeps no scores.
     with FakeTensorMode():
-        network = BitVLA(policy, image_id=0, proprio_id=2, attention="sdpa")
-        part = stages.trained_part(stage, network)
+        network: Any
+        teacher: nn.Module | None = None
         keypoints = int(stage == "localize")
         auxiliary = stages.AuxiliaryHead(policy, 0, keypoints)
-        teacher = None
-        if stage == "distill":
-            teacher = BitVLA(msgspec.structs.replace(policy, precision="full"), 0, 2, "sdpa").requires_grad_(False)
+        if isinstance(policy, LanguageModelConfig):
+            network = VisionLanguageModel(policy, image_id=0, attention="sdpa")
+            stages.freeze(stage, config, network)
+            if stage == "distill" and policy.vision is not None:
+                teacher = VisionTower(policy.vision, "sdpa").requires_grad_(False)
+            objective = stages.likelihood if teacher is None else stages.distill_tower(config, teacher)
+        else:
+            network = BitVLA(policy, image_id=0, proprio_id=2, attention="sdpa")
+            if stage == "distill":
+                whole = msgspec.structs.replace(policy, precision="full")
+                teacher = BitVLA(whole, 0, 2, "sdpa").requires_grad_(False)
+            objective = stages.objective(stage, config, auxiliary, teacher)
+        part = stages.trained_part(stage, network)
         if checkpoints:
             checkpoint_activations(part)
-        objective = stages.objective(stage, config, auxiliary, teacher)
         for parameter in part.parameters():
             parameter.register_post_accumulate_grad_hook(_drop_gradient)  # they are counted for themselves
         window = _window(policy, windows, length, keypoints)
@@ -154,7 +175,9 @@ def _pass(
                 loss = objective(part, window)["loss"]
             loss.backward()
         ternary = sum(m.weight.numel() for m in network.modules() if isinstance(m, TernaryLinear))
-        trained, inside = _count(part.parameters()), [_count(layer.parameters()) for layer in layers(part)]
+        # What is frozen has neither gradients nor moments.
+        trained = _count(p for p in part.parameters() if p.requires_grad)
+        inside = [_count(layer.parameters()) for layer in layers(part)]
         return _Pass(
             parameters={
                 "ternary": ternary,
@@ -163,7 +186,7 @@ def _pass(
                 "of the teacher": 0 if teacher is None else _count(teacher.parameters()),
             },
             weights=4 * _count(network.parameters()),
-            gathered=4 * (trained - sum(inside) + 2 * max(inside)),
+            gathered=4 * (_count(part.parameters()) - sum(inside) + 2 * max(inside)),
             gradients=4 * trained,
             optimizer=sum(_state_bytes(optimizer, part) for optimizer in optimizers(network, auxiliary, config)),
             teacher=0 if teacher is None else 4 * _count(teacher.parameters()),
@@ -213,13 +236,26 @@ def _count(parameters: Iterable[Tensor]) -> int:
 
 def _state_bytes(optimizer: torch.optim.Optimizer, part: nn.Module) -> int:
     """Of the moments: two of AdamW, one of Muon."""
-    trained = {id(parameter) for parameter in part.parameters()}
+    trained = {id(parameter) for parameter in part.parameters() if parameter.requires_grad}
     moments = 1 if isinstance(optimizer, torch.optim.Muon) else 2
     return 4 * moments * _count(p for group in optimizer.param_groups for p in group["params"] if id(p) in trained)
 
 
-def _window(policy: PolicyConfig, windows: int, length: int, keypoints: int) -> Window | TokenWindow:
+def _window(
+    policy: PolicyConfig | LanguageModelConfig, windows: int, length: int, keypoints: int
+) -> Window | TokenWindow:
     """As the loader makes them, without values."""
+    if isinstance(policy, LanguageModelConfig):
+        size = policy.vision.image_size if policy.vision else 0
+        conversation = Batch(
+            pixels=torch.empty(1, windows, 3, size, size),
+            token_ids=torch.empty(windows, length, dtype=torch.int64),
+            padding=torch.empty(windows, length, dtype=torch.bool),
+            state=torch.empty(windows, 0),
+            prefix=torch.empty(windows, 0, 0),
+            decided=torch.empty(windows, 0, dtype=torch.bool),
+        )
+        return TokenWindow(conversation, torch.empty(windows, length, dtype=torch.int64))
     action, views, size = policy.action, len(policy.processing.cameras), policy.vision.image_size
     inputs = Batch(
         pixels=torch.empty(windows, views, 3, size, size),
