@@ -56,6 +56,16 @@ def _record(args: argparse.Namespace) -> Any:
     )
 
 
+def _questions(args: argparse.Namespace) -> Any:
+    from bitvla import display
+    from bitvla.sim.questions import make_questions
+
+    with display.progress("asking") as progress:
+        return make_questions(
+            args.out, args.images, args.test_images, seed=args.seed, image_size=args.image_size, progress=progress
+        )
+
+
 def _data(args: argparse.Namespace) -> Any:
     import msgspec
 
@@ -388,6 +398,20 @@ def _add_making(add: _Add) -> None:
     record.add_argument("--processes", type=_count, metavar="N", help="simulators side by side (default: all cores)")
     record.add_argument("--image-size", type=_count, default=128, metavar="PX", help="width and height (default: 128)")
     record.add_argument("--seed", type=_seed, default=0, help="another number, other initial states (default: 0)")
+
+    questions = add(
+        _questions,
+        "make pictures of Meta-World's scenes with captions, instructions and a test for a vision-language model",
+        "questions --images 12000 --test-images 600 datasets/scenes",
+        GO_ON,
+    )
+    questions.add_argument("out", type=Path, metavar="OUT", help="folder of the images and conversations")
+    questions.add_argument("--images", type=_count, required=True, metavar="N", help="to train on")
+    questions.add_argument("--test-images", type=_count, required=True, metavar="N", help="to test with")
+    questions.add_argument(
+        "--image-size", type=_count, default=128, metavar="PX", help="width and height (default: 128)"
+    )
+    questions.add_argument("--seed", type=_seed, default=0, help="another number, other scenes (default: 0)")
 
     data = add(
         _data,

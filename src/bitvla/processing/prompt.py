@@ -11,6 +11,7 @@ from tokenizers import Tokenizer
 from bitvla.config import LanguageModelConfig, PolicyConfig
 from bitvla.errors import BitvlaError
 
+ASK_FOR_A_LETTER = "\nAnswer with the option's letter from the given choices directly"  # as lmms-eval asks
 NO_TOWER = "the model has no vision tower, so it sees no images; give one that was packed from a vision-language model"
 SLOT_ID = 1  # what the reference feeds as an action placeholder; its embedding is replaced by zeros
 

@@ -42,7 +42,7 @@ class Window(NamedTuple):
 
 
 class TokenWindow(NamedTuple):
-    """Inputs of a network that writes tokens, an action's or an answer's, the known ones among them, and its targets."""
+    """Inputs of a network that writes tokens, an action's or an answer's, with the known ones, and its targets."""
 
     inputs: Batch  # all tokens but the last one, which nothing follows
     # int64 (B, D), of what follows the last D tokens: those of the action, counted from the first bin, or of the

@@ -160,7 +160,7 @@ class Conversations(Dataset[TokenWindow]):
         )
         if not len(self._chosen) and split == "train":
             raise BitvlaError(
-                f"no conversation fits into max_tokens = {max_tokens}; an image takes {vision.num_patches}"
+                f"no conversation fits into {max_tokens} tokens, of which an image takes {vision.num_patches}"
             )
 
     @property
