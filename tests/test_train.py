@@ -193,7 +193,7 @@ def test_another_configuration_does_not_continue_a_run(data, tmp_path):
         ("finetune", {"precision": "int3"}, "int3"),
         ("distill", {}, "needs a full-precision teacher"),
         ("localize", {"keypoint_weight": 0}, "needs keypoint_weight above 0"),
-        ("align", {}, "unknown stage 'align'"),
+        ("aling", {}, "unknown stage 'aling'"),
     ],
 )
 def test_what_is_wrong_is_named(data, tmp_path, stage, changes, message):
@@ -242,7 +242,10 @@ def test_validation_holds_out_whole_episodes_at_no_regular_distance(data, tmp_pa
     held_out, trained = (windows(data, tmp_path, split=split)._frames for split in ("validation", "train"))
     assert sorted([*held_out, *trained]) == list(range(dataset.num_frames))
     assert not set(dataset.episode_index[held_out]) & set(dataset.episode_index[trained])
-    assert len({batches.held_out(episode.to_bytes(4, "little")) and episode % 10 for episode in range(2000)} - {False}) >= 9
+    assert (
+        len({batches.held_out(episode.to_bytes(4, "little")) and episode % 10 for episode in range(2000)} - {False})
+        >= 9
+    )
 
 
 def test_balanced_tasks_are_seen_equally_often(tmp_path):

@@ -205,43 +205,43 @@ def _either(value: float, low: float, below: str, high: float, above: str) -> st
 
 def questions(scene: Scene, rng: np.random.Generator) -> list[Question]:
     """Everything that the scene answers without doubt."""
+    others = [thing for thing in GROUPS if thing != scene.thing]
+    things = sorted([scene.thing, *map(str, rng.permutation(others)[:3])])
+    asked = [Question("object", "What stands on the table with the toys?", scene.thing, things)]
+    if scene.doing:
+        doings = ("moving freely", f"touching the {scene.thing}", f"lifting the {scene.thing}")
+        asked.append(Question("robot", "What is the robot doing?", scene.doing, doings))
+    for what, state in (("gripper", scene.gripper), (scene.thing, scene.opening)):
+        if state:
+            asked.append(Question("state", f"Is the {what} open or closed?", state, ("open", "closed")))
+    if scene.marker:
+        asked.append(Question("colour", "What colour is the marker?", scene.marker, tuple(COLOURS)))
+    return asked + (_about_toys(scene, rng) if scene.toys else [])
+
+
+def _about_toys(scene: Scene, rng: np.random.Generator) -> list[Question]:
     toys, names = scene.toys, [f"{colour} {shape}" for colour, shape, _ in scene.toys]
     colours, shapes = [colour for colour, _, _ in toys], [shape for _, shape, _ in toys]
+    asked = [Question("counting", "How many toys are on the table?", str(len(toys)), "1234")]
     counted = str(rng.choice(list(TOYS)))
-    others = [thing for thing in GROUPS if thing != scene.thing]
-    things = sorted([scene.thing, *rng.permutation(others)[:3]])
-    asked = [Question("object", "What stands on the table with the toys?", scene.thing, things)]
-    if toys:
-        asked.append(Question("counting", "How many toys are on the table?", str(len(toys)), "1234"))
-    if shapes.count(counted) < 4:
-        text = f"How many {counted}s are on the table?"
-        asked.append(Question("counting", text, str(shapes.count(counted)), "0123"))
+    if (count := shapes.count(counted)) < 4:
+        asked.append(Question("counting", f"How many {counted}s are on the table?", str(count), "0123"))
     for colour, shape, _ in toys:
         if shapes.count(shape) == 1:
             asked.append(Question("colour", f"What colour is the {shape}?", colour, tuple(COLOURS)))
         if colours.count(colour) == 1:
             asked.append(Question("shape", f"What shape is the {colour} toy?", shape, tuple(TOYS)))
-    if len(toys) > 1:
-        left, right = sorted(rng.permutation(len(toys))[:2])
-        if toys[right][2] - toys[left][2] > APART:
-            pair = [names[i] for i in rng.permutation([left, right])]
-            text = f"Which toy is further left, the {pair[0]} or the {pair[1]}?"
-            asked.append(Question("order", text, names[left], pair))
-    if toys and scene.across is not None:
-        which = rng.integers(len(toys))
-        away = toys[which][2] - scene.across
-        if abs(away) > APART:
-            text = f"Is the {names[which]} left or right of the {scene.thing}?"
-            asked.append(Question("order", text, "left" if away < 0 else "right", ("left", "right")))
-    if scene.doing:
-        doings = ("moving freely", f"touching the {scene.thing}", f"lifting the {scene.thing}")
-        asked.append(Question("robot", "What is the robot doing?", scene.doing, doings))
-    if scene.gripper:
-        asked.append(Question("state", "Is the gripper open or closed?", scene.gripper, ("open", "closed")))
-    if scene.opening:
-        asked.append(Question("state", f"Is the {scene.thing} open or closed?", scene.opening, ("open", "closed")))
-    if scene.marker:
-        asked.append(Question("colour", "What colour is the marker?", scene.marker, tuple(COLOURS)))
+    left, right = sorted(rng.permutation(len(toys))[:2]) if len(toys) > 1 else (0, 0)
+    if toys[right][2] - toys[left][2] > APART:
+        pair = [names[i] for i in rng.permutation([left, right])]
+        asked.append(
+            Question("order", f"Which toy is further left, the {pair[0]} or the {pair[1]}?", names[left], pair)
+        )
+    which = rng.integers(len(toys))
+    if scene.across is not None and abs(away := toys[which][2] - scene.across) > APART:
+        side = "left" if away < 0 else "right"
+        text = f"Is the {names[which]} left or right of the {scene.thing}?"
+        asked.append(Question("order", text, side, ("left", "right")))
     return asked
 
 
