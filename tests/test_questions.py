@@ -58,7 +58,7 @@ def test_answers_are_those_of_the_scene() -> None:
         assert f"{question.letter()}: {question.answer}" in question.listed()
         assert len(set(question.options)) == len(question.options) <= 4
     assert caption(SCENE) == (
-        "A robot with its gripper closed touching the drawer at a table with a open drawer and 3 toys. From left to "
+        "A robot with its gripper closed touching the drawer at a table with an open drawer and 3 toys. From left to "
         "right: a red cube, a blue cube, a red disc."
     )
 

@@ -247,14 +247,16 @@ def _about_toys(scene: Scene, rng: np.random.Generator) -> list[Question]:
 
 def caption(scene: Scene) -> str:
     """The scene in a sentence or two."""
-    opened = f"{scene.opening} " if scene.opening else ""
+    thing = {"open": f"an open {scene.thing}", "closed": f"a closed {scene.thing}"}.get(
+        scene.opening or "", f"a {scene.thing}"
+    )
     gripper = f" with its gripper {scene.gripper}" if scene.gripper else ""
     doing = f" {scene.doing}" if scene.doing else ""
     toys = [f"a {colour} {shape}" for colour, shape, _ in scene.toys]
     row = f" From left to right: {', '.join(toys)}." if toys else ""
     noun = "toy" if len(toys) == 1 else "toys"
     marker = f" The marker is {scene.marker}." if scene.marker else ""
-    return f"A robot{gripper}{doing} at a table with a {opened}{scene.thing} and {len(toys)} {noun}.{row}{marker}"
+    return f"A robot{gripper}{doing} at a table with {thing} and {len(toys)} {noun}.{row}{marker}"
 
 
 def _asked(scene: Scene, chosen: Sequence[Question], split: str, rng: np.random.Generator) -> dict[str, Any]:

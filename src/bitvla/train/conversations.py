@@ -112,8 +112,8 @@ def _conversation(entry: _Entry, name: str, folder: Path) -> Conversation:
 def tokens(conversation: Conversation, chat: Chat, most: int) -> tuple[Ids, NDArray[np.bool_], int]:
     """Token ids (S,), which of them are the model's to write, and how many images are in them.
 
-    Turns that do not begin to be answered within `most` tokens are left out, the last answer is cut there; a
-    conversation whose first turn does not fit is empty. BitvlaError for special tokens in what is said.
+    Turns whose answer would not begin within `most` tokens are left out, the last answer is cut there; a conversation
+    whose first turn does not fit is empty. BitvlaError for special tokens in what is said.
     """
     ids, written, images = chat.begin(), [False] * len(chat.begin()), 0
     for turn in conversation.turns:
