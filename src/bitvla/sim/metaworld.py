@@ -460,7 +460,8 @@ def _make_renderer(model: mujoco.MjModel, size: int) -> mujoco.Renderer:
 def _draw(scene: mujoco.MjvScene, toy: Toy) -> None:
     kind, size, height = TOYS[toy.shape]
     place, upright = np.array([*toy.place, height]), np.eye(3).ravel()
-    mujoco.mjv_initGeom(scene.geoms[scene.ngeom], kind, np.array(size), place, upright, np.float32([*toy.colour, 1]))
+    colour = np.array([*toy.colour, 1.0], dtype=np.float32)
+    mujoco.mjv_initGeom(scene.geoms[scene.ngeom], kind, np.array(size), place, upright, colour)
     scene.ngeom += 1
 
 

@@ -415,7 +415,7 @@ class Trainer:
         console.print(f"step {self.step}: validation " + _show(validation))
         self._record({f"validation_{k}": v for k, v in validation.items()})
         provenance = {**self.provenance, "steps": self.step, "validation": validation}
-        save_checkpoint(self.out, self.averaged, self.tokenizer, self._golden(), provenance)
+        save_checkpoint(self.out, self.averaged.cpu(), self.tokenizer, self._golden(), provenance)
         temporary = self.out / (STATE_FILE + ".tmp")
         torch.save(state, temporary)
         os.replace(temporary, self.out / STATE_FILE)
@@ -435,7 +435,7 @@ class Trainer:
 
     def _golden(self) -> tuple[dict[str, torch.Tensor], list[str]] | None:
         """A few raw observations of the data with the answers of the averaged weights."""
-        dataset, policy = self.dataset, TorchPolicy(self.averaged.cpu(), self.prompt)
+        dataset, policy = self.dataset, TorchPolicy(self.averaged, self.prompt)
         cameras = [camera.name for camera in policy.config.processing.cameras]
         state = {"state": dataset.state} if policy.config.action.state_dim else {}
         first_frames = [begin for begin, _ in dataset.episode_ranges]
