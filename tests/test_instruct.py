@@ -79,7 +79,7 @@ def instructed(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def conversations(data: Path, checkpoint: Path, **options: Any) -> Conversations:
     network, chat = load_language_network(checkpoint)
-    settings = {"batch_size": 4, "max_tokens": 128, "seed": 3, "augmentation": None} | options
+    settings = {"batch_size": 4, "max_tokens": 256, "seed": 3, "augmentation": None} | options
     assert network.config.vision
     assert network.config.image
     return Conversations(read_conversations(data), network.config.vision, network.config.image, chat, **settings)
@@ -187,6 +187,15 @@ def test_alignment_is_nothing_where_the_tower_is_the_teacher(data: Path, instruc
                                   network.vision_tower)(network, window)  # fmt: skip
     assert losses["vision"] == 0
     assert losses["loss"] == losses["answers"] > 0
+
+
+def test_conversations_without_images(instructed: Path, tmp_path: Path) -> None:
+    said = [{"from": "human", "value": "Which letter?"}, {"from": "gpt", "value": "B"}]
+    (tmp_path / "text.json").write_text(json.dumps([{"conversations": said}] * 4))
+    config = write_config(tmp_path, "", precision="ternary", steps=2)
+    for stage, parents in (("instruct", {"init": instructed}), ("distill", {"teacher": instructed})):
+        run(stage, config, tmp_path / "text.json", tmp_path / stage, **parents)
+        assert all(np.isfinite(loss) for loss in losses_of(tmp_path / stage).values())
 
 
 @pytest.mark.parametrize("stage", ["align", "instruct", "distill"])

@@ -52,7 +52,7 @@ def test_answers_are_those_of_the_scene() -> None:
     assert answers["Which toy is further left, the red disc or the blue cube?"] == "blue cube"
     assert answers["Is the red cube left or right of the drawer?"] == "left"
     assert answers["Is the red disc left or right of the drawer?"] == "right"
-    assert "Is the blue cube left or right of the drawer?" in answers
+    assert "Is the blue cube left or right of the drawer?" not in answers  # too near to tell
     assert (answers["Is the drawer open or closed?"], answers["Is the gripper open or closed?"]) == ("open", "closed")
     for question in asked:
         assert f"{question.letter()}: {question.answer}" in question.listed()

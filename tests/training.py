@@ -56,13 +56,13 @@ num_heads = 2
 ternary = false
 
 [model.language]
-vocab_size = 300
+vocab_size = 400
 hidden_size = 32
 intermediate_size = 32
 num_layers = 2
 num_heads = 2
 num_kv_heads = 1
-max_positions = 128
+max_positions = 256
 bidirectional = false
 
 [model.chat]

@@ -86,14 +86,14 @@ class Chat:
 
     def __init__(self, config: LanguageModelConfig, tokenizer: Tokenizer) -> None:
         self._chat, self._vision, self.tokenizer = config.chat, config.vision, tokenizer
-        self.stop_ids = [special_id(tokenizer, token) for token in config.chat.stop_tokens]
-        self.image_id = special_id(tokenizer, config.chat.image_token) if config.vision else -1
-        self._reserved = set(tokenizer.get_added_tokens_decoder())
         size, rows = tokenizer.get_vocab_size(with_added_tokens=True), config.language.vocab_size
         if size > rows:
             raise BitvlaError(
                 f"the tokenizer has {size} tokens, the embedding only {rows} rows: it is of another model"
             )
+        self.stop_ids = [special_id(tokenizer, token) for token in config.chat.stop_tokens]
+        self.image_id = special_id(tokenizer, config.chat.image_token) if config.vision else -1
+        self._reserved = set(tokenizer.get_added_tokens_decoder())
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text, whose special tokens count as such."""

@@ -166,7 +166,7 @@ def _pass(
         part = stages.trained_part(stage, network)
         if checkpoints:
             checkpoint_activations(part)
-        for parameter in part.parameters():
+        for parameter in filter(_learns, part.parameters()):
             parameter.register_post_accumulate_grad_hook(_drop_gradient)  # they are counted for themselves
         window = _window(policy, windows, length, keypoints)
         counted = Count()
@@ -176,7 +176,7 @@ def _pass(
             loss.backward()
         ternary = sum(m.weight.numel() for m in network.modules() if isinstance(m, TernaryLinear))
         # What is frozen has neither gradients nor moments.
-        trained = _count(p for p in part.parameters() if p.requires_grad)
+        trained = _count(filter(_learns, part.parameters()))
         inside = [_count(layer.parameters()) for layer in layers(part)]
         return _Pass(
             parameters={
@@ -226,6 +226,10 @@ def _storage(tensor: Tensor) -> int:
     return tensor.untyped_storage()._cdata
 
 
+def _learns(parameter: Tensor) -> bool:
+    return parameter.requires_grad
+
+
 def _drop_gradient(parameter: Tensor) -> None:
     parameter.grad = None
 
@@ -236,7 +240,7 @@ def _count(parameters: Iterable[Tensor]) -> int:
 
 def _state_bytes(optimizer: torch.optim.Optimizer, part: nn.Module) -> int:
     """Of the moments: two of AdamW, one of Muon."""
-    trained = {id(parameter) for parameter in part.parameters() if parameter.requires_grad}
+    trained = {id(parameter) for parameter in filter(_learns, part.parameters())}
     moments = 1 if isinstance(optimizer, torch.optim.Muon) else 2
     return 4 * moments * _count(p for group in optimizer.param_groups for p in group["params"] if id(p) in trained)
 
