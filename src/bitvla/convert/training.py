@@ -50,8 +50,11 @@ def open_training(checkpoint: Path) -> Source:
 def _read_config(checkpoint: Path) -> PolicyConfig | LanguageModelConfig:
     origin = checkpoint / "config.json"
     stored = read_json(origin)
-    kind = LanguageModelConfig if "chat" in stored else PolicyConfig
-    config: PolicyConfig | LanguageModelConfig = from_dict(kind, stored, str(origin))
+    config: PolicyConfig | LanguageModelConfig
+    if "chat" in stored:
+        config = from_dict(LanguageModelConfig, stored, str(origin))
+    else:
+        config = from_dict(PolicyConfig, stored, str(origin))
     try:
         return check(config)
     except BitvlaError as error:

@@ -159,12 +159,13 @@ def _place_toys(simulator: MetaWorld, rng: np.random.Generator) -> list[tuple[st
     """Put toys where the picture shows them whole; their colours, shapes and places from left to right."""
     kinds = [(colour, shape) for colour in COLOURS for shape in TOYS]
     hand, thing = simulator.keypoints()[0, :2]
-    toys, seen = [], []
+    toys: list[Toy] = []
+    seen: list[tuple[str, str, tuple[float, float]]] = []
     for index in rng.permutation(len(kinds))[: rng.integers(1, MOST_TOYS + 1)]:
         colour, shape = kinds[index]
         for _ in range(20):
             toy = Toy(shape, COLOURS[colour], (float(rng.uniform(-0.3, 0.35)), float(rng.uniform(0.4, 0.68))))
-            (u, v) = simulator.points(np.array([[*toy.place, 0.02]]))[0]
+            u, v = simulator.points(np.array([[*toy.place, 0.02]]))[0]
             behind_the_arm = abs(u - hand[0]) < 1.3 * APART and v < hand[1] + APART
             others = [thing, *(point for *_, point in seen)]
             clear = all(max(abs(u - x), abs(v - y) * 0.7) > APART for x, y in others)

@@ -149,6 +149,7 @@ def _pass(
     with FakeTensorMode():
         network: Any
         teacher: nn.Module | None = None
+        objective: stages.Objective
         keypoints = int(stage == "localize")
         auxiliary = stages.AuxiliaryHead(policy, 0, keypoints)
         if isinstance(policy, LanguageModelConfig):
