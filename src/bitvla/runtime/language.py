@@ -151,7 +151,7 @@ class Conversation:
         images where the model sees none.
         """
         ids = self._model.chat.turn(prompt, len(images))
-        if not self.ended:
+        if self.ids != self._model.chat.begin() and not self.ended:
             ids.insert(0, self._model.chat.stop_ids[0])
         most = self._model.config.language.max_positions
         needed = len(self.ids) + len(ids)

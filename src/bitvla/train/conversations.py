@@ -199,8 +199,10 @@ class Conversations(Dataset[TokenWindow]):
             for path in entry.images[:images]
         ]
         size = self._vision.image_size
+        if not views:  # a blank picture, which no token reads: several processes run the same parts
+            views = [np.zeros((3, size, size), np.float32)]
         inputs = Batch(
-            pixels=torch.from_numpy(np.asarray(views, np.float32).reshape(1, -1, 3, size, size)),
+            pixels=torch.from_numpy(np.stack(views)[None]),
             token_ids=torch.from_numpy(token_ids),
             padding=torch.from_numpy(padding),
             state=torch.zeros(len(rows), 0),

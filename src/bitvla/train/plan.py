@@ -169,7 +169,7 @@ def _pass(
             checkpoint_activations(part)
         for parameter in filter(_learns, part.parameters()):
             parameter.register_post_accumulate_grad_hook(_drop_gradient)  # they are counted for themselves
-        window = _window(policy, windows, length, keypoints)
+        window: Any = _window(policy, windows, length, keypoints)
         counted = Count()
         with counted:
             with torch.autocast("cpu", torch.bfloat16, enabled=config.mixed_precision == "bf16"):

@@ -141,12 +141,10 @@ def distill_tower(config: TrainConfig, teacher: Network) -> Objective:
         student = network(window.inputs)
         losses = _cross_entropy(student, window)
         if config.alignment_weight:
-            losses["answers"], losses["vision"] = losses["loss"], torch.zeros_like(losses["loss"])
-            if window.inputs.pixels.numel():  # not all conversations may be about an image
-                with torch.no_grad():
-                    target = teacher(window.inputs.pixels.flatten(0, 1))
-                every_patch = torch.ones(1, 1, device=target[0].device)
-                losses["vision"] = _alignment(student.vision_states, target, every_patch)
+            with torch.no_grad():
+                target = teacher(window.inputs.pixels.flatten(0, 1))
+            losses["answers"] = losses["loss"]
+            losses["vision"] = _alignment(student.vision_states, target, torch.ones(1, 1, device=target[0].device))
             losses["loss"] = losses["loss"] + config.alignment_weight * losses["vision"]
         return losses
 
