@@ -159,8 +159,10 @@ def test_bench_measures_writing(model_file: Path) -> None:
     for row in result["latency"]:
         assert 0 < row["p50_ms"] <= row["p99_ms"]
         assert row["share"] == pytest.approx(row["gb_per_s"] / row["bandwidth"])
-    with pytest.raises(BitvlaError, match="has no views"):
+    with pytest.raises(BitvlaError, match="neither views nor batches"):
         bench(model_file, views=2)
+    with pytest.raises(BitvlaError, match="neither views nor batches"):
+        bench(model_file, batch=2)
 
 
 # What is written.

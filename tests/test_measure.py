@@ -197,6 +197,16 @@ def test_bench_measures_every_part(path: Path) -> None:
     assert all(seconds > 0 for seconds in result["startup"].values())
 
 
+def test_bench_measures_batches(path: Path) -> None:
+    result = bench(path, threads=1, repeats=2, batch=5)
+    assert [row["observations"] for row in result["batches"]] == [1, 2, 4, 5]
+    assert result["batches"][0]["gain"] == 1
+    for row in result["batches"]:
+        assert row["observations_per_s"] == pytest.approx(1e3 * row["observations"] / row["p50_ms"])
+    assert result["batch_memory"]["peak"] >= result["memory"]["peak"]
+    assert "batches" not in bench(path, threads=1, repeats=1)
+
+
 def test_bench_measures_other_numbers_of_views(path: Path) -> None:
     results = [bench(path, threads=1, repeats=1, views=views) for views in (1, 3)]
     assert [result["views"] for result in results] == [1, 3]

@@ -31,6 +31,8 @@ from bitvla.runtime import selftest
 from bitvla.runtime.policy import PARTS, Policy
 from checkpoints import observation, pack_random, random_weights, tiny_config, token_config
 from reference_network import ReferenceNetwork, attention, gelu, gelu_tanh
+from serving import NANO
+from serving import observation as serving_observation
 
 
 def changed(**sections: dict[str, Any]) -> PolicyConfig:
@@ -74,7 +76,7 @@ def test_layers_match_the_reference(tmp_path: Path, name: str, seed: int) -> Non
     policy.network.record = states.__setitem__
     policy.act(seen)
     reference = ReferenceNetwork(config, random_weights(config, seed))
-    patches, plan, state = policy._preprocess(seen)
+    patches, (plan,), (state,), _ = policy._preprocess([seen], [None])
     ids = policy._prompt.ids(seen["instruction"])
     vision, decoder = config.vision.num_layers, config.language.num_layers
     expected = {"vision.0": reference.patch_embedding(patches), "connector": reference.connector(states["vision.2"])}
@@ -89,7 +91,9 @@ def test_layers_match_the_reference(tmp_path: Path, name: str, seed: int) -> Non
         error = np.abs(states[key] - value) / np.abs(value).max()
         assert np.median(error) < 1e-5, key
         assert error.max() < 0.05, key
-    np.testing.assert_allclose(policy.network.act(states["answers"]), reference.head(states["answers"]), atol=1e-5)
+    np.testing.assert_allclose(
+        policy.network.act(states["answers"]), reference.head(states["answers"])[None], atol=1e-5
+    )
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -100,7 +104,7 @@ def test_chunk_matches_the_reference(tmp_path: Path, name: str) -> None:
     reference = ReferenceNetwork(config, random_weights(config))
     for seed in range(4):
         seen = observation(config, seed)
-        patches, plan, state = policy._preprocess(seen)
+        patches, (plan,), (state,), _ = policy._preprocess([seen], [None])
         ids = policy._prompt.ids(seen["instruction"])
         special = policy._prompt.image_id, policy._prompt.proprio_id
         expected = reference.run(patches, ids, *special, plan.answers, state)["actions"]
@@ -210,12 +214,25 @@ class CheckedNative:
         assert (np.abs(out - (x @ w.T + bias)) <= 2.0**-23 * steps * bound).all()
 
     @staticmethod
-    def check_attention(args: Any, before: Any) -> None:
+    def check_attention(args: Any, before: Any, packed: int | None = None) -> None:
         q, k, v, heads, kv_heads, scale, causal, out = args
         assert scale == (q.shape[1] // heads) ** -0.5
         q, k, v = (part.astype(np.float64) for part in before[:3])  # the answers may lie where the queries were
+        if packed is not None:
+            dim = q.shape[1] // heads
+            k = k.reshape(kv_heads, -1, dim, 16).transpose(1, 3, 0, 2).reshape(-1, kv_heads * dim)[:packed]
+            v = v.reshape(kv_heads, -1, v.shape[1])[:, :packed, :dim].transpose(1, 0, 2).reshape(packed, -1)
         expected = attention(q, k, v, heads, kv_heads, causal)
         np.testing.assert_allclose(out, expected, rtol=1e-4, atol=1e-5 * np.abs(v).max())
+
+    @staticmethod
+    def check_append(args: Any, before: Any) -> None:
+        k, v, start, kv_heads, packed_k, packed_v = args
+        dim = k.shape[1] // kv_heads
+        keys = packed_k.reshape(kv_heads, -1, dim, 16).transpose(1, 3, 0, 2).reshape(-1, kv_heads * dim)
+        values = packed_v.reshape(kv_heads, -1, packed_v.shape[1])[:, :, :dim].transpose(1, 0, 2)
+        np.testing.assert_array_equal(keys[start : start + len(k)], k)
+        np.testing.assert_array_equal(values[start : start + len(k)].reshape(len(k), -1), v)
 
     @staticmethod
     def check_rope(args: Any, before: Any) -> None:
@@ -316,13 +333,56 @@ def test_calls_do_not_disturb_each_other(policy: Policy, policy_file: Path) -> N
     assert len({chunk.tobytes() for chunk in first}) == 4
 
 
+BATCHED = CONFIGS | {"action tokens": token_config(), "decided actions": changed(action={"max_prefix": 3})}
+TEXTS = ["open the drawer", "a", "push the red button and then the other one", "reach", "open it"]
+
+
+@pytest.mark.parametrize("name", BATCHED)
+def test_a_batch_answers_what_each_observation_gets_alone(tmp_path: Path, name: str) -> None:
+    """Bit for bit, instructions of different lengths, whatever else is in the batch, on one thread and on several."""
+    config = BATCHED[name]
+    path = pack_random(tmp_path, config)
+    policy, random = bitvla.load(path), np.random.default_rng(0)
+    seen = [observation(config, seed) | {"instruction": text} for seed, text in enumerate(TEXTS)]
+    dim, most = config.action.dim, config.action.max_prefix
+    prefixes = [random.normal(size=(count, dim)) if count else None for count in np.arange(len(seen)) % (most + 1)]
+    native.set_num_threads(1)
+    alone = [bitvla.load(path).act(*given).tobytes() for given in zip(seen, prefixes, strict=True)]
+    assert len(set(alone)) == len(alone)
+    for threads, order in [(1, [0]), (1, [4, 3, 2, 1, 0]), (3, [0, 1, 2, 3, 4]), (1, [1, 1]), (1, [2, 0, 3]), (1, [3])]:
+        native.set_num_threads(threads)
+        chunks = policy.act_batch([seen[i] for i in order], [prefixes[i] for i in order])
+        assert chunks.shape == (len(order), config.action.horizon, dim)
+        assert [chunk.tobytes() for chunk in chunks] == [alone[i] for i in order]
+
+
+def test_a_batch_of_the_shipped_policy() -> None:
+    policy = bitvla.load(NANO, threads=1)
+    seen = [serving_observation(seed) for seed in range(3)]
+    prefixes = [None, policy.act(seen[0])[:3], policy.act(seen[0])[:1]]
+    alone = [policy.act(*given).tobytes() for given in zip(seen, prefixes, strict=True)]
+    assert [chunk.tobytes() for chunk in policy.act_batch(seen, prefixes)] == alone
+
+
+def test_a_batch_that_cannot_be_answered_is_refused(policy: Policy) -> None:
+    good = observation(policy.config)
+    with pytest.raises(BitvlaError, match="observation 1 of the batch: the observation lacks the entry 'state'"):
+        policy.act_batch([good, without(good, "state"), good])
+    with pytest.raises(BitvlaError, match=r"observation 2 of the batch: .* was not trained to continue"):
+        policy.act_batch([good] * 3, [None, None, np.zeros((1, 4))])
+    for wrong in (([],), ([], []), ([good], [None, None])):
+        with pytest.raises(BitvlaError, match="at least one observation, and a prefix or None for each"):
+            policy.act_batch(*wrong)
+    assert policy.act_batch([good])[0].tobytes() == policy.act(good).tobytes()
+
+
 def test_steady_state_allocates_nothing_large(policy: Policy) -> None:
-    seen = observation(policy.config)
-    patches, plan, state = policy._preprocess(seen)
-    for _ in range(2):
-        policy.network.think(plan, policy.network.see(patches), state)
+    """Buffers are those of the largest batch so far."""
+    seen = [observation(policy.config, seed) for seed in range(3)]
+    policy.act_batch(seen)
     before = {name: flat.ctypes.data for name, flat in policy.network.workspace._flat.items()}
-    policy.network.think(plan, policy.network.see(patches), state)
+    for count in (1, 3, 2):
+        policy.act_batch(seen[:count])
     assert {name: flat.ctypes.data for name, flat in policy.network.workspace._flat.items()} == before
 
 
@@ -399,7 +459,7 @@ def test_a_sequence_beyond_the_rotary_table_is_refused(tmp_path: Path) -> None:
 
 
 def test_an_answer_that_is_not_finite_is_refused(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(policy.network, "act", lambda answers: np.full((5, 4), np.nan, np.float32))
+    monkeypatch.setattr(policy.network, "act", lambda answers: np.full((1, 5, 4), np.nan, np.float32))
     with pytest.raises(BitvlaError, match="not finite"):
         policy.act(observation(policy.config))
 

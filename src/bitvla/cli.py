@@ -163,7 +163,7 @@ def _inspect(args: argparse.Namespace) -> Any:
 def _bench(args: argparse.Namespace) -> Any:
     from bitvla.runtime.bench import bench
 
-    return bench(args.policy, threads=args.threads, repeats=args.repeats, views=args.views)
+    return bench(args.policy, threads=args.threads, repeats=args.repeats, views=args.views, batch=args.batch)
 
 
 def _eval(args: argparse.Namespace) -> Any:
@@ -241,6 +241,7 @@ def _serve(args: argparse.Namespace) -> Any:
         token=args.token if args.token is not None else os.environ.get("BITVLA_TOKEN"),
         insecure=args.insecure,
         max_sessions=args.max_sessions,
+        max_batch=args.max_batch,
         max_message_mb=args.max_message_mb,
         map=tuple(args.map),
         preset=args.preset,
@@ -638,6 +639,13 @@ def _add_serving(add: _Add) -> None:
     serve.add_argument("--token", metavar="T", help="what robots must know (default: $BITVLA_TOKEN)")
     serve.add_argument("--insecure", action="store_true", help="let other machines in without a token")
     serve.add_argument("--max-sessions", type=_count, default=16, metavar="N", help="robots at once (default: 16)")
+    serve.add_argument(
+        "--max-batch",
+        type=_count,
+        default=8,
+        metavar="N",
+        help="observations of several robots computed together, where that is faster (default: up to 8)",
+    )
     serve.add_argument("--max-message-mb", type=_count, default=16, metavar="MB", help="largest message (default: 16)")
     serve.add_argument(
         "--map",
@@ -701,6 +709,9 @@ def _add_measuring(add: _Add) -> None:
         "--repeats", type=_count, default=50, metavar="N", help="calls, or tokens, to measure (default: 50)"
     )
     bench.add_argument("--views", type=_count, metavar="N", help="measure as if it had N cameras (default: as it has)")
+    bench.add_argument(
+        "--batch", type=_count, default=1, metavar="N", help="measure calls of up to N observations too (default: 1)"
+    )
     add(_doctor, "show what this machine has: instruction set, rendering, simulators, extras", "doctor")
 
 

@@ -17,7 +17,7 @@ from bitvla.config import LanguageModelConfig
 from bitvla.errors import BitvlaError
 from bitvla.processing.images import image_patches
 from bitvla.processing.prompt import NO_TOWER, Chat
-from bitvla.runtime.network import Cache, Decoder, Floats, Linear, VisionTower, Workspace, stored_linear
+from bitvla.runtime.network import Cache, Decoder, Floats, Linear, Span, VisionTower, Workspace, stored_linear
 from bitvla.runtime.policy import parse_tokenizer
 from bitvla.runtime.selftest import choose_isa
 
@@ -115,7 +115,7 @@ class LanguageModel:
                 (places,) = np.nonzero(block == self.chat.image_id)
                 x[places] = features[seen : seen + len(places)]
                 seen += len(places)
-            state = self.decoder.run(x, slice(len(block) - 1, len(block)), cache)
+            state = self.decoder.run(x, [Span(len(block), slice(len(block) - 1, len(block)), cache)])
         middle = time.perf_counter()
         logits = self.decoder.workspace.floats("logits", 1, len(self.head.weight))
         self.head.apply(state, logits)

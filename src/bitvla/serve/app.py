@@ -99,7 +99,7 @@ async def _serve(source: str, options: Options, threads: int | None, watch: bool
 async def running(load: Callable[[], Policy], options: Options) -> AsyncIterator[Running]:
     """A server that listens, warming up or ready, inside the block; what still runs is finished at its end."""
     check(options)
-    engine = Engine(load, max_sessions=options.max_sessions)
+    engine = Engine(load, max_sessions=options.max_sessions, max_batch=options.max_batch)
     server = Running(engine)
     warm_up: asyncio.Task[None] | None = None
     async with contextlib.AsyncExitStack() as stack:
