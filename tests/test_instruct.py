@@ -18,9 +18,10 @@ from safetensors.torch import load_file
 
 from bitvla.cli import main
 from bitvla.convert.pack import pack
+from bitvla.convert.training import open_start, read_config
 from bitvla.errors import BitvlaError
 from bitvla.evaluate import vqa
-from bitvla.model.checkpoint import load_config, load_language_config, load_language_network
+from bitvla.model.checkpoint import load_language_network, load_network
 from bitvla.processing.images import crop_resized, to_pixels
 from bitvla.processing.prompt import ASK_FOR_A_LETTER
 from bitvla.runtime.language import Conversation, LanguageModel
@@ -78,7 +79,7 @@ def instructed(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def conversations(data: Path, checkpoint: Path, **options: Any) -> Conversations:
-    network, chat = load_language_network(checkpoint)
+    network, chat = load_language_network(open_start(checkpoint))
     settings = {"batch_size": 4, "max_tokens": 256, "seed": 3, "augmentation": None} | options
     assert network.config.vision
     assert network.config.image
@@ -86,7 +87,7 @@ def conversations(data: Path, checkpoint: Path, **options: Any) -> Conversations
 
 
 def test_only_the_answers_are_learnt(data: Path, instructed: Path) -> None:
-    _, chat = load_language_network(instructed)
+    _, chat = load_language_network(open_start(instructed))
     window = conversations(data, instructed)[0]
     inputs, targets = window.inputs, window.targets
     assert inputs.pixels.shape == (1, 4, 3, 16, 16)
@@ -111,7 +112,7 @@ def test_training_says_what_the_runtime_says(data: Path, instructed: Path, tmp_p
     list(conversation.say("What do you see?", max_tokens=3))
     ids = conversation.ids[:-1]
 
-    network, chat = load_language_network(instructed)
+    network, chat = load_language_network(open_start(instructed))
     window = conversations(data, instructed, batch_size=1)
     of_this = next(w for w in map(window.__getitem__, range(40)) if (w.targets == chat.answer("B")[0]).any())
     prompt = next(i for i, token in enumerate(ids) if token == chat.encode("<|eot_id|>")[0]) + 1
@@ -163,7 +164,7 @@ def test_each_stage_teaches_its_part(data: Path, instructed: Path, tmp_path: Pat
     ):
         run(stage, write_config(tmp_path, "", precision="ternary", steps=2), data, tmp_path / stage, init=instructed)
         assert moved(before, weights(tmp_path / stage)) == parts
-        assert not load_language_config(tmp_path / stage).vision.ternary
+        assert not read_config(tmp_path / stage).vision.ternary
     for gamma in (0.1, 0.0):
         config = write_config(tmp_path, "", precision="ternary", steps=2, alignment_weight=gamma)
         run("distill", config, data, out := tmp_path / f"distill-{gamma}", teacher=instructed)
@@ -171,7 +172,7 @@ def test_each_stage_teaches_its_part(data: Path, instructed: Path, tmp_path: Pat
         logged = json.loads((out / "metrics.jsonl").read_text().splitlines()[0])
         assert ("vision" in logged) == bool(gamma)
         assert not gamma or logged["loss"] == pytest.approx(logged["answers"] + gamma * logged["vision"])
-        assert load_language_config(out).vision.ternary
+        assert read_config(out).vision.ternary
         pack(out, out / "model.packed")
         assert LanguageModel.load(out / "model.packed").config.vision.ternary
     with pytest.raises(BitvlaError, match=r"tower of the teacher .* is ternary"):
@@ -181,7 +182,7 @@ def test_each_stage_teaches_its_part(data: Path, instructed: Path, tmp_path: Pat
 def test_alignment_is_nothing_where_the_tower_is_the_teacher(data: Path, instructed: Path) -> None:
     from bitvla.train import stages
 
-    network, _ = load_language_network(instructed)
+    network, _ = load_language_network(open_start(instructed))
     window = conversations(data, instructed)[0]
     losses = stages.distill_tower(TrainConfig(steps=1, batch_size=4, learning_rate=1, precision="full"),
                                   network.vision_tower)(network, window)  # fmt: skip
@@ -231,8 +232,8 @@ def test_the_tower_of_a_policy_is_a_beginning(data: Path, tmp_path: Path) -> Non
     larger = write_config(tmp_path, MODEL.replace("num_layers = 2", "num_layers = 3", 1), precision="ternary")
     with pytest.raises(BitvlaError, match="has another vision tower"):
         run("align", larger, data, tmp_path / "larger", init=tmp_path / "tower")
-    with pytest.raises(BitvlaError, match="is a vision-language model, which does not act"):
-        load_config(tmp_path / "aligned")
+    with pytest.raises(BitvlaError, match="is a base model, which does not act"):
+        load_network(open_start(tmp_path / "aligned"))
     with pytest.raises(BitvlaError, match=r"no \[model\] section"):
         run("align", write_config(tmp_path, ""), data, tmp_path / "none")
 
@@ -247,7 +248,7 @@ def test_conversations_about_an_image_are_in_one_split(data: Path, instructed: P
 
 
 def test_what_does_not_fit_is_cut_at_an_answer(data: Path, instructed: Path) -> None:
-    _, chat = load_language_network(instructed)
+    _, chat = load_language_network(open_start(instructed))
     first = len(conversations(data, instructed)[0].inputs.token_ids[0])
     window = conversations(data, instructed, max_tokens=first - 2)[0]
     assert window.inputs.token_ids.shape[1] < first

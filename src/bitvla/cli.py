@@ -441,7 +441,12 @@ def _add_making(add: _Add) -> None:
         help="folder of the dataset; pretrain takes several; align and instruct a JSON file of conversations",
     )
     train.add_argument("--out", type=Path, metavar="OUT", help="folder of the checkpoint")
-    train.add_argument("--init", type=Path, metavar="CKPT", help="checkpoint whose weights to start from")
+    train.add_argument(
+        "--init",
+        type=Path,
+        metavar="CKPT",
+        help="checkpoint whose weights to start from, also a published one, or its Hugging Face id",
+    )
     train.add_argument("--teacher", type=Path, metavar="CKPT", help="checkpoint to align with (distill)")
     train.add_argument("--plan", action="store_true", help="say what it takes, without weights or data, and end")
     train.add_argument("--devices", type=_count, default=1, metavar="N", help="of a --plan (default: 1)")

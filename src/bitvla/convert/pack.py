@@ -123,7 +123,13 @@ def _open(
             f"{folder} knows its cameras, statistics and control rate; --views, --statistics and --control-hz are for "
             "published checkpoints"
         )
-    return open_training(folder)
+    source = open_training(folder)
+    if source.provenance.get("stage") == "localize":
+        raise BitvlaError(
+            f"{folder} is a vision tower (stage 'localize'): its policy has not learnt to act. Train one from it, "
+            f"with `bitvla train finetune --init {folder}`"
+        )
+    return source
 
 
 def _memory(document: Document[Any]) -> int:

@@ -22,7 +22,7 @@ from bitvla.data.lerobot import LeRobotDataset
 from bitvla.model.network import Batch
 from bitvla.processing.images import crop_resized, to_pixels
 from bitvla.processing.prompt import Prompt
-from bitvla.processing.vectors import normalize, value_tokens
+from bitvla.processing.vectors import network_actions, normalize, value_tokens
 from bitvla.train.config import Augmentation
 
 Ids = NDArray[np.int64]
@@ -76,7 +76,7 @@ class Windows(Dataset[Window]):
         self._images = [dataset.images(name) for name in cameras]
         state = dataset.state if config.action.state_dim else dataset.state[:, :0]
         self._state = normalize(state, config.processing.state)
-        self._actions = normalize(dataset.action, config.processing.action)
+        self._actions = network_actions(dataset.action, config.processing)
         self._auxiliary = _standardize(dataset)
         nothing = np.zeros((dataset.num_frames, len(self._images), 0, 2), dtype=np.float32)
         views = [dataset.cameras.index(name) for name in cameras]

@@ -90,6 +90,10 @@ class TrainConfig(Record, frozen=True, kw_only=True, forbid_unknown_fields=True)
     checkpoint_activations: bool = False  # less memory, a third more work
     shard: bool = False  # weights, gradients and optimiser state are spread over the processes (FSDP2)
     mixture: dict[str, float] = msgspec.field(default_factory=dict)  # pretrain: weight by dataset's folder name
+    # Adapters of this rank (LoRA), weighing alpha / rank, are trained in place of tower, connector and decoder: one for
+    # each of their linear layers. The parts that act are trained whole. 0: everything is.
+    lora_rank: int = 0
+    lora_alpha: float = 16.0
     alignment_weight: float = 0.1  # gamma of the paper: hidden states of student and teacher (distill)
     # Real-time chunking: up to so many first actions of a window are given as decided (None: as the policy has it), in
     # all windows but this share; the loss is over the others.
@@ -119,6 +123,11 @@ def load(path: Path) -> TrainConfig:
             )
     if config.shard and (config.optimizer == "muon" or config.auxiliary_weight or config.keypoint_weight):
         raise BitvlaError(f"{path}: shard = true needs optimizer 'adamw', and auxiliary_weight and keypoint_weight 0")
+    if config.lora_rank < 0 or not 0 < config.lora_alpha < math.inf:
+        raise BitvlaError(
+            f"{path}: lora_rank is {config.lora_rank} and lora_alpha {config.lora_alpha}; give a rank from 1, or 0 for "
+            "none, and a positive alpha"
+        )
     if not 0 <= config.prefix_dropout <= 1:
         raise BitvlaError(f"{path}: prefix_dropout {config.prefix_dropout} is not a share from 0 to 1")
     return config

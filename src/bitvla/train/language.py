@@ -10,17 +10,10 @@ import msgspec
 import torch
 from tokenizers import Tokenizer
 
-from bitvla.config import LanguageModelConfig, check
+from bitvla.config import LanguageModelConfig, PolicyConfig, check
+from bitvla.convert.source import Source, sha256
 from bitvla.errors import BitvlaError
-from bitvla.model.checkpoint import (
-    digest,
-    is_language_model,
-    load_config,
-    load_language_config,
-    load_language_network,
-    load_tokenizer,
-    load_tower,
-)
+from bitvla.model.checkpoint import fill, load_language_network
 from bitvla.model.network import VisionLanguageModel
 from bitvla.processing.prompt import Chat, train_tokenizer
 from bitvla.train import stages
@@ -39,22 +32,22 @@ class LanguageTrainer(Trainer):
         self.entries = read_conversations(self.path)
         super().__init__(stage, config, [], out, start, teacher, None)
 
-    def _policy(self, start: Path | None, sentences: list[str] | None) -> tuple[VisionLanguageModel, Chat, Tokenizer]:
-        config = start_config(self.stage, self.config, start)
-        if start is not None and is_language_model(start):
+    def _policy(self, start: Source | None, sentences: list[str] | None) -> tuple[VisionLanguageModel, Chat, Tokenizer]:
+        config = start_config(self.stage, self.config, None if start is None else start.config)
+        if start is not None and isinstance(start.config, LanguageModelConfig):
             network, chat = load_language_network(start, config)
-            tokenizer = load_tokenizer(start)
+            tokenizer = chat.tokenizer
         else:
             texts = {text for entry in self.entries for turn in entry.turns for text in (turn.prompt, turn.answer)}
             tokenizer = _new_tokenizer(config, sorted(texts))
             chat = Chat(config, tokenizer)
             network = VisionLanguageModel(config, chat.image_id)
             if start is not None:
-                load_tower(network, start)
+                fill(network, start, part="vision_tower.")
         stages.freeze(self.stage, self.config, network)
         return network, chat, tokenizer
 
-    def _objective(self, teacher: Path | None) -> stages.Objective:
+    def _objective(self, teacher: Source | None) -> stages.Objective:
         if teacher is None:
             return stages.likelihood
         tower: Any = load_language_network(teacher)[0].vision_tower.requires_grad_(False).eval()
@@ -84,26 +77,30 @@ class LanguageTrainer(Trainer):
         )
 
     def _data(self) -> list[dict[str, Any]]:
-        return [{"digest": digest(self.path), "conversations": len(self.entries)}]
+        return [{"digest": sha256(self.path), "conversations": len(self.entries)}]
 
     def _golden(self) -> None:
         return None
 
 
-def start_config(stage: str, config: TrainConfig, start: Path | None) -> LanguageModelConfig:
-    """The model that a stage trains: that of the checkpoint `start`, or a new one, perhaps with a policy's tower."""
-    if start is not None and is_language_model(start):
-        model = load_language_config(start)
+def start_config(
+    stage: str, config: TrainConfig, stored: PolicyConfig | LanguageModelConfig | None
+) -> LanguageModelConfig:
+    """The model that a stage trains: the `stored` one, or a new one, perhaps with the tower of a `stored` policy."""
+    if isinstance(stored, LanguageModelConfig):
+        model = stored
     elif config.model is not None:
         model = config.model
     else:
         raise BitvlaError("the configuration has no [model] section and no --init checkpoint of a model gives one")
     if model.vision is None:
         raise BitvlaError(f"the model '{model.name}' has no vision tower; describe one in [model]")
-    if start is not None and not is_language_model(start):
-        tower = msgspec.structs.replace(load_config(start).vision, ternary=model.vision.ternary)
+    if isinstance(stored, PolicyConfig):
+        tower = msgspec.structs.replace(stored.vision, ternary=model.vision.ternary)
         if tower != model.vision:
-            raise BitvlaError(f"{start} has another vision tower ({tower}) than the [model] section ({model.vision})")
+            raise BitvlaError(
+                f"'{stored.name}' has another vision tower ({tower}) than the [model] section ({model.vision})"
+            )
     vision = msgspec.structs.replace(model.vision, ternary=True) if stage == "distill" else model.vision
     return check(msgspec.structs.replace(model, vision=vision, precision=config.precision))
 

@@ -31,19 +31,13 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils._pytree import tree_map
 
 import bitvla
-from bitvla.config import PolicyConfig, check, to_dict
+from bitvla.config import LanguageModelConfig, PolicyConfig, check, to_dict
+from bitvla.convert.source import Source, sha256
+from bitvla.convert.training import Adapters, open_start, read_config
 from bitvla.data.lerobot import LeRobotDataset
 from bitvla.errors import BitvlaError, meant
-from bitvla.model.checkpoint import (
-    digest,
-    golden_tensors,
-    is_language_model,
-    load_config,
-    load_language_config,
-    load_network,
-    load_tokenizer,
-    save_checkpoint,
-)
+from bitvla.model.checkpoint import golden_tensors, load_network, save_checkpoint
+from bitvla.model.lora import add_adapters, trained_state
 from bitvla.model.network import Backbone, BitVLA, checkpoint_activations, layers
 from bitvla.model.policy import TorchPolicy
 from bitvla.processing.prompt import Prompt, train_tokenizer
@@ -73,7 +67,8 @@ def run(
         data: root of a LeRobotDataset v3; for "pretrain" one or several; for "align", "instruct" and the distillation
             of a vision-language model a JSON file of conversations (see `bitvla.train.conversations`).
         out: folder of the run. If it holds an unfinished run of the same settings, that run goes on.
-        init: checkpoint whose weights are the start; by default random (finetune) or the teacher's (distill).
+        init: checkpoint whose weights are the start, of training or published (its folder or its Hub id); by default
+            random (finetune) or the teacher's (distill).
         teacher: full-precision checkpoint that a distilled student follows.
         sentences: corpus of the tokenizer of a new policy; by default the instructions of the dataset.
 
@@ -85,6 +80,7 @@ def run(
     roots = [Path(data)] if isinstance(data, str | Path) else [Path(root) for root in data]
     _check_mixture(stage, config, roots)
     start = init or (teacher if stage == "distill" else None)
+    _check_adapters(stage, config, start, teacher)
     trainer: Trainer
     if of_language(stage, teacher):
         from bitvla.train.language import LanguageTrainer  # which is a Trainer
@@ -105,12 +101,11 @@ def check_stage(stage: str, teacher: Path | None) -> None:
         return
     if teacher is None:
         raise BitvlaError("stage 'distill' needs a full-precision teacher: --teacher CHECKPOINT")
-    if is_language_model(teacher):
-        model = load_language_config(teacher)
-        if model.precision == "ternary" and model.vision and model.vision.ternary:
+    config = read_config(teacher)
+    if isinstance(config, LanguageModelConfig):
+        if config.precision == "ternary" and config.vision and config.vision.ternary:
             raise BitvlaError(f"the tower of the teacher {teacher} is ternary; distillation needs full precision")
         return
-    config = load_config(teacher)
     if config.precision != "full":
         raise BitvlaError(f"the teacher {teacher} is {config.precision}; distillation needs full precision")
     trained = (_provenance_of(teacher) or {}).get("stage")
@@ -120,7 +115,18 @@ def check_stage(stage: str, teacher: Path | None) -> None:
 
 def of_language(stage: str, teacher: Path | None) -> bool:
     """Does this stage train a vision-language model, on conversations?"""
-    return stage in ("align", "instruct") or (stage == "distill" and teacher is not None and is_language_model(teacher))
+    if stage == "distill" and teacher is not None:
+        return isinstance(read_config(teacher), LanguageModelConfig)
+    return stage in ("align", "instruct")
+
+
+def _check_adapters(stage: str, config: TrainConfig, start: Path | None, teacher: Path | None) -> None:
+    if config.lora_rank and stage == "localize":
+        raise BitvlaError("stage 'localize' trains a new tower; leave out lora_rank")
+    if config.lora_rank and of_language(stage, teacher):
+        raise BitvlaError("adapters are of policies; leave out lora_rank, and say in learning_parts what learns")
+    if config.lora_rank and start is None:
+        raise BitvlaError(f"lora_rank is {config.lora_rank}: adapters need a checkpoint to adapt; give one with --init")
 
 
 def _check_mixture(stage: str, config: TrainConfig, roots: list[Path]) -> None:
@@ -156,7 +162,11 @@ class Trainer:
         self.accelerator = _accelerator(config, out)
         self.console = Console(stderr=True, quiet=not self.accelerator.is_main_process)
         set_seed(config.seed)
-        self.network, self.prompt, self.tokenizer = self._policy(start, sentences)
+        opened = {path: open_start(path) for path in (start, teacher) if path is not None}
+        source = None if start is None else opened[start]
+        self.network, self.prompt, self.tokenizer = self._policy(source, sentences)
+        if config.lora_rank:
+            add_adapters(self.network, config.lora_rank, config.lora_alpha)
         positions = keypoints = 0  # that a simulator knows
         if datasets:
             positions = 0 if datasets[0].environment_state is None else datasets[0].environment_state.shape[1]
@@ -167,14 +177,19 @@ class Trainer:
         self.auxiliary.points.requires_grad_(bool(keypoints and config.keypoint_weight and stage != "pretrain"))
         # What is saved: whole, and not on the device; brought up to date with the averages when it is needed.
         self.averaged = copy.deepcopy(self.network).requires_grad_(False)
-        self.provenance = self._provenance(start, teacher)
+        self.provenance = self._provenance({"init": source, "teacher": None if teacher is None else opened[teacher]})
+        if config.lora_rank and start is not None and source is not None:
+            base = str(start.resolve()) if start.exists() else str(start)
+            self.provenance["adapters"] = to_dict(
+                Adapters(base=base, sha256=source.sha256, rank=config.lora_rank, alpha=config.lora_alpha)
+            )
         state = self._read_state()
         if state is not None:
-            self.network.load_state_dict(state["network"])
+            self.network.load_state_dict(self.network.state_dict() | state["network"])
             self.auxiliary.load_state_dict(state["auxiliary"])
-            self.averaged.load_state_dict(state["averaged"])
+            self.averaged.load_state_dict(self.averaged.state_dict() | state["averaged"])
         self.step = 0 if state is None else int(state["step"])
-        self._place(self._objective(teacher), state)
+        self._place(self._objective(None if teacher is None else opened[teacher]), state)
         self._last_log: tuple[int, float] | None = None
 
     def _place(self, objective: stages.Objective, state: dict[str, Any] | None) -> None:
@@ -189,8 +204,9 @@ class Trainer:
         if self._sharded:
             shard(trained)
         whole = stages.trained_part(self.stage, self.averaged).parameters()
-        self.averages = [_placed_like(p, value.detach()) for p, value in zip(part.parameters(), whole, strict=True)]
-        self.parameters = list(part.parameters())
+        moving = [(p, average) for p, average in zip(part.parameters(), whole, strict=True) if p.requires_grad]
+        self.parameters, self.kept_averages = [p for p, _ in moving], [average for _, average in moving]
+        self.averages = [_placed_like(p, average.detach()) for p, average in moving]
         self.optimizers = optimizers(self.network, self.auxiliary, config)
         self.schedules = [
             torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _learning_rate(step, config))
@@ -282,13 +298,13 @@ class Trainer:
 
     # -- what is trained -----------------------------------------------------------------
 
-    def _policy(self, start: Path | None, sentences: list[str] | None) -> tuple[Any, Any, Tokenizer]:
+    def _policy(self, start: Source | None, sentences: list[str] | None) -> tuple[Any, Any, Tokenizer]:
         """Network, prompt and tokenizer."""
         config = start_config(self.stage, self.config, start, self.dataset)
         if start is not None:
-            _check_fits(config, self.dataset, start)
+            _check_fits(config, self.dataset, start.folder)
             network, prompt = load_network(start, config)
-            return network, prompt, load_tokenizer(start)
+            return network, prompt, Tokenizer.from_str(start.tokenizer)
         template = config.processing.prompt
         specials = [template.pad_token, "<|slot|>", template.image_token, template.proprio_token, template.stop_token]
         specials += [token for token in ("<|begin_of_text|>", "<|eot_id|>") if token in template.template]
@@ -297,7 +313,7 @@ class Trainer:
         prompt = Prompt(config, tokenizer)
         return BitVLA(config, prompt.image_id, prompt.proprio_id), prompt, tokenizer
 
-    def _objective(self, teacher: Path | None) -> stages.Objective:
+    def _objective(self, teacher: Source | None) -> stages.Objective:
         if self.stage == "localize" and not (self.config.keypoint_weight and self.dataset.keypoints is not None):
             raise BitvlaError(
                 f"stage 'localize' needs keypoint_weight above 0 and observation.keypoints in {self.dataset.root}"
@@ -340,18 +356,17 @@ class Trainer:
 
     # -- keeping -------------------------------------------------------------------------
 
-    def _provenance(self, start: Path | None, teacher: Path | None) -> dict[str, Any]:
+    def _provenance(self, parents: dict[str, Source | None]) -> dict[str, Any]:
         settings = msgspec.json.encode(self.config)
-        parents = {"init": start, "teacher": teacher}
         return {
             "stage": self.stage,
             "config": to_dict(self.config),
             "config_digest": hashlib.sha256(settings).hexdigest(),
             "data": self._data(),
             "parents": {
-                name: {"digest": digest(path / "model.safetensors"), "provenance": _provenance_of(path)}
-                for name, path in parents.items()
-                if path is not None
+                name: {"digest": source.sha256, "provenance": source.provenance}
+                for name, source in parents.items()
+                if source is not None
             },
             "versions": {
                 "bitvla": bitvla.__version__,
@@ -366,7 +381,7 @@ class Trainer:
         return [
             {
                 # The exact statistics of every frame change when any value does, and are cheap to read.
-                "digest": digest(dataset.root / "meta" / "stats.json"),
+                "digest": sha256(dataset.root / "meta" / "stats.json"),
                 "episodes": dataset.num_episodes,
                 "frames": dataset.num_frames,
             }
@@ -375,7 +390,8 @@ class Trainer:
 
     def _identity(self) -> str:
         """What must be equal for a run to go on: stage, settings, data and parents."""
-        return json.dumps({k: v for k, v in self.provenance.items() if k != "versions"}, sort_keys=True)
+        known = {key: value for key, value in self.provenance.items() if key not in ("versions", "adapters")}
+        return json.dumps(known, sort_keys=True)
 
     def _read_state(self) -> dict[str, Any] | None:
         path = self.out / STATE_FILE
@@ -393,18 +409,17 @@ class Trainer:
 
     def _state(self) -> dict[str, Any]:
         """What a run goes on from, in whole tensors: the number of processes may change. Every process must ask."""
-        part = stages.trained_part(self.stage, self.averaged)
         with torch.no_grad():
-            for parameter, value in zip(part.parameters(), self.averages, strict=True):
-                parameter.copy_(_whole(value))
+            for kept, value in zip(self.kept_averages, self.averages, strict=True):
+                kept.copy_(_whole(value))
         parts = {
-            "network": self.network.state_dict(),
+            "network": trained_state(self.network),
             "auxiliary": self.auxiliary.state_dict(),
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
             "schedules": [schedule.state_dict() for schedule in self.schedules],
         }
         gathered: dict[str, Any] = tree_map(_whole, parts)
-        return {**gathered, "averaged": self.averaged.state_dict(), "step": self.step, "identity": self._identity()}
+        return {**gathered, "averaged": trained_state(self.averaged), "step": self.step, "identity": self._identity()}
 
     def _save(self, console: Console) -> None:
         """Write the averaged weights as a policy, then the state of the run."""
@@ -457,13 +472,15 @@ class Trainer:
         config, processes = self.config, self.accelerator.num_processes
         effective = config.batch_size * config.gradient_accumulation
         parameters = sum(parameter.numel() for parameter in self.network.parameters())
+        trained = sum(parameter.numel() for parameter in self.parameters)
         episodes = sum(dataset.num_episodes for dataset in self.datasets)
         amount = f"frames of {episodes} episodes" if episodes else "conversations"
         self.console.print(
             f"{self.stage} of '{self.network.config.name}' ({config.precision} precision, {parameters / 1e6:.2f} M "
-            f"parameters): {windows.num_frames} {amount}, {config.steps} steps of {effective} "
-            f"windows ({config.gradient_accumulation} x {processes} process(es) x {config.batch_size // processes}; "
-            f"{config.steps * effective / windows.num_frames:.1f} epochs) on {self.accelerator.device}"
+            f"parameters, {trained / 1e6:.2f} M trained): {windows.num_frames} {amount}, {config.steps} steps of "
+            f"{effective} windows ({config.gradient_accumulation} x {processes} process(es) x "
+            f"{config.batch_size // processes}; {config.steps * effective / windows.num_frames:.1f} epochs) on "
+            f"{self.accelerator.device}"
         )
         if self.step:
             self.console.print(f"going on at step {self.step}")
@@ -519,6 +536,8 @@ def optimizers(network: Backbone, auxiliary: torch.nn.Module, config: TrainConfi
     vision = {id(p) for p in network.vision_tower.parameters()}
     groups: dict[tuple[bool, bool, bool], list[Tensor]] = {}
     for p in [*network.parameters(), *auxiliary.parameters()]:
+        if not p.requires_grad:
+            continue
         key = (config.optimizer == "muon" and id(p) in inside, id(p) in vision, p.ndim >= 2)
         groups.setdefault(key, []).append(p)
     rates = {True: config.vision_learning_rate or config.learning_rate, False: config.learning_rate}
@@ -597,18 +616,20 @@ def _accelerator(config: TrainConfig, out: Path) -> Accelerator:
     return accelerator
 
 
-def start_config(stage: str, config: TrainConfig, start: Path | None, dataset: LeRobotDataset) -> PolicyConfig:
-    """The policy that a stage trains: the one of the checkpoint `start`, or a new one."""
-    stored = None if start is None else load_config(start)
+def start_config(stage: str, config: TrainConfig, start: Source | None, dataset: LeRobotDataset) -> PolicyConfig:
+    """The policy that a stage trains: the one of the checkpoint `start`, or a new one, as over a base model."""
+    stored = start.config if start is not None and isinstance(start.config, PolicyConfig) else None
     if stored is not None and bool(stored.action.bins) == (stage == "pretrain"):
         policy = msgspec.structs.replace(stored, precision=config.precision)
-    elif stored is not None and stage == "pretrain":
-        raise BitvlaError(f"{start} regresses its actions; stage 'pretrain' goes on from a pre-trained checkpoint only")
+    elif start is not None and stored is not None and stage == "pretrain":
+        raise BitvlaError(
+            f"{start.folder} regresses its actions; stage 'pretrain' goes on from a pre-trained checkpoint only"
+        )
     elif config.policy is None:
         raise BitvlaError(
             "the configuration has no [policy] section and no --init checkpoint gives one"
-            if stored is None
-            else f"{start} is pre-trained and knows no action head; describe the policy in a [policy] section"
+            if start is None
+            else f"{start.folder} is pre-trained and knows no action head; describe the policy in a [policy] section"
         )
     else:
         policy = policy_config(config.policy, dataset, config.precision)
@@ -619,19 +640,20 @@ def start_config(stage: str, config: TrainConfig, start: Path | None, dataset: L
             else f"stage '{stage}' regresses its actions: leave out policy.action.bins"
         )
     policy = _with_prefix(policy, config)
-    if stored is not None:
-        _check_backbone(policy, stored, start)
+    if start is not None:
+        _check_backbone(policy, start)
     return policy
 
 
-def _check_backbone(policy: PolicyConfig, stored: PolicyConfig, start: Path | None) -> None:
+def _check_backbone(policy: PolicyConfig, start: Source) -> None:
     """Tower and decoder must be those of the checkpoint; whether the decoder is causal may change."""
+    stored = start.config
     causal = msgspec.structs.replace(policy.language, bidirectional=stored.language.bidirectional)
     for name, wanted, found in (("vision", policy.vision, stored.vision), ("language", causal, stored.language)):
         for field in wanted.__struct_fields__:
             if getattr(wanted, field) != getattr(found, field):
                 raise BitvlaError(
-                    f"policy.{name}.{field} is {getattr(wanted, field)}, {start} has {getattr(found, field)}; "
+                    f"policy.{name}.{field} is {getattr(wanted, field)}, {start.folder} has {getattr(found, field)}; "
                     "give the policy the sizes of the checkpoint"
                 )
 

@@ -19,10 +19,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
+import bitvla
 from bitvla.config import Camera, LanguageModelConfig, PolicyConfig, ProcessingConfig, Statistics, check
+from bitvla.convert import official
+from bitvla.convert.training import read_config
 from bitvla.data.lerobot import IMAGE_PREFIX, read_info
 from bitvla.errors import BitvlaError
-from bitvla.model.checkpoint import load_config
+from bitvla.model.lora import add_adapters
 from bitvla.model.network import Batch, BitVLA, VisionLanguageModel, VisionTower, checkpoint_activations, layers
 from bitvla.model.ternary import TernaryLinear
 from bitvla.train import stages
@@ -57,8 +60,8 @@ def plan(
     """Parameters by precision, bytes a device, tokens, FLOP and time of a run of `stage`.
 
     Args:
-        stage, config_path, init, teacher: as of `bitvla.train.loop.run`; of checkpoints only config.json is read, and
-            without a teacher one like the policy is assumed.
+        stage, config_path, init, teacher: as of `bitvla.train.loop.run`; of checkpoints only config.json is read, of
+            published ones nothing, and without a teacher one like the policy is assumed.
         data: dataset that says which cameras there are, where neither `init` nor the configuration does.
         devices: how many share a batch.
         tflops: 1e12 FLOP a second that one device reaches in training; without it no time is given.
@@ -74,9 +77,9 @@ def plan(
     start = init or (teacher if stage == "distill" else None)
     policy: PolicyConfig | LanguageModelConfig
     if of_language(stage, teacher) or (stage == "distill" and config.model is not None):
-        policy, length, views = start_config(stage, config, start), config.max_tokens, 1
+        policy, length, views = start_config(stage, config, _stored(start)), config.max_tokens, 1
     else:
-        policy = _policy(stage, config, start, data)
+        policy = _policy(stage, config, _stored(start), data)
         length, views = _sequence_length(policy), len(policy.processing.cameras)
     windows = config.batch_size // devices
     whole = _pass(stage, config, policy, windows, length, checkpoints=False)
@@ -107,6 +110,7 @@ class _Pass(NamedTuple):
 
     parameters: dict[str, int]
     weights: int
+    average: int
     gathered: int  # whole at a time where weights are in shards: two layers, and what is outside of layers
     gradients: int
     optimizer: int
@@ -119,7 +123,7 @@ def _memory(whole: _Pass, thrifty: _Pass, devices: int) -> list[dict[str, Any]]:
     """Rows of a table: every device has all, or each its share (`shard = true`)."""
     rows = {
         "weights": whole.weights,
-        "average of weights": whole.weights,
+        "average of weights": whole.average,
         "teacher": whole.teacher,
         "gradients": whole.gradients,
         "optimiser state": whole.optimizer,
@@ -164,10 +168,14 @@ def _pass(
                 whole = msgspec.structs.replace(policy, precision="full")
                 teacher = BitVLA(whole, 0, 2, "sdpa").requires_grad_(False)
             objective = stages.objective(stage, config, auxiliary, teacher)
+        parameters = _count(network.parameters())
+        ternary = sum(m.weight.numel() for m in network.modules() if isinstance(m, TernaryLinear))
+        if config.lora_rank:
+            add_adapters(network, config.lora_rank, config.lora_alpha)
         part = stages.trained_part(stage, network)
         if checkpoints:
             checkpoint_activations(part)
-        for parameter in filter(_learns, part.parameters()):
+        for parameter in _trained(part):
             parameter.register_post_accumulate_grad_hook(_drop_gradient)  # they are counted for themselves
         window: Any = _window(policy, windows, length, keypoints)
         counted = Count()
@@ -175,18 +183,18 @@ def _pass(
             with torch.autocast("cpu", torch.bfloat16, enabled=config.mixed_precision == "bf16"):
                 loss = objective(part, window)["loss"]
             loss.backward()
-        ternary = sum(m.weight.numel() for m in network.modules() if isinstance(m, TernaryLinear))
         # What is frozen has neither gradients nor moments.
-        trained = _count(filter(_learns, part.parameters()))
-        inside = [_count(layer.parameters()) for layer in layers(part)]
+        trained, inside = _count(_trained(part)), [_count(layer.parameters()) for layer in layers(part)]
         return _Pass(
             parameters={
                 "ternary": ternary,
-                "full precision": _count(network.parameters()) - ternary,
+                "full precision": parameters - ternary,
+                "adapters": _count(network.parameters()) - parameters,
                 "trained": trained,
                 "of the teacher": 0 if teacher is None else _count(teacher.parameters()),
             },
             weights=4 * _count(network.parameters()),
+            average=4 * trained,
             gathered=4 * (_count(part.parameters()) - sum(inside) + 2 * max(inside)),
             gradients=4 * trained,
             optimizer=sum(_state_bytes(optimizer, part) for optimizer in optimizers(network, auxiliary, config)),
@@ -227,10 +235,6 @@ def _storage(tensor: Tensor) -> int:
     return tensor.untyped_storage()._cdata
 
 
-def _learns(parameter: Tensor) -> bool:
-    return parameter.requires_grad
-
-
 def _drop_gradient(parameter: Tensor) -> None:
     parameter.grad = None
 
@@ -239,9 +243,13 @@ def _count(parameters: Iterable[Tensor]) -> int:
     return sum(parameter.numel() for parameter in parameters)
 
 
+def _trained(part: nn.Module) -> list[Tensor]:
+    return [parameter for parameter in part.parameters() if parameter.requires_grad]
+
+
 def _state_bytes(optimizer: torch.optim.Optimizer, part: nn.Module) -> int:
     """Of the moments: two of AdamW, one of Muon."""
-    trained = {id(parameter) for parameter in filter(_learns, part.parameters())}
+    trained = {id(parameter) for parameter in _trained(part)}
     moments = 1 if isinstance(optimizer, torch.optim.Muon) else 2
     return 4 * moments * _count(p for group in optimizer.param_groups for p in group["params"] if id(p) in trained)
 
@@ -289,9 +297,17 @@ def _sequence_length(policy: PolicyConfig) -> int:
     return images + text + prompt.max_instruction_tokens + (action.dim if action.bins else action.num_slots + 1)
 
 
-def _policy(stage: str, config: TrainConfig, start: Path | None, data: Path | None) -> PolicyConfig:
-    stored = None if start is None else load_config(start)
-    if stored is not None and bool(stored.action.bins) == (stage == "pretrain"):
+def _stored(start: Path | None) -> PolicyConfig | LanguageModelConfig | None:
+    """What the checkpoint of a start says that it is; a published one is not read."""
+    if start is None or official.recognizes(start) or _is_on_the_hub(start):
+        return None
+    return read_config(start)
+
+
+def _policy(
+    stage: str, config: TrainConfig, stored: PolicyConfig | LanguageModelConfig | None, data: Path | None
+) -> PolicyConfig:
+    if isinstance(stored, PolicyConfig) and bool(stored.action.bins) == (stage == "pretrain"):
         return msgspec.structs.replace(stored, precision=config.precision)
     if config.policy is None:
         raise BitvlaError("the configuration has no [policy] section and no --init checkpoint gives one")
@@ -304,6 +320,10 @@ def _policy(stage: str, config: TrainConfig, start: Path | None, data: Path | No
             "nothing says how many cameras there are: give --data, or policy.cameras in the configuration"
         )
     return check(_without_statistics(new, names, config))
+
+
+def _is_on_the_hub(start: Path) -> bool:
+    return not start.exists() and bitvla.HUB_ID.fullmatch(str(start)) is not None
 
 
 def _without_statistics(new: NewPolicy, cameras: Iterable[str], config: TrainConfig) -> PolicyConfig:
