@@ -236,6 +236,8 @@ def test_the_tower_of_a_policy_is_a_beginning(data: Path, tmp_path: Path) -> Non
         load_network(open_start(tmp_path / "aligned"))
     with pytest.raises(BitvlaError, match=r"no \[model\] section"):
         run("align", write_config(tmp_path, ""), data, tmp_path / "none")
+    with pytest.raises(BitvlaError, match="adapters are of policies"):
+        run("align", write_config(tmp_path, MODEL, lora_rank=2), data, tmp_path / "none")
 
 
 def test_conversations_about_an_image_are_in_one_split(data: Path, instructed: Path) -> None:
