@@ -248,7 +248,7 @@ def test_the_head_and_the_tower_may_be_int8(checkpoints: Path, tmp_path: Path) -
     exact, small = (
         LanguageModel.load(path) for path in (checkpoints / "vision-language-bf16-tower.safetensors", tmp_path / "int8")
     )
-    ids = exact.encode("What is on the plate?")
+    ids = exact.chat.encode("What is on the plate?")
     one, other = (model.logits(ids, Cache(model.config.language, len(ids))) for model in (exact, small))
     assert 0 < np.abs(one - other).max() < 0.05 * np.abs(one).max()
     one, other = (model.see([picture()]) for model in (exact, small))
@@ -408,7 +408,7 @@ def test_chat_about_an_image(checkpoints: Path, tmp_path: Path, capsys: pytest.C
     assert main([*command, "--json"]) == 0
     record = json.loads(capsys.readouterr().out)
     assert record["answer"] + "\n" == printed
-    assert record["prompt_tokens"] == 32 + 3 + 256 + 1 + len(LanguageModel.load(Path(model)).encode(QUESTION)) + 4
+    assert record["prompt_tokens"] == 32 + 3 + 256 + 1 + len(LanguageModel.load(Path(model)).chat.encode(QUESTION)) + 4
     expected = LanguageModel.load(Path(model)).generate(QUESTION, images=[picture(4)], max_tokens=3)
     assert record["answer"] == "".join(expected)
     path.write_bytes(b"no image")
