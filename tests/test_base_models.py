@@ -6,6 +6,7 @@ pytest tests/test_base_models.py
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import shutil
@@ -275,9 +276,49 @@ def test_an_interrupted_reading_goes_on(model: LanguageModel, monkeypatch: pytes
         list(stopped.say(QUESTION, images=images, max_tokens=3))
     assert stopped._cache.length == 512
     assert "".join(stopped._answer(3, Sampler())) == expected
-    read = slice(0, whole._cache.length // TILE)  # whole tiles of keys, and as many values
-    for one, other in zip(stopped._cache.by_head(), whole._cache.by_head(), strict=True):
+    assert_read_alike(stopped, whole)
+
+
+def assert_read_alike(actual: Conversation, expected: Conversation) -> None:
+    read = slice(0, expected._cache.length // TILE)  # whole tiles of keys, and as many values
+    for one, other in zip(actual._cache.by_head(), expected._cache.by_head(), strict=True):
         np.testing.assert_array_equal(one[:, :, read], other[:, :, read])
+
+
+@pytest.mark.parametrize(
+    ("question", "seeds", "images"),
+    [
+        ("Is the cup red?", (1, 2), 0),
+        (QUESTION, (1, 2), 0),
+        (QUESTION, (1, 3), 1),
+        (QUESTION, (3, 2), 2),
+        ("Why?", (), 0),
+    ],
+    ids=["another question", "the same", "another second image", "another first image", "no image"],
+)
+def test_what_two_conversations_begin_with_is_read_once(
+    model: LanguageModel, monkeypatch: pytest.MonkeyPatch, question: str, seeds: tuple[int, ...], images: int
+) -> None:
+    """Answer and keys are those of a conversation that read everything, bit for bit; `images` pass the tower."""
+    first, whole = Conversation(model), Conversation(model)
+    list(first.say(QUESTION, images=[picture(1), picture(2)], max_tokens=3))
+    shown = [picture(seed) for seed in seeds]
+    expected = "".join(whole.say(question, images=shown, max_tokens=3))
+    second = Conversation(model, after=first)
+    answer = second.say(question, images=shown, max_tokens=3)
+    known, seen, see = second._cache.length, [], model.see
+    pairs = zip(what_was_read(first, (1, 2)), what_was_read(second, seeds)[:-1], strict=False)
+    assert 0 < known == len(list(itertools.takewhile(lambda pair: pair[0] == pair[1], pairs)))
+    monkeypatch.setattr(model, "see", lambda images: seen.append(len(images)) or see(images))
+    assert "".join(answer) == expected
+    assert sum(seen) == images
+    assert_read_alike(second, whole)
+
+
+def what_was_read(conversation: Conversation, seeds: tuple[int, ...]) -> list[tuple[int, int]]:
+    """The tokens, each with the seed of the image that it is a part of, if any."""
+    patches = iter(np.repeat(seeds, 256).tolist())
+    return [(token, next(patches) if token == IMAGE else 0) for token in conversation.ids]
 
 
 @pytest.mark.parametrize("isa", native.available())

@@ -10,6 +10,7 @@ import logging
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -29,7 +30,8 @@ from bitvla.quantization import STEPS, Packing, quantize_activations, unpack
 from bitvla.runtime import network as network_module
 from bitvla.runtime import selftest
 from bitvla.runtime.policy import PARTS, Policy
-from checkpoints import observation, pack_random, random_weights, tiny_config, token_config
+from bitvla.runtime.pruning import most_different
+from checkpoints import observation, pack_random, random_weights, tiny_config, token_config, with_prompt
 from reference_network import ReferenceNetwork, attention, gelu, gelu_tanh
 from serving import NANO
 from serving import observation as serving_observation
@@ -49,6 +51,8 @@ CONFIGS = {
     "full-precision tower": changed(vision={"ternary": False}),
     "no blocks, one layer": changed(language={"num_layers": 1, "num_kv_heads": 4}, action={"head_blocks": 0}),
 }
+
+BEGINS_ALIKE = "<|begin_of_text|>look {images}{instruction}"
 
 
 @pytest.fixture(scope="module")
@@ -266,6 +270,102 @@ def test_every_kernel_call_matches_numpy(
     assert checked.calls["ternary_linear"] == tower + policy.config.language.num_layers * 7
 
 
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_pruned_sequence_matches_the_reference(tmp_path: Path, name: str) -> None:
+    """Of each image a quarter of the tokens is left out, those that the others resemble; the rest keeps its places."""
+    config = CONFIGS[name]
+    policy = bitvla.load(pack_random(tmp_path, config, matrix_dtype="F32"), prune=0.25)
+    seen = observation(config, 1)
+    states: dict[str, NDArray[np.float32]] = {}
+    policy.network.record = states.__setitem__
+    policy.act(seen)
+    reference = ReferenceNetwork(config, random_weights(config))
+    _, (plan,), (state,), _ = policy._preprocess([seen], [None])
+    kept = np.concatenate([most_different(image, 12) for image in np.split(states["connector"], 2)])
+    assert kept.sum() == 24
+    places = np.setdiff1d(np.arange(plan.length), plan.image_positions[~kept])
+    special = policy._prompt.image_id, policy._prompt.proprio_id
+    whole = reference.embed(policy._prompt.ids(seen["instruction"]), *special, states["connector"], state)
+    np.testing.assert_allclose(states["decoder.0"], whole[places], rtol=1e-5, atol=1e-6)
+    layers = config.language.num_layers
+    for index in range(layers):
+        expected = reference.decoder_layer(index, states[f"decoder.{index}"], places)
+        if index == layers - 1:
+            expected = expected[np.isin(places, np.arange(plan.length)[plan.answers])]
+        error = np.abs(states[f"decoder.{index + 1}"] - expected) / np.abs(expected).max()
+        assert np.median(error) < 1e-5
+        assert error.max() < 0.05
+
+
+def test_no_token_left_out_is_far_from_those_kept() -> None:
+    random = np.random.default_rng(0)
+    groups = random.permutation(np.repeat(np.arange(6), [1, 2, 3, 4, 5, 6]))
+    tokens = (10 * np.eye(6, 40)[groups] + 0.1 * random.standard_normal((21, 40))).astype(np.float32)
+    for count in range(1, 22):
+        kept = most_different(tokens, count)
+        assert kept.sum() == count
+        assert len(set(groups[kept])) == min(count, 6)
+    assert most_different(np.zeros((4, 8), np.float32), 3).sum() == 3
+
+
+def test_every_machine_prunes_alike(policy_file: Path) -> None:
+    policy = bitvla.load(policy_file, prune=0.5)
+    chunks = set()
+    for isa in native.available():
+        for threads in (1, 2):
+            native.set_isa(isa)
+            native.set_num_threads(threads)
+            chunks.add(policy.act(observation(policy.config, 5)).tobytes())
+    assert len(chunks) == 1
+    assert bitvla.load(policy_file).act(observation(policy.config, 5)).tobytes() not in chunks
+
+
+def test_a_prompt_may_end_with_its_images(tmp_path: Path) -> None:
+    """The first action slot is read one place before it, at the last image token: that one stays."""
+    config = with_prompt(tiny_config(), "{instruction}<proprio_pad>{images}")
+    policy = bitvla.load(pack_random(tmp_path, config), prune=0.9)
+    seen = observation(config)
+    patches, (plan,), _, _ = policy._preprocess([seen], [None])
+    pruned, features = policy.network._prune(plan, policy.network.see(patches))
+    assert pruned.rotary_positions[pruned.answers.start] == plan.answers.start == plan.image_positions[-1]
+    assert len(features) == len(pruned.image_positions) in (4, 5)  # two of 16 of each image, and the last
+    assert np.isfinite(policy.act(seen)).all()
+
+
+@pytest.mark.parametrize("share", [-0.1, 1, float("nan")])
+def test_what_cannot_be_pruned_is_refused(policy_file: Path, tmp_path: Path, share: float) -> None:
+    with pytest.raises(BitvlaError, match="give the share of image tokens to leave out"):
+        bitvla.load(policy_file, prune=share)
+    with pytest.raises(BitvlaError, match="this one writes its actions as tokens"):
+        bitvla.load(pack_random(tmp_path, token_config()), prune=0.5)
+
+
+def test_what_every_prompt_begins_with_is_read_once(tmp_path: Path) -> None:
+    """Only where nothing that changes stands before it; logits are those of a policy that reads everything."""
+    for name, template, fixed in (
+        ("alike", BEGINS_ALIKE, True),
+        ("not", "{instruction}{images}<|end_of_text|>", False),
+    ):
+        config = with_prompt(token_config(), template)
+        path = pack_random(tmp_path / name, config)
+        policy, states, logits = bitvla.load(path), {}, []
+        policy.network.record = states.__setitem__
+        seen = [observation(config, seed) for seed in (0, 1, 0)]
+        plans = [policy.plan(one["instruction"]) for one in seen]
+        for index, (one, plan) in enumerate(zip(seen, plans, strict=True)):
+            assert (plan.fixed > 0) == fixed
+            everything, expected = bitvla.load(path), {}
+            everything.network.record = expected.__setitem__
+            np.testing.assert_array_equal(policy.act(one), everything.act(one))
+            np.testing.assert_array_equal(states["logits.3"], expected["logits.3"])
+            assert len(states["decoder.0"]) == plan.length - (plan.fixed if index else 0)
+            logits.append(expected["logits.3"])
+        for unread in (2, 0):  # caches of the batch that have read nothing yet
+            policy.act_batch(seen)
+            np.testing.assert_array_equal(states["logits.3"], np.concatenate(logits))
+            assert len(states["decoder.0"]) == sum(plan.length - plan.fixed for plan in plans) + unread * plan.fixed
+
+
 @pytest.mark.parametrize("seed", [1, 2])
 def test_an_action_is_written_token_by_token(tmp_path: Path, seed: int) -> None:
     """With its cache the runtime gives the logits of a pass over the whole sequence, takes the likeliest token, and
@@ -334,21 +434,24 @@ def test_calls_do_not_disturb_each_other(policy: Policy, policy_file: Path) -> N
 
 
 BATCHED = CONFIGS | {"action tokens": token_config(), "decided actions": changed(action={"max_prefix": 3})}
+BATCHED["a prompt that begins alike"] = with_prompt(token_config(), BEGINS_ALIKE)
 TEXTS = ["open the drawer", "a", "push the red button and then the other one", "reach", "open it"]
 
 
-@pytest.mark.parametrize("name", BATCHED)
-def test_a_batch_answers_what_each_observation_gets_alone(tmp_path: Path, name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "prune"), [*((name, 0.0) for name in BATCHED), ("causal", 0.4), ("decided actions", 0.4)]
+)
+def test_a_batch_answers_what_each_observation_gets_alone(tmp_path: Path, name: str, prune: float) -> None:
     """Bit for bit, instructions of different lengths, whatever else is in the batch, on one thread and on several."""
     config = BATCHED[name]
-    path = pack_random(tmp_path, config)
-    policy, random = bitvla.load(path), np.random.default_rng(0)
+    load = partial(bitvla.load, pack_random(tmp_path, config), prune=prune)
+    policy, random = load(), np.random.default_rng(0)
     seen = [observation(config, seed) | {"instruction": text} for seed, text in enumerate(TEXTS)]
     dim, most = config.action.dim, config.action.max_prefix
     prefixes = [random.normal(size=(count, dim)) if count else None for count in np.arange(len(seen)) % (most + 1)]
     native.set_num_threads(1)
-    alone = [bitvla.load(path).act(*given).tobytes() for given in zip(seen, prefixes, strict=True)]
-    assert len(set(alone)) == len(alone)
+    alone = [load().act(*given).tobytes() for given in zip(seen, prefixes, strict=True)]
+    assert len(set(alone)) >= 4  # action tokens may be the same by chance
     for threads, order in [(1, [0]), (1, [4, 3, 2, 1, 0]), (3, [0, 1, 2, 3, 4]), (1, [1, 1]), (1, [2, 0, 3]), (1, [3])]:
         native.set_num_threads(threads)
         chunks = policy.act_batch([seen[i] for i in order], [prefixes[i] for i in order])

@@ -18,12 +18,11 @@ from bitvla.convert.pack import pack
 from bitvla.data.lerobot import LeRobotDataset
 from bitvla.errors import BitvlaError
 from bitvla.model.policy import TorchPolicy
-from bitvla.processing.prompt import Prompt, train_tokenizer
 from bitvla.train import batches, stages
-from bitvla.train.config import Augmentation, load, policy_config
+from bitvla.train.config import Augmentation
 from bitvla.train.loop import run
 from datasets import make_writer, random_episode, write_dataset
-from training import POLICY, TOKENS, losses_of, write_config
+from training import POLICY, TOKENS, losses_of, windows, write_config
 
 
 @pytest.fixture(scope="module")
@@ -256,19 +255,6 @@ def test_balanced_tasks_are_seen_equally_often(tmp_path):
         episodes = whole._episode[whole._frames]
         assert [sum(sentence[e] == s for e in episodes) for s in (sentence[0], sentence[1])] == expected
         assert len(set(whole._frames.tolist())) == 42  # none is lost
-
-
-def windows(data: Path, folder: Path, policy: str = POLICY, **options: Any) -> batches.Windows:
-    """Windows of 8 over `data` as a new policy would see them."""
-    settings = load(write_config(folder, policy))
-    dataset = LeRobotDataset(data)
-    config = policy_config(settings.policy, dataset, "full")
-    template = config.processing.prompt
-    specials = [template.pad_token, "<|slot|>", template.image_token, template.proprio_token, template.stop_token]
-    specials += ["<|begin_of_text|>", "<|eot_id|>"]
-    prompt = Prompt(config, train_tokenizer(sorted(set(dataset.task_strings)), config.language.vocab_size, specials))
-    options = {"augmentation": Augmentation(), **options}
-    return batches.Windows(dataset, config, prompt, batch_size=8, seed=3, **options)
 
 
 def test_first_actions_are_given_as_decided_and_are_no_target(data, tmp_path):

@@ -4,6 +4,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
+
+from bitvla.data.lerobot import LeRobotDataset
+from bitvla.processing.prompt import Prompt
+from bitvla.train.batches import Windows
+from bitvla.train.config import Augmentation, load, policy_config
+from bitvla.train.loop import new_tokenizer
 
 POLICY = """
 [policy]
@@ -105,3 +112,13 @@ def losses_of(out: Path) -> dict[int, float]:
     """Training loss by step, as logged."""
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     return {row["step"]: row["loss"] for row in rows if "loss" in row}
+
+
+def windows(data: Path | LeRobotDataset, folder: Path, policy: str = POLICY, **options: Any) -> Windows:
+    """Windows of 8 over `data` as a new policy would see them."""
+    settings = load(write_config(folder, policy))
+    dataset = data if isinstance(data, LeRobotDataset) else LeRobotDataset(data)
+    config = policy_config(settings.policy, dataset, "full")
+    prompt = Prompt(config, new_tokenizer(config, dataset.task_strings))
+    options = {"augmentation": Augmentation(), **options}
+    return Windows(dataset, config, prompt, batch_size=8, seed=3, **options)

@@ -31,14 +31,16 @@ from bitvla.errors import BitvlaError, memory_for
 from bitvla.files import write_whole
 from bitvla.quantization import Packing, packed_shape
 
-FORMAT = 2
-_READABLE = (1, 2)  # format 1 had one packing of ternary weights, and no field for it
+FORMAT = 3
+# Format 1 had one packing of ternary weights, and no field for it; until format 2, `_LAST_LAYER` was a matrix.
+_READABLE = (1, 2, 3)
 # Files up to this size are read and hashed whenever they are loaded; larger ones are mapped, and hashed by `verify`.
 # A mapped file must not be written to while it is in use: that would end the process.
 READ_AT_LOAD = 64 << 20
 
 _ALIGNMENT = 64
 LANGUAGE_HEAD = "language_model.lm_head.weight"
+_LAST_LAYER = "action_head.model.fc2.weight"
 _MAX_HEADER = 100 << 20  # the limit of the safetensors format itself
 _DTYPES: dict[str, np.dtype[Any]] = {
     "U8": np.dtype(np.uint8),
@@ -58,8 +60,8 @@ class TensorSpec(NamedTuple):
 
     ternary: a quantised linear layer. matrix: a linear layer that training keeps in full precision (connector,
     projector, heads, at times the tower), stored by choice as float32, as bfloat16, or as int8 codes with a scale a
-    row. embedding: of tokens or patches, float32 with float32 matrices, else bfloat16. vector: norms, biases,
-    positions, always float32.
+    row. embedding: of tokens or patches, and the layer that writes actions: float32 with float32 matrices, else
+    bfloat16. vector: norms, biases, positions, always float32.
     """
 
     kind: _Kind
@@ -211,7 +213,8 @@ def action_specs(action: ActionConfig, hidden: int) -> dict[str, TensorSpec]:
         block = f"action_head.model.mlp_resnet_blocks.{index}.ffn."
         specs |= _norm(f"{block}0", width) | _linear(f"{block}1", width, width)
     specs |= _norm("action_head.model.layer_norm2", width)
-    return specs | _linear("action_head.model.fc2", action.dim, width)
+    # Not a matrix: int8 would save a kilobyte and shift every action by a part of its error (docs/results.md).
+    return specs | _linear(_LAST_LAYER.removesuffix(".weight"), action.dim, width, "embedding")
 
 
 def _norm(name: str, size: int) -> dict[str, TensorSpec]:
@@ -232,7 +235,7 @@ def stored_tensors(document: Document[C]) -> dict[str, Stored]:
             rows, columns = spec.shape
             packed[name] = Stored("U8", packed_shape(rows, columns, document.packing))
             floats[f"{name}_scale"] = Stored("F32", (1,))
-        elif spec.kind == "matrix" and document.matrix_dtype == "I8":
+        elif document.matrix_dtype == "I8" and (spec.kind == "matrix" or (document.format < 3 and name == _LAST_LAYER)):
             codes[name] = Stored("I8", spec.shape)
             floats[f"{name}_scale"] = Stored("F32", spec.shape[:1])
         elif spec.kind in ("matrix", "embedding") and document.matrix_dtype != "F32":

@@ -66,7 +66,7 @@ def _questions(args: argparse.Namespace) -> Any:
         )
 
 
-def _data(args: argparse.Namespace) -> Any:
+def _data_check(args: argparse.Namespace) -> Any:
     import msgspec
 
     from bitvla import display
@@ -83,6 +83,28 @@ def _data(args: argparse.Namespace) -> Any:
     return msgspec.to_builtins(checkup) if args.json else display.checkup(checkup) | written
 
 
+def _data_convert(args: argparse.Namespace) -> Any:
+    from bitvla import display
+    from bitvla.data.convert import convert
+
+    with display.progress("converting") as progress:
+        return convert(
+            args.source,
+            args.out,
+            cameras=dict(args.camera),
+            fps=args.fps,
+            rotate180=args.rotate180,
+            drop_no_ops=args.drop_no_ops,
+            progress=progress,
+        )
+
+
+def _data_statistics(args: argparse.Namespace) -> Any:
+    from bitvla.data.lerobot import write_statistics
+
+    return write_statistics(args.dataset)
+
+
 def _train(args: argparse.Namespace) -> Any:
     if args.plan:
         from bitvla.train.plan import plan
@@ -94,7 +116,8 @@ def _train(args: argparse.Namespace) -> Any:
 
     if not args.data or args.out is None:
         raise BitvlaError("training needs --data and --out; --plan does without")
-    result = run(args.stage, args.config, args.data, args.out, init=args.init, teacher=args.teacher)
+    parents = {"init": args.init, "teacher": args.teacher}
+    result = run(args.stage, args.config, args.data, args.out, cache_bytes=args.cache_size, **parents)
     return result if os.environ.get("RANK", "0") == "0" else None  # one of several processes speaks
 
 
@@ -163,7 +186,14 @@ def _inspect(args: argparse.Namespace) -> Any:
 def _bench(args: argparse.Namespace) -> Any:
     from bitvla.runtime.bench import bench
 
-    return bench(args.policy, threads=args.threads, repeats=args.repeats, views=args.views, batch=args.batch)
+    return bench(
+        args.policy,
+        threads=args.threads,
+        repeats=args.repeats,
+        views=args.views,
+        prune=args.prune,
+        batch=args.batch,
+    )
 
 
 def _eval(args: argparse.Namespace) -> Any:
@@ -174,13 +204,20 @@ def _eval(args: argparse.Namespace) -> Any:
     if args.protocol and args.env != "libero":
         raise BitvlaError(f"--protocol is for --env libero: '{args.env}' has one protocol only")
     # A result is a record: it is always kept, and an interrupted evaluation goes on from it.
-    precision = "-full-precision" if args.full_precision else ""
+    if args.prune and args.full_precision:
+        raise BitvlaError("--prune is for policy files; --full-precision runs a checkpoint")
+    policy: Any = args.policy
+    if args.prune:
+        import bitvla
+
+        policy = partial(bitvla.load, args.policy, threads=1, prune=args.prune)
+    precision = "-full-precision" if args.full_precision else f"-pruned-{args.prune:g}" if args.prune else ""
     rules = f"-{args.protocol}" if args.protocol else ""
     suite = args.suite.replace("/", "-")
     default = Path("reports") / f"{args.policy.stem}-{suite}{rules}{precision}.json"
     out = args.json if isinstance(args.json, Path) else default
     result = evaluate(
-        args.policy,
+        policy,
         env=partial(make_simulator, args.env, protocol=args.protocol) if args.protocol else args.env,
         suite=args.suite,
         episodes=args.episodes,
@@ -188,6 +225,7 @@ def _eval(args: argparse.Namespace) -> Any:
         execute_horizon=args.execute_horizon,
         full_precision=args.full_precision,
         processes=args.processes,
+        ray=args.ray,
         resume=not args.restart,
         out=out,
     )
@@ -247,7 +285,7 @@ def _serve(args: argparse.Namespace) -> Any:
         preset=args.preset,
         allow_kill=args.allow_kill,
     )
-    return serve(args.policy, options, threads=args.threads, watch=args.watch)
+    return serve(args.policy, options, threads=args.threads, prune=args.prune, watch=args.watch)
 
 
 def _run(args: argparse.Namespace) -> Any:
@@ -277,6 +315,7 @@ def _run(args: argparse.Namespace) -> Any:
         timeout=args.timeout,
         token=args.token if args.token is not None else os.environ.get("BITVLA_TOKEN"),
         threads=args.threads,
+        prune=args.prune,
     )
     result = run(args.policy, robot, options)
     return result if args.json else display.run(result)
@@ -332,6 +371,22 @@ def _rate(text: str) -> float:
     return rate
 
 
+def _bytes(text: str) -> int:
+    number = text.upper().removesuffix("B")
+    factor = {"M": 10**6, "G": 10**9, "T": 10**12}.get(number[-1:], 1)
+    try:
+        return int(float(number.rstrip("MGT")) * factor)
+    except (ValueError, OverflowError):
+        raise argparse.ArgumentTypeError(f"'{text}' is not a size, as in 500MB or 20GB") from None
+
+
+def _pair(text: str) -> tuple[str, str]:
+    ours, equals, theirs = text.partition("=")
+    if not (ours and equals and theirs):
+        raise argparse.ArgumentTypeError(f"'{text}' is not NAME=KEY, as in wrist=eye_in_hand_rgb")
+    return ours, theirs
+
+
 def _seed(text: str) -> int:
     if not text.isdecimal():
         raise argparse.ArgumentTypeError(f"'{text}' is not a whole number of at least 0")
@@ -348,6 +403,12 @@ def _amount(text: str) -> float:
     return value
 
 
+def _share(text: str) -> float:
+    if not 0 <= (share := _amount(text)) < 1:
+        raise argparse.ArgumentTypeError(f"'{text}' is not a share from 0 to below 1")
+    return share
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The whole command line; the help of every command carries an example."""
     parser = _Parser(
@@ -360,10 +421,14 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
 
     def add(
-        run: Callable[[argparse.Namespace], Any], summary: str, example: str, interrupted: str = NOTHING_LEFT
+        run: Callable[[argparse.Namespace], Any],
+        summary: str,
+        example: str,
+        interrupted: str = NOTHING_LEFT,
+        group: Any = commands,
     ) -> argparse.ArgumentParser:
-        command: argparse.ArgumentParser = commands.add_parser(
-            run.__name__.removeprefix("_").replace("_", "-"),
+        command: argparse.ArgumentParser = group.add_parser(
+            run.__name__.rpartition("data_")[2].removeprefix("_").replace("_", "-"),
             help=summary,
             description=f"{summary[0].upper()}{summary[1:]}.",
             epilog=f"example: bitvla {example}",
@@ -375,7 +440,7 @@ def build_parser() -> argparse.ArgumentParser:
         command.set_defaults(run=run, parser=command, interrupted=interrupted)
         return command
 
-    _add_making(add)
+    _add_making(add, commands)
     _add_running(add)
     _add_writing(add)
     _add_serving(add)
@@ -386,7 +451,7 @@ def build_parser() -> argparse.ArgumentParser:
 _Add = Callable[..., argparse.ArgumentParser]
 
 
-def _add_making(add: _Add) -> None:
+def _add_making(add: _Add, commands: Any) -> None:
     """From a simulator to a policy file."""
     record = add(
         _record,
@@ -414,16 +479,7 @@ def _add_making(add: _Add) -> None:
     )
     questions.add_argument("--seed", type=_seed, default=0, help="another number, other scenes (default: 0)")
 
-    data = add(
-        _data,
-        "check a dataset before training on it",
-        "data check datasets/mt10 --out reports/mt10-data.html --split reports/mt10-split.json",
-    )
-    data.add_argument("action", choices=("check",), metavar="check", help="measure the dataset and grade what is wrong")
-    data.add_argument("dataset", type=Path, metavar="DATASET", help="folder of a LeRobot dataset (v3); only read")
-    data.add_argument("--out", type=Path, metavar="OUT.html", help="draw the report, one file with everything in it")
-    data.add_argument("--split", type=Path, metavar="OUT.json", help="write the proposed held-out split by region")
-    data.add_argument("--horizon", type=_count, default=8, metavar="N", help="actions of a chunk (default: 8)")
+    _add_data(add, commands)
 
     train = add(
         _train,
@@ -435,10 +491,13 @@ def _add_making(add: _Add) -> None:
     train.add_argument("--config", type=Path, required=True, metavar="FILE", help="TOML file of the run")
     train.add_argument(
         "--data",
-        type=Path,
         action="append",
         metavar="D",
-        help="folder of the dataset; pretrain takes several; align and instruct a JSON file of conversations",
+        help="dataset: folder, address (s3://bucket/data) or id on the Hugging Face Hub; pretrain takes several; align "
+        "and instruct a JSON file of conversations",
+    )
+    train.add_argument(
+        "--cache-size", type=_bytes, metavar="SIZE", help="disk for decoded pictures, as in 20GB (default: all of them)"
     )
     train.add_argument("--out", type=Path, metavar="OUT", help="folder of the checkpoint")
     train.add_argument(
@@ -512,6 +571,55 @@ def _add_making(add: _Add) -> None:
     )
 
 
+def _add_data(add: _Add, commands: Any) -> None:
+    """Before training: what a dataset is worth, and what is none yet."""
+    example = "data check datasets/mt10 --out reports/mt10-data.html --split reports/mt10-split.json"
+    summary = "check a dataset before training on it, or make one of other files"
+    data = commands.add_parser(
+        "data",
+        help=summary,
+        description=f"{summary[0].upper()}{summary[1:]}.",
+        epilog=f"example: bitvla {example}",
+        allow_abbrev=False,
+    )
+    group = data.add_subparsers(dest="action", metavar="ACTION", required=True)
+    check = add(_data_check, "measure a dataset and grade what is wrong", example, group=group)
+    check.add_argument("--out", type=Path, metavar="OUT.html", help="draw the report, one file with everything in it")
+    check.add_argument("--split", type=Path, metavar="OUT.json", help="write the proposed held-out split by region")
+    check.add_argument("--horizon", type=_count, default=8, metavar="N", help="actions of a chunk (default: 8)")
+
+    statistics = add(
+        _data_statistics,
+        "compute the statistics of a dataset again, over every frame, and write them into it",
+        "data statistics datasets/mine",
+        group=group,
+    )
+    where = "LeRobot dataset (v3): folder, address (s3://bucket/data) or id on the Hugging Face Hub"
+    for command in (check, statistics):
+        command.add_argument("dataset", metavar="DATASET", help=where)
+
+    convert = add(
+        _data_convert,
+        "write LIBERO's HDF5, or RLDS episodes in TFRecords, as a LeRobot dataset (v3)",
+        "data convert libero_spatial datasets/libero-spatial --drop-no-ops",
+        GO_ON,
+        group=group,
+    )
+    convert.add_argument("source", type=Path, metavar="SOURCE", help="file, or folder with *.hdf5 or *.tfrecord* files")
+    convert.add_argument("out", type=Path, metavar="OUT", help="folder of the dataset")
+    convert.add_argument(
+        "--camera",
+        type=_pair,
+        action="append",
+        default=[],
+        metavar="NAME=KEY",
+        help="the source's camera KEY gets this NAME (default: LIBERO's, as full and wrist)",
+    )
+    convert.add_argument("--fps", type=_rate, default=20.0, metavar="F", help="actions a second (default: LIBERO's 20)")
+    convert.add_argument("--rotate180", action="store_true", help="turn the pictures: the source has them turned")
+    convert.add_argument("--drop-no-ops", action="store_true", help="leave out steps without motion, as OpenVLA-OFT")
+
+
 def _add_running(add: _Add) -> None:
     """A policy file in the simulator."""
     demo = add(
@@ -534,11 +642,19 @@ def _add_running(add: _Add) -> None:
     _add_record(evaluate)
     evaluate.add_argument("--processes", type=_count, metavar="N", help="simulators side by side (default: all cores)")
     evaluate.add_argument(
+        "--ray",
+        nargs="?",
+        const="",
+        metavar="ADDRESS",
+        help="on the machines of a Ray cluster (default: the one that this machine belongs to)",
+    )
+    evaluate.add_argument(
         "--full-precision", action="store_true", help="run the PyTorch network of a checkpoint, same protocol"
     )
     evaluate.add_argument(
         "--execute-horizon", type=_count, metavar="N", help="actions of a chunk to play (default: the policy's)"
     )
+    _add_prune(evaluate)
     evaluate.add_argument("--first-seed", type=_seed, default=0, metavar="N", help="initial state of the first episode")
     evaluate.add_argument("--protocol", metavar="P", help="LIBERO's: official (default), lerobot or vla.cpp")
     evaluate.add_argument("--restart", action="store_true", help="do not go on from an interrupted evaluation")
@@ -661,6 +777,7 @@ def _add_serving(add: _Add) -> None:
     )
     serve.add_argument("--preset", metavar="NAME", help="names and conventions of a known client: libero")
     serve.add_argument("--threads", type=_count, metavar="N", help="threads of the kernels (default: all cores)")
+    _add_prune(serve)
     serve.add_argument("--watch", action="store_true", help="load the policy again when its file changes")
     serve.add_argument("--allow-kill", action="store_true", help="let a robot stop the server (gr00t's 'kill')")
 
@@ -690,6 +807,7 @@ def _add_serving(add: _Add) -> None:
     run.add_argument("--timeout", type=_amount, default=5.0, metavar="S", help="of a call to a server (default: 5)")
     run.add_argument("--token", metavar="T", help="of the server (default: $BITVLA_TOKEN)")
     run.add_argument("--threads", type=_count, metavar="N", help="threads of the kernels (default: all cores)")
+    _add_prune(run)
 
     replay = add(
         _replay,
@@ -713,6 +831,7 @@ def _add_measuring(add: _Add) -> None:
     bench.add_argument(
         "--repeats", type=_count, default=50, metavar="N", help="calls, or tokens, to measure (default: 50)"
     )
+    _add_prune(bench)
     bench.add_argument("--views", type=_count, metavar="N", help="measure as if it had N cameras (default: as it has)")
     bench.add_argument(
         "--batch", type=_count, default=1, metavar="N", help="measure calls of up to N observations too (default: 1)"
@@ -728,6 +847,16 @@ def _add_record(command: argparse.ArgumentParser) -> None:
         const=True,
         metavar="OUT",
         help="write the record to OUT (default: a name under reports/); without OUT, print it too",
+    )
+
+
+def _add_prune(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--prune",
+        type=_share,
+        default=0.0,
+        metavar="SHARE",
+        help="leave out this share of the image tokens before the decoder: faster, other actions (default: 0)",
     )
 
 

@@ -29,6 +29,8 @@ class Prompt:
         self._num_slots = config.action.num_slots
         num_image_tokens = config.vision.num_patches * len(config.processing.cameras)
         self._images = self._prompt.image_token * num_image_tokens
+        before_images = self._prompt.template.partition("{images}")[0]
+        self.begins_alike = "{instruction}" not in before_images  # every sequence, up to its first image token
         self.image_id = special_id(tokenizer, self._prompt.image_token)
         self.proprio_id = special_id(tokenizer, self._prompt.proprio_token)
         self.stop_id = special_id(tokenizer, self._prompt.stop_token)

@@ -42,9 +42,9 @@ imported = time.perf_counter()
 policy = bitvla.load(sys.argv[1], threads=int(sys.argv[2]))
 loaded = time.perf_counter()
 from bitvla.runtime.verify import golden_traces, with_views
-views, batch = map(int, sys.argv[3:])
-if views:
-    policy = Policy(with_views(policy.bundle, views))
+views, prune, batch = int(sys.argv[3]), float(sys.argv[4]), int(sys.argv[5])
+if views or prune:
+    policy = Policy(with_views(policy.bundle, views) if views else policy.bundle, prune)
 observation = next(golden_traces(policy.bundle))[0]
 before = time.perf_counter()
 policy.act(observation)
@@ -68,31 +68,33 @@ def bench(
     threads: int | None = None,
     repeats: int = 50,
     views: int | None = None,
+    prune: float = 0.0,
     batch: int = 1,
 ) -> dict[str, Any]:
     """Measure a policy file: latency for 1 to all threads (or just `threads`), startup and memory of a fresh process.
 
-    `views` measures the network as if it had so many cameras. `batch` adds calls of 1, 2, 4 ... up to so many
-    observations: what each costs beside the others, and the memory of the largest. A language model is measured
-    writing; see `_writing`.
+    `views` measures the network as if it had so many cameras, `prune` without that share of image tokens. `batch` adds
+    calls of 1, 2, 4 ... up to so many observations: what each costs beside the others, and the memory of the largest. A
+    language model is measured writing; see `_writing`.
 
     Latencies are milliseconds, memory bytes, `gmacs_per_s` 10**9 multiply-adds a second of the whole network, `ceiling`
     what the processor's int8 dot products reach on registers alone in the same run, `share` their ratio. Energy, in
     joules, is measured where the processor shows its counters, and estimated from the arithmetic everywhere.
     """
     if is_language_model(Path(source)):
-        if views or batch > 1:
-            raise BitvlaError(f"{source} is a language model: it has neither views nor batches")
+        if views or prune or batch > 1:
+            raise BitvlaError(f"{source} is a language model: it has neither views nor batches, and nothing to prune")
         return _writing(Path(source), threads, repeats)
-    policy = bitvla.load(source, threads)
+    policy = bitvla.load(source, threads, prune)
     if views:
-        policy = Policy(with_views(policy.bundle, views))
+        policy = Policy(with_views(policy.bundle, views), prune)
     traces = [observation for observation, *_ in golden_traces(policy.bundle)]
     if not traces:
         raise BitvlaError(f"{source} holds no golden trace to measure with; pack it again")
     counts = [threads] if threads else range(1, native.num_threads() + 1)
-    length = policy.plan(traces[0]["instruction"]).length
-    parts = work(policy.config, length)
+    plan, cameras = policy.plan(traces[0]["instruction"]), len(policy.config.processing.cameras)
+    length = plan.length - cameras * policy.network.pruned
+    parts = work(policy.config, length, plan.fixed if policy.config.action.bins else 0)
     macs = sum(part.total for part in parts.values())
     before = native.num_threads()
     try:
@@ -100,15 +102,16 @@ def bench(
             runs = [_run(policy, traces[0], count, repeats, macs) for count in counts]
             together = list(islice(cycle(traces), batch))
             batches = [row for count in counts if batch > 1 for row in _batches(policy, together, count, repeats)]
-            startup = _startup(Path(str(policy.bundle.path)), threads or 1, views or 0, batch)
+            startup = _startup(Path(str(policy.bundle.path)), threads or 1, views or 0, prune, batch)
     finally:
         native.set_num_threads(before)
     return {
         "policy": policy.config.name,
         **_circumstances(policy),
-        "views": len(policy.config.processing.cameras),
+        "views": cameras,
+        "prune": prune,
         "tokens": {
-            "vision": policy.config.vision.num_patches * len(policy.config.processing.cameras),
+            "vision": policy.config.vision.num_patches * cameras,
             "decoder": length,
             "action slots": policy.config.action.num_slots,
         },
@@ -239,9 +242,9 @@ def token_times(model: LanguageModel, tokens: int) -> NDArray[np.float64]:
     return np.array(times[WARM_UP:])
 
 
-def _startup(path: Path, threads: int, views: int, batch: int) -> dict[str, Any]:
+def _startup(path: Path, threads: int, views: int, prune: float, batch: int) -> dict[str, Any]:
     """Startup times and memory of a process that does nothing but run the policy; then its memory after a batch."""
-    command = [sys.executable, "-c", _STARTUP, *map(str, (path, threads, views, batch))]
+    command = [sys.executable, "-c", _STARTUP, *map(str, (path, threads, views, prune, batch))]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise BitvlaError(f"a fresh process could not run the policy: {done.stderr.strip().splitlines()[-1]}")

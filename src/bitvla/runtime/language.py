@@ -3,6 +3,7 @@ only."""
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -130,12 +131,13 @@ class Conversation:
     last answer took; the first one has the reading of the prompt in it.
     """
 
-    def __init__(self, model: LanguageModel) -> None:
-        self._model = model
+    def __init__(self, model: LanguageModel, after: Conversation | None = None) -> None:
+        """`after` is one that has ended: what both begin with, images included, is not computed again."""
+        self._model, self._after = model, after
         self.ids = model.chat.begin()
         self.milliseconds: list[float] = []
         self._cache = Cache(model.config.language, 0)
-        self._images: list[Image] = []  # whose tokens are not in the cache yet
+        self._images: list[Image] = []
 
     @property
     def ended(self) -> bool:
@@ -159,8 +161,25 @@ class Conversation:
             raise BitvlaError(f"the conversation has {needed} tokens, the model was built for {most}; begin a new one")
         self.ids += ids
         self._images += images
+        if self._after:
+            self._take_cache(self._after)
+            self._after = None
         self._cache = self._cache.grown(min(most, needed + max_tokens))
         return self._answer(max_tokens, sampler or Sampler())
+
+    def _take_cache(self, earlier: Conversation) -> None:
+        """Go on with the cache of `earlier`, up to the first token or image that differs."""
+        self._cache, earlier._cache = earlier._cache, self._cache
+        most = min(len(self.ids) - 1, self._cache.length)  # the last token is always read: the answer follows from it
+        ids, others = np.array(self.ids[:most]), np.array(earlier.ids[:most])
+        alike = [np.array_equal(one, other) for one, other in zip(self._images, earlier._images, strict=False)]
+        of_images = np.cumsum(ids == self._model.chat.image_id)
+        same = (ids == others) & (of_images <= [*alike, False].index(False) * self._patches)
+        self._cache.length = int(np.append(same, False).argmin())
+
+    @property
+    def _patches(self) -> int:
+        return self._model.config.vision.num_patches if self._model.config.vision else 0
 
     def _answer(self, max_tokens: int, sampler: Sampler) -> Iterator[str]:
         text = DecodeStream(skip_special_tokens=True)
@@ -177,14 +196,12 @@ class Conversation:
 
     def _next_logits(self) -> Floats:
         ids = self.ids[self._cache.length :]
-        if not self._images:
-            return self._model.logits(ids, self._cache)
-        features = self._model.see(self._images)
-        # Where an earlier reading was interrupted, the first of their tokens are in the cache already.
         unread = ids.count(self._model.chat.image_id)
-        logits = self._model.logits(ids, self._cache, features[len(features) - unread :])
-        self._images = []
-        return logits
+        if not unread:
+            return self._model.logits(ids, self._cache)
+        # The last ones. Where a reading was interrupted, that may be a part of the first of them.
+        features = self._model.see(self._images[-math.ceil(unread / self._patches) :])
+        return self._model.logits(ids, self._cache, features[len(features) - unread :])
 
 
 def _likeliest(weights: NDArray[np.float64], share: float) -> NDArray[np.int64]:

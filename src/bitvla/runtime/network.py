@@ -23,6 +23,7 @@ from bitvla.errors import BitvlaError, memory_for
 from bitvla.processing.prompt import Prompt
 from bitvla.processing.vectors import token_values
 from bitvla.quantization import Packing, code_columns
+from bitvla.runtime.pruning import most_different
 
 Floats = NDArray[np.float32]
 Record = Callable[[str, NDArray[Any]], None]  # sees hidden states by name
@@ -112,6 +113,27 @@ class Plan(NamedTuple):
     proprio_positions: NDArray[np.int64]
     slots: slice  # the action slots, which start as zeros
     answers: slice  # the positions whose final states the action head reads
+    fixed: int  # so many first tokens are the same for every instruction and every image
+    rotary_positions: NDArray[np.int64] | None = None  # where tokens were left out: where each one stood before
+
+    def keeping(self, stays: NDArray[np.bool_]) -> Plan:
+        """The plan of those tokens (length,) alone that stay; slots and answers do."""
+        place, left_out = np.cumsum(stays) - 1, int(np.count_nonzero(~stays))
+
+        def moved(positions: NDArray[np.int64]) -> NDArray[np.int64]:
+            return place[positions[stays[positions]]]
+
+        return Plan(
+            length=self.length - left_out,
+            text_positions=moved(self.text_positions),
+            text=self.text[stays[self.text_positions]],
+            image_positions=moved(self.image_positions),
+            proprio_positions=moved(self.proprio_positions),
+            slots=slice(self.slots.start - left_out, self.slots.stop - left_out),
+            answers=slice(self.answers.start - left_out, self.answers.stop - left_out),
+            fixed=int(np.count_nonzero(stays[: self.fixed])),
+            rotary_positions=np.flatnonzero(stays),
+        )
 
 
 class Workspace:
@@ -180,12 +202,14 @@ class Cache:
 class Span(NamedTuple):
     """A sequence in a batch: `length` tokens, whose final states at `answers` are wanted.
 
-    With a cache the tokens follow those in it, and join them.
+    With a cache the tokens follow those in it, and join them. `positions` (length,) are theirs in the rotary embedding,
+    where they do not simply follow each other.
     """
 
     length: int
     answers: slice
     cache: Cache | None = None
+    positions: NDArray[np.int64] | None = None
 
 
 class Decoder:
@@ -263,8 +287,10 @@ class Decoder:
             keys, values = k[key : key + span.length], v[key : key + span.length]
             packed: int | None = None
             start = span.cache.length if span.cache else 0
-            native.rope(keys, self.cos, self.sin, start, language.num_kv_heads)
-            native.rope(queries, self.cos, self.sin, start + rows.start, language.num_heads)
+            at = slice(start, start + span.length) if span.positions is None else span.positions
+            cos, sin = self.cos[at], self.sin[at]
+            native.rope(keys, cos, sin, 0, language.num_kv_heads)
+            native.rope(queries, cos, sin, rows.start, language.num_heads)
             # A causal query is the last that its keys serve.
             seen = start + (span.length if language.bidirectional else rows.stop)
             if span.cache:
@@ -433,13 +459,19 @@ class ActionTokens:
         self.rows = stored_linear(bundle.tensors, LANGUAGE_HEAD.removesuffix(".weight"))
         self._caches: list[Cache] = []
 
-    def spans(self, spans: Sequence[Span]) -> list[Span]:
-        """The spans of N prompts with an empty cache each, which has room for an action too."""
-        self._caches += [Cache(self.decoder.language, 0) for _ in spans[len(self._caches) :]]
-        for index, span in enumerate(spans):
-            self._caches[index].length = 0
-            self._caches[index] = self._caches[index].grown(span.length + self.action.dim)
-        return [span._replace(cache=self._caches[index]) for index, span in enumerate(spans)]
+    def unread(self, prompts: Sequence[Plan]) -> tuple[list[Plan], list[Cache]]:
+        """What of each prompt is to be read, and the cache of what stands before it, with room for an action too.
+
+        No token of a causal decoder sees what follows, so a cache keeps what every prompt of this policy begins with.
+        """
+        self._caches += [Cache(self.decoder.language, 0) for _ in prompts[len(self._caches) :]]
+        rest = []
+        for index, prompt in enumerate(prompts):
+            cache = self._caches[index]
+            cache.length = min(cache.length, prompt.fixed)
+            self._caches[index] = cache.grown(prompt.length + self.action.dim)
+            rest.append(prompt.keeping(np.arange(prompt.length) >= cache.length))
+        return rest, self._caches[: len(prompts)]
 
     def act(self, states: Floats, record: Record | None = None) -> Floats:
         """States (N, H) that the first token of each prompt follows -> normalised actions (N, 1, dim), a new array."""
@@ -461,12 +493,17 @@ class ActionTokens:
 class Network:
     """From patches, plans and normalised states of N observations to normalised actions.
 
-    `record`, when set, sees hidden states.
+    `prune` is the share of each image's tokens that the decoder does without. `record`, when set, sees hidden states.
     """
 
-    def __init__(self, bundle: Bundle[PolicyConfig]) -> None:
+    def __init__(self, bundle: Bundle[PolicyConfig], prune: float = 0.0) -> None:
         config = bundle.config
+        if not 0 <= prune < 1:
+            raise BitvlaError(f"prune is {prune}; give the share of image tokens to leave out, from 0 to below 1")
+        if prune and config.action.bins:
+            raise BitvlaError("prune is for policies with an action head; this one writes its actions as tokens")
         self.config = config
+        self.pruned = int(prune * config.vision.num_patches)  # tokens of each image
         self.workspace = Workspace()
         self.record: Record | None = None
         self.vision = VisionTower(config.vision, bundle, self.workspace)
@@ -493,7 +530,7 @@ class Network:
         needed = length + (action.dim if action.bins else 0)
         if needed > most:
             raise BitvlaError(f"the sequence has {needed} tokens, the policy was built for {most}; shorten it")
-        slots = prompt.slots(length)
+        slots, images = prompt.slots(length), np.flatnonzero(ids == prompt.image_id)
         is_text = (ids != prompt.image_id) & (ids != prompt.proprio_id)
         is_text[slots] = False
         text = np.flatnonzero(is_text)
@@ -501,10 +538,11 @@ class Network:
             length=length,
             text_positions=text,
             text=self.decoder.embedding_rows(ids[text]),
-            image_positions=np.flatnonzero(ids == prompt.image_id),
+            image_positions=images,
             proprio_positions=np.flatnonzero(ids == prompt.proprio_id),
             slots=slots,
             answers=prompt.slot_states(length),
+            fixed=int(images[0]) if prompt.begins_alike else 0,
         )
 
     def see(self, patches: Floats) -> Floats:
@@ -516,10 +554,17 @@ class Network:
     ) -> Floats:
         """Image tokens, normalised states (N, state_dim), and for each observation the normalised actions (n, dim) that
         are decided already -> final hidden states at the answers (N * slots, H)."""
-        x = self._embed(plans, features, states, prefixes)
-        spans = [Span(plan.length, plan.answers) for plan in plans]
+        images: Sequence[Floats] = list(features.reshape(len(plans), -1, features.shape[1]))
+        caches: Sequence[Cache | None] = [None] * len(plans)
         if isinstance(self.head, ActionTokens):
-            spans = self.head.spans(spans)
+            plans, caches = self.head.unread(plans)
+        elif self.pruned:
+            plans, images = zip(*map(self._prune, plans, images), strict=True)
+        x = self._embed(plans, images, states, prefixes)
+        spans = [
+            Span(plan.length, plan.answers, cache, plan.rotary_positions)
+            for plan, cache in zip(plans, caches, strict=True)
+        ]
         return self.decoder.run(x, spans, self.record)
 
     def act(self, answers: Floats) -> Floats:
@@ -528,11 +573,20 @@ class Network:
             return self.head.act(answers, self.record)
         return self.head.act(answers)
 
+    def _prune(self, plan: Plan, features: Floats) -> tuple[Plan, Floats]:
+        """The plan without the image tokens that resemble others of their image; the features of those that stay."""
+        patches = self.config.vision.num_patches
+        images = features.reshape(-1, patches, features.shape[1])
+        kept = np.concatenate([most_different(image, patches - self.pruned) for image in images])
+        kept |= plan.image_positions >= plan.answers.start  # a prompt may end with its images
+        stays = np.ones(plan.length, np.bool_)
+        stays[plan.image_positions] = kept
+        return plan.keeping(stays), features[kept]
+
     def _embed(
-        self, plans: Sequence[Plan], features: Floats, states: Floats, prefixes: Sequence[Floats] | None
+        self, plans: Sequence[Plan], images: Sequence[Floats], states: Floats, prefixes: Sequence[Floats] | None
     ) -> Floats:
         x = self.workspace.floats("x", sum(plan.length for plan in plans), self.config.language.hidden_size)
-        images = features.reshape(len(plans), -1, features.shape[1])
         if self.proprio_projector:
             states = _gelu_mlp(states, self.proprio_projector, self.workspace, "proprio")
         start = 0

@@ -38,25 +38,25 @@ class Policy:
     `timings` holds the milliseconds that each part of the last call took, by the names in `PARTS`.
     """
 
-    def __init__(self, bundle: Bundle[PolicyConfig]) -> None:
-        self.bundle = bundle
+    def __init__(self, bundle: Bundle[PolicyConfig], prune: float = 0.0) -> None:
+        self.bundle, self.prune = bundle, prune
         self.config = bundle.config
         self._prompt: Prompt | None = None
         self._read_prompt()  # now, so that a wrong tokenizer is refused at load
         give_back_memory()
-        self.network = Network(bundle)
+        self.network = Network(bundle, prune)
         self.isa = choose_isa(self.network.parts)
         self.timings = dict.fromkeys(PARTS, 0.0)
         self._plans: dict[str, Plan] = {}
 
     @classmethod
-    def load(cls, path: Path, threads: int | None = None) -> Policy:
+    def load(cls, path: Path, threads: int | None = None, prune: float = 0.0) -> Policy:
         """Load a policy file; see `bitvla.load`."""
         if threads is not None:
             if threads < 1:
                 raise BitvlaError(f"threads is {threads}; give a number from 1")
             native.set_num_threads(threads)
-        return cls(read(path))
+        return cls(read(path), prune)
 
     @property
     def max_prefix(self) -> int:
@@ -121,6 +121,7 @@ class Policy:
             "max_prefix": action.max_prefix,
             "execute_horizon": processing.execute_horizon,
             "precision": self.config.precision,
+            "prune": self.prune,
             "instruction_set": native.isa(),
             "threads": native.num_threads(),
             "memory": bytes_by_part(self.bundle.document) | {"buffers": self.network.workspace.nbytes},

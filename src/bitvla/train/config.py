@@ -23,7 +23,7 @@ from bitvla.config import (
     check,
     load_toml,
 )
-from bitvla.data.lerobot import LeRobotDataset
+from bitvla.data.lerobot import Conventions, LeRobotDataset, names_of
 from bitvla.errors import BitvlaError
 
 
@@ -89,11 +89,13 @@ class TrainConfig(Record, frozen=True, kw_only=True, forbid_unknown_fields=True)
     compile: bool = False
     checkpoint_activations: bool = False  # less memory, a third more work
     shard: bool = False  # weights, gradients and optimiser state are spread over the processes (FSDP2)
+    data: dict[str, Conventions] = msgspec.field(default_factory=dict)  # by a dataset's name: its folder's
     mixture: dict[str, float] = msgspec.field(default_factory=dict)  # pretrain: weight by dataset's folder name
     # Adapters of this rank (LoRA), weighing alpha / rank, are trained in place of tower, connector and decoder: one for
     # each of their linear layers. The parts that act are trained whole. 0: everything is.
     lora_rank: int = 0
     lora_alpha: float = 16.0
+    workers: int = 1  # that prepare batches, a process of training
     alignment_weight: float = 0.1  # gamma of the paper: hidden states of student and teacher (distill)
     # Real-time chunking: up to so many first actions of a window are given as decided (None: as the policy has it), in
     # all windows but this share; the loss is over the others.
@@ -113,7 +115,8 @@ class TrainConfig(Record, frozen=True, kw_only=True, forbid_unknown_fields=True)
 def load(path: Path) -> TrainConfig:
     """Read and check a training configuration; BitvlaError names the file and the key at fault."""
     config = load_toml(TrainConfig, path)
-    for name in ("steps", "batch_size", "learning_rate", "log_every", "save_every", "gradient_accumulation"):
+    positive = ("steps", "batch_size", "learning_rate", "log_every", "save_every", "gradient_accumulation", "workers")
+    for name in positive:
         if getattr(config, name) <= 0:
             raise BitvlaError(f"{path}: {name} must be positive, it is {getattr(config, name)}")
     for name, weight in config.mixture.items():
@@ -139,6 +142,12 @@ def policy_config(new: NewPolicy, dataset: LeRobotDataset, precision: Literal["f
     for name in names:
         if name not in dataset.cameras:
             raise BitvlaError(f"{dataset.root} has no camera '{name}', only {', '.join(dataset.cameras)}")
+    sizes = {"state_dim": (new.action.state_dim, dataset.state), "dim": (new.action.dim, dataset.action)}
+    for name, (size, vectors) in sizes.items():
+        if size and size != vectors.shape[1]:
+            raise BitvlaError(
+                f"{dataset.name} has vectors of {vectors.shape[1]}, policy.action.{name} is {size}; change it"
+            )
     config = PolicyConfig(
         name=new.name,
         vision=new.vision,
@@ -172,13 +181,13 @@ def for_dataset(config: PolicyConfig, dataset: LeRobotDataset) -> PolicyConfig:
 
 
 def _camera(dataset: LeRobotDataset, name: str) -> Camera:
-    height, width, _ = dataset.features[f"observation.images.{name}"]["shape"]
+    height, width, _ = dataset.shape(name)
     return Camera(name=name, height=height, width=width)
 
 
 def _statistics(dataset: LeRobotDataset, key: str, units: tuple[str, ...]) -> Statistics:
     stats = dataset.stats[key]
-    names = tuple(dataset.features[key]["names"])
+    names = tuple(names_of(dataset.features[key]))
     return Statistics(
         names=names,
         units=units,

@@ -173,6 +173,9 @@ class Conversations(Dataset[TokenWindow]):
         likely = len(first.prompt.encode()) + (1 + first.images) * (self._vision.num_patches + 256)
         return likely < self._max_tokens or len(tokens(entry, self._chat, self._max_tokens)[0]) > 0
 
+    def prepare(self, step: int) -> None:
+        """Nothing: an image is read when its batch is."""
+
     def where(self, step: int) -> str:
         """Where this process's share of the batch comes from, for messages."""
         return "; ".join(self._entries[i].name for i in self._indices(step)[self._rank :: self._world_size])

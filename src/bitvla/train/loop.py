@@ -12,7 +12,7 @@ import platform
 import signal
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -32,9 +32,9 @@ from torch.utils._pytree import tree_map
 
 import bitvla
 from bitvla.config import LanguageModelConfig, PolicyConfig, check, to_dict
-from bitvla.convert.source import Source, sha256
+from bitvla.convert.source import Source
 from bitvla.convert.training import Adapters, open_start, read_config
-from bitvla.data.lerobot import LeRobotDataset
+from bitvla.data.lerobot import AS_STORED, LeRobotDataset, name_of
 from bitvla.errors import BitvlaError, meant
 from bitvla.model.checkpoint import golden_tensors, load_network, save_checkpoint
 from bitvla.model.lora import add_adapters, trained_state
@@ -52,42 +52,50 @@ GOLDEN_OBSERVATIONS = 2
 def run(
     stage: str,
     config_path: Path,
-    data: Path | Sequence[Path],
+    data: str | Path | Sequence[str | Path],
     out: Path,
     *,
     init: Path | None = None,
     teacher: Path | None = None,
     sentences: list[str] | None = None,
+    cache_bytes: int | None = None,
 ) -> dict[str, Any]:
     """Train a policy and return a summary (steps, losses, checkpoint folder).
 
     Args:
         stage: one of `stages.NAMES`; "distill" needs `teacher`.
         config_path: TOML file of a `TrainConfig`.
-        data: root of a LeRobotDataset v3; for "pretrain" one or several; for "align", "instruct" and the distillation
-            of a vision-language model a JSON file of conversations (see `bitvla.train.conversations`).
+        data: a LeRobotDataset v3, as a folder, an address that fsspec knows, or an id on the Hub; for "pretrain" one
+            or several; for "align", "instruct" and the distillation of a vision-language model a JSON file of
+            conversations (see `bitvla.train.conversations`).
         out: folder of the run. If it holds an unfinished run of the same settings, that run goes on.
         init: checkpoint whose weights are the start, of training or published (its folder or its Hub id); by default
             random (finetune) or the teacher's (distill).
         teacher: full-precision checkpoint that a distilled student follows.
         sentences: corpus of the tokenizer of a new policy; by default the instructions of the dataset.
+        cache_bytes: disk that decoded pictures may take, in all; by default what they need.
 
     Raises:
         BitvlaError: unusable configuration, data or checkpoint; a loss that is not finite.
     """
     check_stage(stage, teacher)
     config = load(config_path)
-    roots = [Path(data)] if isinstance(data, str | Path) else [Path(root) for root in data]
-    _check_mixture(stage, config, roots)
+    sources = [data] if isinstance(data, str | Path) else list(data)
+    names = [name_of(source) for source in sources]
+    _check_mixture(stage, config, names)
     start = init or (teacher if stage == "distill" else None)
     _check_adapters(stage, config, start, teacher)
     trainer: Trainer
     if of_language(stage, teacher):
         from bitvla.train.language import LanguageTrainer  # which is a Trainer
 
-        trainer = LanguageTrainer(stage, config, roots[0], Path(out), start, teacher)
+        trainer = LanguageTrainer(stage, config, Path(sources[0]), Path(out), start, teacher)
     else:
-        datasets = [LeRobotDataset(root) for root in roots]
+        share = None if cache_bytes is None else cache_bytes // len(sources)
+        datasets = [
+            LeRobotDataset(source, config.data.get(name, AS_STORED), share)
+            for source, name in zip(sources, names, strict=True)
+        ]
         trainer = Trainer(stage, config, datasets, Path(out), start, teacher, sentences)
     with _interruptible() as interrupted:
         return trainer.train(interrupted)
@@ -129,10 +137,12 @@ def _check_adapters(stage: str, config: TrainConfig, start: Path | None, teacher
         raise BitvlaError(f"lora_rank is {config.lora_rank}: adapters need a checkpoint to adapt; give one with --init")
 
 
-def _check_mixture(stage: str, config: TrainConfig, roots: list[Path]) -> None:
-    names = [root.name for root in roots]
+def _check_mixture(stage: str, config: TrainConfig, names: list[str]) -> None:
+    for name in config.data:
+        if name not in names:
+            raise BitvlaError(f"the configuration describes the data '{name}', which is no --data{meant(name, names)}")
     if stage != "pretrain":
-        if len(roots) > 1:
+        if len(names) > 1:
             raise BitvlaError(f"stage '{stage}' trains on one dataset, not on {', '.join(names)}")
         return
     if len(set(names)) < len(names):
@@ -232,15 +242,16 @@ class Trainer:
     def train(self, interrupted: list[int]) -> dict[str, Any]:
         config, passes = self.config, self.config.gradient_accumulation
         split = {"rank": self.accelerator.process_index, "world_size": self.accelerator.num_processes}
-        with self.accelerator.main_process_first():  # which decodes the videos once
+        with self.accelerator.local_main_process_first():  # which decodes the videos once
             self.windows = self._windows("train", **split)
+            self.windows.prepare(self.step * passes)
         self._announce(self.windows)
         steps = range(self.step * passes, config.steps * passes)
         losses: dict[str, float] = {}
         latest: list[stages.Losses] = []
         with self._progress() as progress:
             bar = progress.add_task(self.stage, total=config.steps, completed=self.step, losses="")
-            for number, window in zip(steps, batches(self.windows, steps), strict=True):
+            for number, window in zip(steps, batches(self.windows, steps, config.workers), strict=True):
                 self.number = number
                 latest = [*latest, self._step(window)][-passes:]
                 if not self.accelerator.sync_gradients:
@@ -305,11 +316,8 @@ class Trainer:
             _check_fits(config, self.dataset, start.folder)
             network, prompt = load_network(start, config)
             return network, prompt, Tokenizer.from_str(start.tokenizer)
-        template = config.processing.prompt
-        specials = [template.pad_token, "<|slot|>", template.image_token, template.proprio_token, template.stop_token]
-        specials += [token for token in ("<|begin_of_text|>", "<|eot_id|>") if token in template.template]
-        corpus = sorted(set(sentences or [text for dataset in self.datasets for text in dataset.task_strings]))
-        tokenizer = train_tokenizer(corpus, config.language.vocab_size - config.action.bins, specials)
+        corpus = sentences or [text for dataset in self.datasets for text in dataset.task_strings]
+        tokenizer = new_tokenizer(config, corpus)
         prompt = Prompt(config, tokenizer)
         return BitVLA(config, prompt.image_id, prompt.proprio_id), prompt, tokenizer
 
@@ -331,7 +339,7 @@ class Trainer:
         return self.objective if self.stage != "distill" else stages.finetune(self.config, self.auxiliary)
 
     def _windows(self, split: str, **shard: int) -> Any:
-        """The batches of a split: a dataset with `num_frames` and `where(step)`."""
+        """The batches of a split: a dataset with `num_frames`, `prepare(step)` and `where(step)`."""
         config = self.network.config
         configs = [config, *(for_dataset(config, dataset) for dataset in self.datasets[1:])]
         parts = [
@@ -381,9 +389,11 @@ class Trainer:
         return [
             {
                 # The exact statistics of every frame change when any value does, and are cheap to read.
-                "digest": sha256(dataset.root / "meta" / "stats.json"),
+                "digest": hashlib.sha256((dataset.root / "meta" / "stats.json").read_bytes()).hexdigest(),
                 "episodes": dataset.num_episodes,
                 "frames": dataset.num_frames,
+                # Which decides the order of the frames.
+                **({} if dataset.pictures.limit is None else {"cache_bytes": dataset.pictures.limit}),
             }
             for dataset in self.datasets
         ]
@@ -513,6 +523,14 @@ class Trainer:
             with (self.out / "metrics.jsonl").open("a") as file:
                 file.write(json.dumps({"step": self.step, **values}) + "\n")
             self.accelerator.log(values, step=self.step)
+
+
+def new_tokenizer(config: PolicyConfig, corpus: Iterable[str]) -> Tokenizer:
+    """The tokenizer of a new policy, made for the sentences that it will be told."""
+    template = config.processing.prompt
+    specials = [template.pad_token, "<|slot|>", template.image_token, template.proprio_token, template.stop_token]
+    specials += [token for token in ("<|begin_of_text|>", "<|eot_id|>") if token in template.template]
+    return train_tokenizer(sorted(set(corpus)), config.language.vocab_size - config.action.bins, specials)
 
 
 class _Trained(torch.nn.Module):
@@ -668,7 +686,10 @@ def _with_prefix(policy: PolicyConfig, config: TrainConfig) -> PolicyConfig:
 def _check_fits(config: Any, dataset: LeRobotDataset, start: Path) -> None:
     wanted = [camera.name for camera in config.processing.cameras]
     if not set(wanted) <= set(dataset.cameras):
-        raise BitvlaError(f"{start} was trained on the cameras {wanted}, the data has {list(dataset.cameras)}")
+        raise BitvlaError(
+            f"{start} was trained on the cameras {wanted}, the data has {list(dataset.cameras)}; say in the "
+            f"configuration which are which: data.{dataset.name}.cameras"
+        )
     state_dim = 0 if config.action.bins else dataset.state.shape[1]
     if dataset.action.shape[1] != config.action.dim or state_dim != config.action.state_dim:
         raise BitvlaError(

@@ -23,7 +23,7 @@ import bitvla
 from bitvla.config import Camera, LanguageModelConfig, PolicyConfig, ProcessingConfig, Statistics, check
 from bitvla.convert import official
 from bitvla.convert.training import read_config
-from bitvla.data.lerobot import IMAGE_PREFIX, read_info
+from bitvla.data.lerobot import AS_STORED, cameras_of, locate, name_of, read_info
 from bitvla.errors import BitvlaError
 from bitvla.model.lora import add_adapters
 from bitvla.model.network import Batch, BitVLA, VisionLanguageModel, VisionTower, checkpoint_activations, layers
@@ -53,7 +53,7 @@ def plan(
     *,
     init: Path | None = None,
     teacher: Path | None = None,
-    data: Path | None = None,
+    data: str | Path | None = None,
     devices: int = 1,
     tflops: float | None = None,
 ) -> dict[str, Any]:
@@ -305,7 +305,7 @@ def _stored(start: Path | None) -> PolicyConfig | LanguageModelConfig | None:
 
 
 def _policy(
-    stage: str, config: TrainConfig, stored: PolicyConfig | LanguageModelConfig | None, data: Path | None
+    stage: str, config: TrainConfig, stored: PolicyConfig | LanguageModelConfig | None, data: str | Path | None
 ) -> PolicyConfig:
     if isinstance(stored, PolicyConfig) and bool(stored.action.bins) == (stage == "pretrain"):
         return msgspec.structs.replace(stored, precision=config.precision)
@@ -314,7 +314,8 @@ def _policy(
     new = config.policy
     names = new.cameras
     if names is None and data is not None:
-        names = tuple(key.removeprefix(IMAGE_PREFIX) for key in read_info(data)["features"] if IMAGE_PREFIX in key)
+        chosen = config.data.get(name_of(data), AS_STORED).cameras
+        names = tuple(chosen or cameras_of(read_info(locate(data))["features"]))
     if names is None:
         raise BitvlaError(
             "nothing says how many cameras there are: give --data, or policy.cameras in the configuration"
