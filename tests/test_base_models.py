@@ -202,7 +202,7 @@ def test_the_prompt_of_a_question(model: LanguageModel) -> None:
     """The image comes first, a line break stays after it, and a later turn has none."""
     conversation = Conversation(model)
     list(conversation.say(QUESTION, images=[picture()], max_tokens=1))
-    rest = [*model.encode(" is"), 389, 279, 2007, 30]
+    rest = [*model.chat.encode(" is"), 389, 279, 2007, 30]
     words = [3923, *rest]
     assert conversation.ids[:-1] == [*SYSTEM, 35075, 25, SPACE, *[IMAGE] * 256, NEW_LINE, *words, *ASSISTANT]
     before = list(conversation.ids)
@@ -211,7 +211,7 @@ def test_the_prompt_of_a_question(model: LanguageModel) -> None:
     assert conversation.ids[len(before) : -1] == [128009, 35075, 25, SPACE, *pictures, NEW_LINE, *words, *ASSISTANT]
     before = list(conversation.ids)
     list(conversation.say(QUESTION, max_tokens=1))
-    assert conversation.ids[len(before) : -1] == [128009, 35075, 25, *model.encode(" What"), *rest, *ASSISTANT]
+    assert conversation.ids[len(before) : -1] == [128009, 35075, 25, *model.chat.encode(" What"), *rest, *ASSISTANT]
 
 
 def test_files_say_what_their_model_does(checkpoints: Path) -> None:
@@ -249,7 +249,7 @@ def test_the_head_and_the_tower_may_be_int8(checkpoints: Path, tmp_path: Path) -
     exact, small = (
         LanguageModel.load(path) for path in (checkpoints / "vision-language-bf16-tower.safetensors", tmp_path / "int8")
     )
-    ids = exact.encode("What is on the plate?")
+    ids = exact.chat.encode("What is on the plate?")
     one, other = (model.logits(ids, Cache(model.config.language, len(ids))) for model in (exact, small))
     assert 0 < np.abs(one - other).max() < 0.05 * np.abs(one).max()
     one, other = (model.see([picture()]) for model in (exact, small))
@@ -428,7 +428,7 @@ def test_the_image_token_is_the_tokenizers(checkpoints: Path, tmp_path: Path) ->
     )
     pack(folder, tmp_path / "out")
     renamed = LanguageModel.load(tmp_path / "out")
-    assert (renamed.config.chat.image_token, renamed.image_id) == ("<image>", 128260)
+    assert (renamed.config.chat.image_token, renamed.chat.image_id) == ("<image>", 128260)
     published = LanguageModel.load(checkpoints / "vision-language.safetensors")
     texts = ["".join(model.generate(QUESTION, images=[picture()], max_tokens=4)) for model in (renamed, published)]
     assert texts[0] == texts[1]
@@ -449,7 +449,7 @@ def test_chat_about_an_image(checkpoints: Path, tmp_path: Path, capsys: pytest.C
     assert main([*command, "--json"]) == 0
     record = json.loads(capsys.readouterr().out)
     assert record["answer"] + "\n" == printed
-    assert record["prompt_tokens"] == 32 + 3 + 256 + 1 + len(LanguageModel.load(Path(model)).encode(QUESTION)) + 4
+    assert record["prompt_tokens"] == 32 + 3 + 256 + 1 + len(LanguageModel.load(Path(model)).chat.encode(QUESTION)) + 4
     expected = LanguageModel.load(Path(model)).generate(QUESTION, images=[picture(4)], max_tokens=3)
     assert record["answer"] == "".join(expected)
     path.write_bytes(b"no image")

@@ -24,10 +24,10 @@ from bitvla import cli
 from bitvla.errors import BitvlaError
 
 COMMANDS = [
-    "record", "data", "train", "pack", "make-checkpoint", "demo", "eval", "vqa", "compare", "report", "chat", "serve",
-    "run", "replay", "verify", "inspect", "bench", "doctor",
+    "record", "questions", "data", "train", "pack", "make-checkpoint", "demo", "eval", "vqa", "compare", "report",
+    "chat", "serve", "run", "replay", "verify", "inspect", "bench", "doctor",
 ]  # fmt: skip
-RESUMABLE = ["record", "train", "eval", "vqa"]
+RESUMABLE = ["record", "questions", "train", "eval", "vqa"]
 
 
 def example(command: str, capsys: pytest.CaptureFixture[str]) -> list[str]:

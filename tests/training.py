@@ -47,6 +47,39 @@ TOKENS = (
     .replace("<proprio_pad>", "")
 )  # fmt: skip
 
+# A vision-language model with the tower of POLICY.
+MODEL = """
+[model]
+name = "test"
+image = { crop_area = 0.9 }
+
+[model.vision]
+image_size = 16
+patch_size = 8
+hidden_size = 16
+intermediate_size = 32
+num_layers = 2
+num_heads = 2
+ternary = false
+
+[model.language]
+vocab_size = 400
+hidden_size = 32
+intermediate_size = 32
+num_layers = 2
+num_heads = 2
+num_kv_heads = 1
+max_positions = 256
+bidirectional = false
+
+[model.chat]
+begin = "<|begin_of_text|>"
+turn = "{prompt}<|eot_id|>"
+turn_with_images = "{images}{prompt}<|eot_id|>"
+stop_tokens = ["<|end_of_text|>"]
+image_token = "<|image_pad|>"
+"""
+
 
 def write_config(folder: Path, policy: str = POLICY, **changes: object) -> Path:
     """A configuration of 8 steps that saves after 4 and logs every step, with `changes`."""

@@ -22,7 +22,7 @@ from typing import Any, NoReturn
 from bitvla import __version__
 from bitvla.errors import BitvlaError, meant
 
-STAGES = ("localize", "pretrain", "finetune", "distill")
+STAGES = ("align", "instruct", "localize", "pretrain", "finetune", "distill")
 PACKINGS = ("2bit", "base3")
 MATRICES: dict[str, Any] = {"float32": "F32", "bfloat16": "BF16", "int8": "I8"}
 KINDS = ("libero", "vision-language", "vision-language-bf16-tower", "pretrained", "language", "language-bf16")
@@ -54,6 +54,16 @@ def _record(args: argparse.Namespace) -> Any:
         image_size=args.image_size,
         seed=args.seed,
     )
+
+
+def _questions(args: argparse.Namespace) -> Any:
+    from bitvla import display
+    from bitvla.sim.questions import make_questions
+
+    with display.progress("asking") as progress:
+        return make_questions(
+            args.out, args.images, args.test_images, seed=args.seed, image_size=args.image_size, progress=progress
+        )
 
 
 def _data_check(args: argparse.Namespace) -> Any:
@@ -455,6 +465,20 @@ def _add_making(add: _Add, commands: Any) -> None:
     record.add_argument("--image-size", type=_count, default=128, metavar="PX", help="width and height (default: 128)")
     record.add_argument("--seed", type=_seed, default=0, help="another number, other initial states (default: 0)")
 
+    questions = add(
+        _questions,
+        "make pictures of Meta-World's scenes with captions, instructions and a test for a vision-language model",
+        "questions --images 12000 --test-images 600 datasets/scenes",
+        GO_ON,
+    )
+    questions.add_argument("out", type=Path, metavar="OUT", help="folder of the images and conversations")
+    questions.add_argument("--images", type=_count, required=True, metavar="N", help="to train on")
+    questions.add_argument("--test-images", type=_count, required=True, metavar="N", help="to test with")
+    questions.add_argument(
+        "--image-size", type=_count, default=128, metavar="PX", help="width and height (default: 128)"
+    )
+    questions.add_argument("--seed", type=_seed, default=0, help="another number, other scenes (default: 0)")
+
     _add_data(add, commands)
 
     train = add(
@@ -469,7 +493,8 @@ def _add_making(add: _Add, commands: Any) -> None:
         "--data",
         action="append",
         metavar="D",
-        help="dataset: folder, address (s3://bucket/data) or id on the Hugging Face Hub; pretrain takes several",
+        help="dataset: folder, address (s3://bucket/data) or id on the Hugging Face Hub; pretrain takes several; align "
+        "and instruct a JSON file of conversations",
     )
     train.add_argument(
         "--cache-size", type=_bytes, metavar="SIZE", help="disk for decoded pictures, as in 20GB (default: all of them)"

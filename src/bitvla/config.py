@@ -183,7 +183,8 @@ class ChatConfig(Record, frozen=True, kw_only=True, forbid_unknown_fields=True):
 class LanguageModelConfig(Record, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """A BitNet language model. Its head is its embedding, or with `tied` False a matrix of its own.
 
-    With a vision tower it answers questions about images; `image` says how they become pixels.
+    With a vision tower it answers questions about images; `image` says how they become pixels. `precision` is that of
+    its linear layers in training: "ternary" without those of a tower whose `ternary` is False.
     """
 
     name: str
@@ -192,7 +193,7 @@ class LanguageModelConfig(Record, frozen=True, kw_only=True, forbid_unknown_fiel
     tied: bool = True
     vision: VisionConfig | None = None
     image: ImageProcessing | None = None
-    precision: Literal["ternary"] = "ternary"
+    precision: Literal["full", "ternary"] = "ternary"
 
 
 def check(config: Model) -> Model:

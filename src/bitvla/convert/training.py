@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bitvla.bundle import TensorSpec, tensor_specs, to_float32
-from bitvla.config import PolicyConfig, Record, check, from_dict
+from bitvla.config import LanguageModelConfig, PolicyConfig, Record, check, from_dict
 from bitvla.convert import official
 from bitvla.convert.source import (
     Golden,
@@ -56,7 +56,7 @@ def open_start(checkpoint: str | os.PathLike[str]) -> Source:
 
 
 def open_training(checkpoint: Path) -> Source:
-    """Open a training checkpoint; BitvlaError names what is missing or does not fit."""
+    """Open a training checkpoint, of a policy or a vision-language model; BitvlaError names what does not fit."""
     config, provenance = read_config(checkpoint), read_json(checkpoint / "provenance.json")
     weights, specs = checkpoint / "model.safetensors", tensor_specs(config)
     with safetensors(weights) as file:
@@ -139,15 +139,19 @@ def _open_base(checkpoint: Path, adapters: Adapters) -> Source:
     return base
 
 
-def read_config(checkpoint: Path) -> PolicyConfig:
-    """The policy of a training checkpoint."""
+def read_config(checkpoint: Path) -> PolicyConfig | LanguageModelConfig:
+    """The policy or the vision-language model of a training checkpoint."""
     origin = checkpoint / "config.json"
     if not origin.is_file():
         raise BitvlaError(f"{origin} is missing: {checkpoint} is not a training checkpoint, nor a published one")
     stored = read_json(origin)
     if "model_type" in stored:
         raise BitvlaError(f"{checkpoint} is a published checkpoint; one is needed here that training wrote")
-    config = from_dict(PolicyConfig, stored, str(origin))
+    config: PolicyConfig | LanguageModelConfig
+    if "chat" in stored:
+        config = from_dict(LanguageModelConfig, stored, str(origin))
+    else:
+        config = from_dict(PolicyConfig, stored, str(origin))
     try:
         return check(config)
     except BitvlaError as error:
@@ -165,8 +169,10 @@ def _read_weight(path: Path, name: str, spec: TensorSpec) -> NDArray[np.float32]
     return weight
 
 
-def _read_golden(path: Path, config: PolicyConfig) -> Golden:
-    """Golden observations; what is in them is checked when the policy plays them."""
+def _read_golden(path: Path, config: PolicyConfig | LanguageModelConfig) -> Golden:
+    """Golden observations; what is in them is checked when the policy plays them. A language model has none."""
+    if isinstance(config, LanguageModelConfig):
+        return Golden([], [])
     with safetensors(path) as file:
         try:
             instructions = msgspec.json.decode((file.metadata() or {})["instructions"], type=list[str])

@@ -23,7 +23,8 @@ from bitvla.evaluate.record import Machine, Record
 from bitvla.evaluate.rollout import ERRORS_IN_A_ROW, machine
 from bitvla.evaluate.statistics import Latency, Rate, latency, rate_of
 from bitvla.processing.images import read_image
-from bitvla.runtime.language import NO_TOWER, Conversation, LanguageModel
+from bitvla.processing.prompt import NO_TOWER
+from bitvla.runtime.language import Conversation, LanguageModel
 
 FORMAT = 1
 MAX_TOKENS = 16  # of an answer, in lmms-eval

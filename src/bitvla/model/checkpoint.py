@@ -13,12 +13,12 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer
 
 from bitvla.bundle import LANGUAGE_HEAD, tensor_specs, to_float32
-from bitvla.config import PolicyConfig, to_dict
+from bitvla.config import LanguageModelConfig, PolicyConfig, to_dict
 from bitvla.convert.source import Source
 from bitvla.errors import BitvlaError
 from bitvla.model.lora import checkpoint_name, trained_state
-from bitvla.model.network import BitVLA
-from bitvla.processing.prompt import Prompt
+from bitvla.model.network import Backbone, BitVLA, VisionLanguageModel
+from bitvla.processing.prompt import Chat, Prompt
 
 
 def load_network(start: Source, config: PolicyConfig | None = None) -> tuple[BitVLA, Prompt]:
@@ -32,34 +32,54 @@ def load_network(start: Source, config: PolicyConfig | None = None) -> tuple[Bit
         raise BitvlaError(f"{start.folder} is a base model, which does not act; finetune a policy from it")
     prompt = Prompt(policy, Tokenizer.from_str(start.tokenizer))
     network = BitVLA(policy, prompt.image_id, prompt.proprio_id)
+    fill(network, start)
+    return network, prompt
+
+
+def load_language_network(start: Source, config: LanguageModelConfig | None = None) -> tuple[VisionLanguageModel, Chat]:
+    """The vision-language model of an open checkpoint, in another precision if `config` says so, and its chat."""
+    model = config or start.config
+    if not isinstance(model, LanguageModelConfig):
+        raise BitvlaError(f"{start.folder} is a policy, not a vision-language model")
+    chat = Chat(model, Tokenizer.from_str(start.tokenizer))
+    network = VisionLanguageModel(model, chat.image_id)
+    fill(network, start)
+    return network, chat
+
+
+def fill(network: Backbone, start: Source, part: str = "") -> None:
+    """Put the weights of an open checkpoint into `network`: those whose names begin with `part` and that both have."""
     stored = tensor_specs(start.config)
     for name, parameter in network.named_parameters():
-        if name in stored:
+        if name in stored and name.startswith(part):
             values = torch.from_numpy(to_float32(start.tensor(name)))
             if name == LANGUAGE_HEAD:  # a base model's is over all words; action tokens are the last ones
                 values = values[-len(parameter) :]
             if values.shape != parameter.shape:
                 raise BitvlaError(
-                    f"{start.folder}: tensor {name} is {[*values.shape]}, the policy needs {[*parameter.shape]}"
+                    f"{start.folder}: tensor {name} is {[*values.shape]}, it must be {[*parameter.shape]}"
                 )
             parameter.data.copy_(values)
-    return network, prompt
 
 
-def save_policy(
+def save_checkpoint(
     out: Path,
-    network: BitVLA,
+    network: BitVLA | VisionLanguageModel,
     tokenizer: Tokenizer,
-    golden: tuple[dict[str, torch.Tensor], list[str]],
+    golden: tuple[dict[str, torch.Tensor], list[str]] | None,
     provenance: dict[str, Any],
 ) -> None:
-    """Write everything that `pack` needs. Each file is whole or absent; the weights come last."""
+    """Write everything that `pack` needs. Each file is whole or absent; the weights come last.
+
+    `golden` is of policies alone.
+    """
     out.mkdir(parents=True, exist_ok=True)
     _write_text(out / "config.json", json.dumps(to_dict(network.config), indent=1))
     _write_text(out / "tokenizer.json", tokenizer.to_str())
     _write_text(out / "provenance.json", json.dumps(provenance, indent=1))
-    tensors, instructions = golden
-    _write_tensors(out / "golden.safetensors", tensors, {"instructions": json.dumps(instructions)})
+    if golden is not None:
+        tensors, instructions = golden
+        _write_tensors(out / "golden.safetensors", tensors, {"instructions": json.dumps(instructions)})
     trained = {checkpoint_name(name): value.detach().float() for name, value in trained_state(network).items()}
     _write_tensors(out / "model.safetensors", trained, None)
 

@@ -46,10 +46,12 @@ class Window(NamedTuple):
 
 
 class TokenWindow(NamedTuple):
-    """Inputs of a network that writes actions as tokens, the known ones among them, and its targets."""
+    """Inputs of a network that writes tokens, an action's or an answer's, with the known ones, and its targets."""
 
-    inputs: Batch  # tokens of prompt and action, but for the last one, which nothing follows
-    targets: Tensor  # int64 (B, D): tokens of the action, counted from the first bin; UNKNOWN in front of a shorter one
+    inputs: Batch  # all tokens but the last one, which nothing follows
+    # int64 (B, D), of what follows the last D tokens: those of the action, counted from the first bin, or of the
+    # vocabulary; UNKNOWN where nothing is to be learnt.
+    targets: Tensor
 
 
 class Epoch(NamedTuple):
@@ -99,8 +101,8 @@ class Windows(Dataset[Window]):
         episodes = np.asarray(dataset.episode_index)
         self._episode = episodes
         self._episode_end = np.asarray([end for _, end in dataset.episode_ranges])
-        held_out = np.array([_held_out(episode) for episode in range(len(dataset.episode_ranges))])[episodes]
-        self._frames = np.flatnonzero(held_out if split == "validation" else ~held_out)
+        apart = np.array([held_out(number.to_bytes(4, "little")) for number in range(len(dataset.episode_ranges))])
+        self._frames = np.flatnonzero(apart[episodes] == (split == "validation"))
         if balance_tasks:
             self._frames = _balanced(self._frames, _task_of_frames(dataset))
         self._token_ids = _left_padded([prompt.ids(text) for text in dataset.task_strings], prompt.pad_id)
@@ -262,7 +264,7 @@ class Windows(Dataset[Window]):
                 across, down = offsets[i, view]
                 images[i, view] = crop_resized(camera[frame], processing, size, (float(across), float(down)))
         if self._augmentation is not None:
-            images = _jitter(images, self._augmentation, changes[..., 2:])
+            images = jitter(images, self._augmentation, changes[..., 2:])
         return np.ascontiguousarray(to_pixels(images, processing).transpose(0, 1, 4, 2, 3))
 
 
@@ -342,6 +344,17 @@ class Mixture(Dataset[TokenWindow]):
             yield part, position, place, np.reshape(changes, (self._views, 5))
 
 
+def shuffled(items: Ids, seed: int, step: int, batch_size: int) -> Ids:
+    """The items (batch_size,) of the batch of pass `step`: each once an epoch, in random order."""
+    positions = np.arange(step * batch_size, (step + 1) * batch_size)
+    chosen = np.empty(batch_size, dtype=np.int64)
+    for epoch in np.unique(positions // len(items)):
+        order = np.random.default_rng([seed, int(epoch)]).permutation(len(items))
+        now = positions // len(items) == epoch
+        chosen[now] = items[order[positions[now] % len(items)]]
+    return chosen
+
+
 def draws(seed: int, stream: int, step: int, shape: tuple[int, ...]) -> NDArray[np.float64]:
     """Random numbers in [0, 1) of the batch of pass `step`; `shape` begins with the size of the batch.
 
@@ -352,7 +365,7 @@ def draws(seed: int, stream: int, step: int, shape: tuple[int, ...]) -> NDArray[
     return np.random.Generator(bits.advance(step * math.prod(shape))).random(shape)
 
 
-def batches(windows: Windows | Mixture, steps: range, workers: int = 1) -> Iterator[Window | TokenWindow]:
+def batches(windows: Dataset[Any], steps: range, workers: int = 1) -> Iterator[Window | TokenWindow]:
     """The batches of `steps`, in order, prepared ahead of time by other processes."""
     data = _Told(windows)
     for batch in DataLoader(data, batch_size=None, sampler=steps, num_workers=workers, prefetch_factor=3):
@@ -364,7 +377,7 @@ def batches(windows: Windows | Mixture, steps: range, workers: int = 1) -> Itera
 class _Told(Dataset[Any]):
     """What is wrong with the data as an item: raised in another process, it would come with a traceback in its text."""
 
-    def __init__(self, windows: Windows | Mixture) -> None:
+    def __init__(self, windows: Dataset[Any]) -> None:
         self._windows = windows
 
     def __getitem__(self, step: int) -> Any:
@@ -387,12 +400,12 @@ def _group_bytes(dataset: LeRobotDataset, cameras: Sequence[str]) -> int | None:
     return int(limit // 4 - sizes.max())
 
 
-def _held_out(episode: int) -> bool:
-    """By a hash of its index, so that no regular order of the tasks lines up with it."""
-    return zlib.crc32(episode.to_bytes(4, "little")) % VALIDATION_EVERY == 0
+def held_out(name: bytes) -> bool:
+    """By a hash of its name, so that no regular order of the tasks lines up with it."""
+    return zlib.crc32(name) % VALIDATION_EVERY == 0
 
 
-def _jitter(images: NDArray[np.uint8], augmentation: Augmentation, changes: NDArray[np.float64]) -> NDArray[np.uint8]:
+def jitter(images: NDArray[np.uint8], augmentation: Augmentation, changes: NDArray[np.float64]) -> NDArray[np.uint8]:
     """Brightness, contrast and saturation of images (B, V, ...), from `changes` (B, V, 3) in [0, 1)."""
     strengths = (augmentation.brightness, augmentation.contrast, augmentation.saturation)
     factors = (1 + (2 * changes - 1) * strengths).astype(np.float32)

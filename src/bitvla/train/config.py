@@ -13,6 +13,7 @@ from bitvla.config import (
     Camera,
     ImageProcessing,
     LanguageConfig,
+    LanguageModelConfig,
     PolicyConfig,
     ProcessingConfig,
     PromptConfig,
@@ -35,6 +36,7 @@ class Augmentation(Record, frozen=True, kw_only=True, forbid_unknown_fields=True
     saturation: float = 0.2
 
 
+Part = Literal["tower", "connector", "decoder"]
 NO_STATE = Statistics(names=(), units=(), low=(), high=(), mask=())
 
 
@@ -57,7 +59,8 @@ class NewPolicy(Record, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
 
 class TrainConfig(Record, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """One stage of training. A policy is either new (`policy`) or comes from a checkpoint (`--init`).
+    """One stage of training. A policy is either new (`policy`) or comes from a checkpoint (`--init`); so is the
+    vision-language model (`model`) of the stages over conversations.
 
     `batch_size` windows, shared by all processes, are one pass; `gradient_accumulation` passes are one step.
     """
@@ -70,9 +73,15 @@ class TrainConfig(Record, frozen=True, kw_only=True, forbid_unknown_fields=True)
     # Muon orthogonalises the update of every matrix inside a block (Jordan et al., 2024); the rest has AdamW.
     optimizer: Literal["adamw", "muon"] = "adamw"
     policy: NewPolicy | None = None
+    model: LanguageModelConfig | None = None
+    # align, instruct, and distill of a vision-language model: which parts learn. None: those of the paper.
+    learning_parts: tuple[Part, ...] | None = None
+    max_tokens: int = 2048  # of a conversation, images included; what is longer is left out
     seed: int = 7
     warmup_steps: int = 375
+    decay: Literal["cosine", "linear"] = "cosine"  # of the learning rate after the warm-up, to zero
     weight_decay: float = 0.01
+    weight_decay_steps: int | None = None  # in so many first steps (None: in all), as BitNet b1.58 2B4T was trained
     clip_gradient: float = 1.0  # 0: not at all
     gradient_accumulation: int = 1
     ema_decay: float = 0.999

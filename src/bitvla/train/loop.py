@@ -31,14 +31,14 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils._pytree import tree_map
 
 import bitvla
-from bitvla.config import PolicyConfig, check, to_dict
+from bitvla.config import LanguageModelConfig, PolicyConfig, check, to_dict
 from bitvla.convert.source import Source
 from bitvla.convert.training import Adapters, open_start, read_config
 from bitvla.data.lerobot import AS_STORED, LeRobotDataset, name_of
 from bitvla.errors import BitvlaError, meant
-from bitvla.model.checkpoint import golden_tensors, load_network, save_policy
+from bitvla.model.checkpoint import golden_tensors, load_network, save_checkpoint
 from bitvla.model.lora import add_adapters, trained_state
-from bitvla.model.network import BitVLA, checkpoint_activations, layers
+from bitvla.model.network import Backbone, BitVLA, checkpoint_activations, layers
 from bitvla.model.policy import TorchPolicy
 from bitvla.processing.prompt import Prompt, train_tokenizer
 from bitvla.train import stages
@@ -66,7 +66,8 @@ def run(
         stage: one of `stages.NAMES`; "distill" needs `teacher`.
         config_path: TOML file of a `TrainConfig`.
         data: a LeRobotDataset v3, as a folder, an address that fsspec knows, or an id on the Hub; for "pretrain" one
-            or several.
+            or several; for "align", "instruct" and the distillation of a vision-language model a JSON file of
+            conversations (see `bitvla.train.conversations`).
         out: folder of the run. If it holds an unfinished run of the same settings, that run goes on.
         init: checkpoint whose weights are the start, of training or published (its folder or its Hub id); by default
             random (finetune) or the teacher's (distill).
@@ -82,14 +83,20 @@ def run(
     sources = [data] if isinstance(data, str | Path) else list(data)
     names = [name_of(source) for source in sources]
     _check_mixture(stage, config, names)
-    share = None if cache_bytes is None else cache_bytes // len(sources)
-    datasets = [
-        LeRobotDataset(source, config.data.get(name, AS_STORED), share)
-        for source, name in zip(sources, names, strict=True)
-    ]
     start = init or (teacher if stage == "distill" else None)
-    _check_adapters(stage, config, start)
-    trainer = _Trainer(stage, config, datasets, Path(out), start, teacher, sentences)
+    _check_adapters(stage, config, start, teacher)
+    trainer: Trainer
+    if of_language(stage, teacher):
+        from bitvla.train.language import LanguageTrainer  # which is a Trainer
+
+        trainer = LanguageTrainer(stage, config, Path(sources[0]), Path(out), start, teacher)
+    else:
+        share = None if cache_bytes is None else cache_bytes // len(sources)
+        datasets = [
+            LeRobotDataset(source, config.data.get(name, AS_STORED), share)
+            for source, name in zip(sources, names, strict=True)
+        ]
+        trainer = Trainer(stage, config, datasets, Path(out), start, teacher, sentences)
     with _interruptible() as interrupted:
         return trainer.train(interrupted)
 
@@ -103,6 +110,10 @@ def check_stage(stage: str, teacher: Path | None) -> None:
     if teacher is None:
         raise BitvlaError("stage 'distill' needs a full-precision teacher: --teacher CHECKPOINT")
     config = read_config(teacher)
+    if isinstance(config, LanguageModelConfig):
+        if config.precision == "ternary" and config.vision and config.vision.ternary:
+            raise BitvlaError(f"the tower of the teacher {teacher} is ternary; distillation needs full precision")
+        return
     if config.precision != "full":
         raise BitvlaError(f"the teacher {teacher} is {config.precision}; distillation needs full precision")
     trained = (_provenance_of(teacher) or {}).get("stage")
@@ -110,9 +121,18 @@ def check_stage(stage: str, teacher: Path | None) -> None:
         raise BitvlaError(f"the teacher {teacher} is of stage '{trained}' and has no action head; finetune it first")
 
 
-def _check_adapters(stage: str, config: TrainConfig, start: Path | None) -> None:
+def of_language(stage: str, teacher: Path | None) -> bool:
+    """Does this stage train a vision-language model, on conversations?"""
+    if stage == "distill" and teacher is not None:
+        return isinstance(read_config(teacher), LanguageModelConfig)
+    return stage in ("align", "instruct")
+
+
+def _check_adapters(stage: str, config: TrainConfig, start: Path | None, teacher: Path | None) -> None:
     if config.lora_rank and stage == "localize":
         raise BitvlaError("stage 'localize' trains a new tower; leave out lora_rank")
+    if config.lora_rank and of_language(stage, teacher):
+        raise BitvlaError("adapters are of policies; leave out lora_rank, and say in learning_parts what learns")
     if config.lora_rank and start is None:
         raise BitvlaError(f"lora_rank is {config.lora_rank}: adapters need a checkpoint to adapt; give one with --init")
 
@@ -135,7 +155,9 @@ def _check_mixture(stage: str, config: TrainConfig, names: list[str]) -> None:
             raise BitvlaError(f"the mixture has no weight for '{name}'; give one to every --data, or to none")
 
 
-class _Trainer:
+class Trainer:
+    """One run of a stage over demonstrations; `bitvla.train.language` has the one over conversations."""
+
     def __init__(
         self,
         stage: str,
@@ -146,8 +168,7 @@ class _Trainer:
         teacher: Path | None,
         sentences: list[str] | None,
     ) -> None:
-        dataset = datasets[0]
-        self.stage, self.config, self.out, self.datasets, self.dataset = stage, config, out, datasets, dataset
+        self.stage, self.config, self.out, self.datasets = stage, config, out, datasets
         self.accelerator = _accelerator(config, out)
         self.console = Console(stderr=True, quiet=not self.accelerator.is_main_process)
         set_seed(config.seed)
@@ -156,10 +177,11 @@ class _Trainer:
         self.network, self.prompt, self.tokenizer = self._policy(source, sentences)
         if config.lora_rank:
             add_adapters(self.network, config.lora_rank, config.lora_alpha)
-        policy = self.network.config
-        positions = 0 if dataset.environment_state is None else dataset.environment_state.shape[1]
-        keypoints = 0 if dataset.keypoints is None else dataset.keypoints.shape[2]
-        self.auxiliary = stages.AuxiliaryHead(policy, positions, keypoints)
+        positions = keypoints = 0  # that a simulator knows
+        if datasets:
+            positions = 0 if datasets[0].environment_state is None else datasets[0].environment_state.shape[1]
+            keypoints = 0 if datasets[0].keypoints is None else datasets[0].keypoints.shape[2]
+        self.auxiliary = stages.AuxiliaryHead(self.network.config, positions, keypoints)
         # Without gradients where nothing is asked of them, as several processes demand.
         self.auxiliary.linear.requires_grad_(bool(positions and config.auxiliary_weight and stage != "pretrain"))
         self.auxiliary.points.requires_grad_(bool(keypoints and config.keypoint_weight and stage != "pretrain"))
@@ -207,6 +229,11 @@ class _Trainer:
         # FSDP2 takes care of its gradients itself; without it Accelerate wraps what several processes train.
         self.trained = trained if self._sharded else self.accelerator.prepare_model(trained)
         self.optimizers = [self.accelerator.prepare_optimizer(optimizer) for optimizer in self.optimizers]
+
+    @property
+    def dataset(self) -> LeRobotDataset:
+        """The first one, whose robot the policy is of."""
+        return self.datasets[0]
 
     @property
     def _sharded(self) -> bool:
@@ -257,6 +284,9 @@ class _Trainer:
             if self.accelerator.sync_gradients and self.config.clip_gradient:
                 self.accelerator.clip_grad_norm_(self.trained.parameters(), self.config.clip_gradient)
             for optimizer in self.optimizers:
+                if self.step == self.config.weight_decay_steps:
+                    for group in optimizer.param_groups:
+                        group["weight_decay"] = 0.0
                 optimizer.step()
                 optimizer.zero_grad()
         if self.accelerator.sync_gradients:
@@ -279,7 +309,8 @@ class _Trainer:
 
     # -- what is trained -----------------------------------------------------------------
 
-    def _policy(self, start: Source | None, sentences: list[str] | None) -> tuple[BitVLA, Prompt, Tokenizer]:
+    def _policy(self, start: Source | None, sentences: list[str] | None) -> tuple[Any, Any, Tokenizer]:
+        """Network, prompt and tokenizer."""
         config = start_config(self.stage, self.config, start, self.dataset)
         if start is not None:
             _check_fits(config, self.dataset, start.folder)
@@ -304,7 +335,11 @@ class _Trainer:
                 frozen = torch.compile(frozen)
         return stages.objective(self.stage, self.config, self.auxiliary, frozen)
 
-    def _windows(self, split: str, **shard: int) -> Windows | Mixture:
+    def _validation_objective(self) -> stages.Objective:
+        return self.objective if self.stage != "distill" else stages.finetune(self.config, self.auxiliary)
+
+    def _windows(self, split: str, **shard: int) -> Any:
+        """The batches of a split: a dataset with `num_frames`, `prepare(step)` and `where(step)`."""
         config = self.network.config
         configs = [config, *(for_dataset(config, dataset) for dataset in self.datasets[1:])]
         parts = [
@@ -335,17 +370,7 @@ class _Trainer:
             "stage": self.stage,
             "config": to_dict(self.config),
             "config_digest": hashlib.sha256(settings).hexdigest(),
-            "data": [
-                {
-                    # The exact statistics of every frame change when any value does, and are cheap to read.
-                    "digest": hashlib.sha256((dataset.root / "meta" / "stats.json").read_bytes()).hexdigest(),
-                    "episodes": dataset.num_episodes,
-                    "frames": dataset.num_frames,
-                    # Which decides the order of the frames.
-                    **({} if dataset.pictures.limit is None else {"cache_bytes": dataset.pictures.limit}),
-                }
-                for dataset in self.datasets
-            ],
+            "data": self._data(),
             "parents": {
                 name: {"digest": source.sha256, "provenance": source.provenance}
                 for name, source in parents.items()
@@ -358,6 +383,20 @@ class _Trainer:
                 "transformers": transformers.__version__,
             },
         }
+
+    def _data(self) -> list[dict[str, Any]]:
+        """What the data are, for the record."""
+        return [
+            {
+                # The exact statistics of every frame change when any value does, and are cheap to read.
+                "digest": hashlib.sha256((dataset.root / "meta" / "stats.json").read_bytes()).hexdigest(),
+                "episodes": dataset.num_episodes,
+                "frames": dataset.num_frames,
+                # Which decides the order of the frames.
+                **({} if dataset.pictures.limit is None else {"cache_bytes": dataset.pictures.limit}),
+            }
+            for dataset in self.datasets
+        ]
 
     def _identity(self) -> str:
         """What must be equal for a run to go on: stage, settings, data and parents."""
@@ -401,7 +440,7 @@ class _Trainer:
         console.print(f"step {self.step}: validation " + _show(validation))
         self._record({f"validation_{k}": v for k, v in validation.items()})
         provenance = {**self.provenance, "steps": self.step, "validation": validation}
-        save_policy(self.out, self.averaged, self.tokenizer, self._golden(), provenance)
+        save_checkpoint(self.out, self.averaged.cpu(), self.tokenizer, self._golden(), provenance)
         temporary = self.out / (STATE_FILE + ".tmp")
         torch.save(state, temporary)
         os.replace(temporary, self.out / STATE_FILE)
@@ -414,14 +453,14 @@ class _Trainer:
             return {}
         device = self.accelerator.device
         averaged = stages.trained_part(self.stage, self.averaged.eval().to(device))
-        plain = self.objective if self.stage != "distill" else stages.finetune(self.config, self.auxiliary)
+        plain = self._validation_objective()
         with self.accelerator.autocast():
             rows = [plain(averaged, _to(windows[i], device)) for i in range(self.config.validation_batches)]
         return {name: sum(row[name].item() for row in rows) / len(rows) for name in rows[0]}
 
-    def _golden(self) -> tuple[dict[str, torch.Tensor], list[str]]:
+    def _golden(self) -> tuple[dict[str, torch.Tensor], list[str]] | None:
         """A few raw observations of the data with the answers of the averaged weights."""
-        dataset, policy = self.dataset, TorchPolicy(self.averaged.cpu(), self.prompt)
+        dataset, policy = self.dataset, TorchPolicy(self.averaged, self.prompt)
         cameras = [camera.name for camera in policy.config.processing.cameras]
         state = {"state": dataset.state} if policy.config.action.state_dim else {}
         first_frames = [begin for begin, _ in dataset.episode_ranges]
@@ -439,16 +478,17 @@ class _Trainer:
 
     # -- telling -------------------------------------------------------------------------
 
-    def _announce(self, windows: Windows | Mixture) -> None:
+    def _announce(self, windows: Any) -> None:
         config, processes = self.config, self.accelerator.num_processes
         effective = config.batch_size * config.gradient_accumulation
         parameters = sum(parameter.numel() for parameter in self.network.parameters())
         trained = sum(parameter.numel() for parameter in self.parameters)
         episodes = sum(dataset.num_episodes for dataset in self.datasets)
+        amount = f"frames of {episodes} episodes" if episodes else "conversations"
         self.console.print(
             f"{self.stage} of '{self.network.config.name}' ({config.precision} precision, {parameters / 1e6:.2f} M "
-            f"parameters, {trained / 1e6:.2f} M trained): {windows.num_frames} frames of {episodes} episodes, "
-            f"{config.steps} steps of {effective} windows ({config.gradient_accumulation} x {processes} process(es) x "
+            f"parameters, {trained / 1e6:.2f} M trained): {windows.num_frames} {amount}, {config.steps} steps of "
+            f"{effective} windows ({config.gradient_accumulation} x {processes} process(es) x "
             f"{config.batch_size // processes}; {config.steps * effective / windows.num_frames:.1f} epochs) on "
             f"{self.accelerator.device}"
         )
@@ -508,7 +548,7 @@ class _Trained(torch.nn.Module):
         return self._losses(window)
 
 
-def optimizers(network: BitVLA, auxiliary: torch.nn.Module, config: TrainConfig) -> list[torch.optim.Optimizer]:
+def optimizers(network: Backbone, auxiliary: torch.nn.Module, config: TrainConfig) -> list[torch.optim.Optimizer]:
     """Matrices decay; norms, biases and embeddings of position do not. The vision tower may learn at its own rate."""
     inside = {id(p) for name, p in network.named_parameters() if ".layers." in name and p.ndim == 2}
     vision = {id(p) for p in network.vision_tower.parameters()}
@@ -561,11 +601,12 @@ def _optimizer_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]) ->
 
 
 def _learning_rate(step: int, config: TrainConfig) -> float:
-    """Linear warm-up, then a half cosine to zero (paper, Table V)."""
+    """Linear warm-up, then a half cosine (paper, Table V) or a line (Table IV) to zero."""
     if step < config.warmup_steps:
         return (step + 1) / config.warmup_steps
     done = (step - config.warmup_steps) / max(1, config.steps - config.warmup_steps)
-    return 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+    done = min(1.0, done)
+    return 1 - done if config.decay == "linear" else 0.5 * (1 + math.cos(math.pi * done))
 
 
 def _to(window: Any, device: torch.device) -> Any:

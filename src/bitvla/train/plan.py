@@ -20,18 +20,19 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
 import bitvla
-from bitvla.config import Camera, PolicyConfig, ProcessingConfig, Statistics, check
+from bitvla.config import Camera, LanguageModelConfig, PolicyConfig, ProcessingConfig, Statistics, check
 from bitvla.convert import official
 from bitvla.convert.training import read_config
 from bitvla.data.lerobot import AS_STORED, cameras_of, locate, name_of, read_info
 from bitvla.errors import BitvlaError
 from bitvla.model.lora import add_adapters
-from bitvla.model.network import Batch, BitVLA, checkpoint_activations, layers
+from bitvla.model.network import Batch, BitVLA, VisionLanguageModel, VisionTower, checkpoint_activations, layers
 from bitvla.model.ternary import TernaryLinear
 from bitvla.train import stages
 from bitvla.train.batches import TokenWindow, Window
 from bitvla.train.config import NewPolicy, TrainConfig, load
-from bitvla.train.loop import check_stage, optimizers
+from bitvla.train.language import start_config
+from bitvla.train.loop import check_stage, of_language, optimizers
 
 CHARACTERS_A_TOKEN = 4  # of English text, about
 # FLOP of an operation, from its arguments; PyTorch's own table has the attention of GPUs only.
@@ -73,8 +74,14 @@ def plan(
     config = load(config_path)
     if config.batch_size % devices:
         raise BitvlaError(f"batch_size {config.batch_size} cannot be shared by {devices} devices; make it a multiple")
-    policy = _policy(stage, config, init or (teacher if stage == "distill" else None), data)
-    windows, length = config.batch_size // devices, _sequence_length(policy)
+    start = init or (teacher if stage == "distill" else None)
+    policy: PolicyConfig | LanguageModelConfig
+    if of_language(stage, teacher) or (stage == "distill" and config.model is not None):
+        policy, length, views = start_config(stage, config, _stored(start)), config.max_tokens, 1
+    else:
+        policy = _policy(stage, config, _stored(start), data)
+        length, views = _sequence_length(policy), len(policy.processing.cameras)
+    windows = config.batch_size // devices
     whole = _pass(stage, config, policy, windows, length, checkpoints=False)
     thrifty = _pass(stage, config, policy, windows, length, checkpoints=True)
     passes = config.gradient_accumulation
@@ -83,7 +90,6 @@ def plan(
     if tflops is not None:
         seconds = step / (devices * tflops * 1e12)
         compute |= {"a step, seconds": seconds, "the run, hours": seconds * config.steps / 3600}
-    views = len(policy.processing.cameras)
     return {
         "stage": f"{stage} of '{policy.name}', {config.precision} precision, {views} views",
         "parameters": whole.parameters,
@@ -135,32 +141,49 @@ def _memory(whole: _Pass, thrifty: _Pass, devices: int) -> list[dict[str, Any]]:
 
 
 def _pass(
-    stage: str, config: TrainConfig, policy: PolicyConfig, windows: int, length: int, *, checkpoints: bool
+    stage: str,
+    config: TrainConfig,
+    policy: PolicyConfig | LanguageModelConfig,
+    windows: int,
+    length: int,
+    *,
+    checkpoints: bool,
 ) -> _Pass:
     # The tensors claim to be on a CPU; attention is that of a GPU, which keeps no scores.
     with FakeTensorMode():
-        network = BitVLA(policy, image_id=0, proprio_id=2, attention="sdpa")
+        network: Any
+        teacher: nn.Module | None = None
+        objective: stages.Objective
+        keypoints = int(stage == "localize")
+        auxiliary = stages.AuxiliaryHead(policy, 0, keypoints)
+        if isinstance(policy, LanguageModelConfig):
+            network = VisionLanguageModel(policy, image_id=0, attention="sdpa")
+            stages.freeze(stage, config, network)
+            if stage == "distill" and policy.vision is not None:
+                teacher = VisionTower(policy.vision, "sdpa").requires_grad_(False)
+            objective = stages.likelihood if teacher is None else stages.distill_tower(config, teacher)
+        else:
+            network = BitVLA(policy, image_id=0, proprio_id=2, attention="sdpa")
+            if stage == "distill":
+                whole = msgspec.structs.replace(policy, precision="full")
+                teacher = BitVLA(whole, 0, 2, "sdpa").requires_grad_(False)
+            objective = stages.objective(stage, config, auxiliary, teacher)
         parameters = _count(network.parameters())
         ternary = sum(m.weight.numel() for m in network.modules() if isinstance(m, TernaryLinear))
         if config.lora_rank:
             add_adapters(network, config.lora_rank, config.lora_alpha)
         part = stages.trained_part(stage, network)
-        keypoints = int(stage == "localize")
-        auxiliary = stages.AuxiliaryHead(policy, 0, keypoints)
-        teacher = None
-        if stage == "distill":
-            teacher = BitVLA(msgspec.structs.replace(policy, precision="full"), 0, 2, "sdpa").requires_grad_(False)
         if checkpoints:
             checkpoint_activations(part)
-        objective = stages.objective(stage, config, auxiliary, teacher)
         for parameter in _trained(part):
             parameter.register_post_accumulate_grad_hook(_drop_gradient)  # they are counted for themselves
-        window = _window(policy, windows, length, keypoints)
+        window: Any = _window(policy, windows, length, keypoints)
         counted = Count()
         with counted:
             with torch.autocast("cpu", torch.bfloat16, enabled=config.mixed_precision == "bf16"):
                 loss = objective(part, window)["loss"]
             loss.backward()
+        # What is frozen has neither gradients nor moments.
         trained, inside = _count(_trained(part)), [_count(layer.parameters()) for layer in layers(part)]
         return _Pass(
             parameters={
@@ -231,8 +254,21 @@ def _state_bytes(optimizer: torch.optim.Optimizer, part: nn.Module) -> int:
     return 4 * moments * _count(p for group in optimizer.param_groups for p in group["params"] if id(p) in trained)
 
 
-def _window(policy: PolicyConfig, windows: int, length: int, keypoints: int) -> Window | TokenWindow:
+def _window(
+    policy: PolicyConfig | LanguageModelConfig, windows: int, length: int, keypoints: int
+) -> Window | TokenWindow:
     """As the loader makes them, without values."""
+    if isinstance(policy, LanguageModelConfig):
+        size = policy.vision.image_size if policy.vision else 0
+        conversation = Batch(
+            pixels=torch.empty(1, windows, 3, size, size),
+            token_ids=torch.empty(windows, length, dtype=torch.int64),
+            padding=torch.empty(windows, length, dtype=torch.bool),
+            state=torch.empty(windows, 0),
+            prefix=torch.empty(windows, 0, 0),
+            decided=torch.empty(windows, 0, dtype=torch.bool),
+        )
+        return TokenWindow(conversation, torch.empty(windows, length, dtype=torch.int64))
     action, views, size = policy.action, len(policy.processing.cameras), policy.vision.image_size
     inputs = Batch(
         pixels=torch.empty(windows, views, 3, size, size),
@@ -261,10 +297,17 @@ def _sequence_length(policy: PolicyConfig) -> int:
     return images + text + prompt.max_instruction_tokens + (action.dim if action.bins else action.num_slots + 1)
 
 
-def _policy(stage: str, config: TrainConfig, start: Path | None, data: str | Path | None) -> PolicyConfig:
-    published = start is not None and (official.recognizes(start) or _is_on_the_hub(start))
-    stored = None if start is None or published else read_config(start)
-    if stored is not None and bool(stored.action.bins) == (stage == "pretrain"):
+def _stored(start: Path | None) -> PolicyConfig | LanguageModelConfig | None:
+    """What the checkpoint of a start says that it is; a published one is not read."""
+    if start is None or official.recognizes(start) or _is_on_the_hub(start):
+        return None
+    return read_config(start)
+
+
+def _policy(
+    stage: str, config: TrainConfig, stored: PolicyConfig | LanguageModelConfig | None, data: str | Path | None
+) -> PolicyConfig:
+    if isinstance(stored, PolicyConfig) and bool(stored.action.bins) == (stage == "pretrain"):
         return msgspec.structs.replace(stored, precision=config.precision)
     if config.policy is None:
         raise BitvlaError("the configuration has no [policy] section and no --init checkpoint gives one")
