@@ -6,7 +6,6 @@ pytest tests/test_instruct.py
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -41,12 +40,7 @@ COLOURS = {"red": (220, 20, 20), "green": (20, 180, 20), "blue": (20, 40, 220), 
 QUESTION = "Which colour?\nOptions: A: red, B: green, C: blue, D: grey"
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_torch_thread")
 
 
 def write_conversations(folder: Path, count: int = 40) -> Path:

@@ -57,12 +57,7 @@ ENLARGED = POLICY.replace("hidden_size = 80", "hidden_size = 80, vocab_size = 12
 QUIET = {"auxiliary_weight": 0.0, "keypoint_weight": 0.0, "steps": 1, "batch_size": 2, "precision": "ternary"}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_torch_thread")
 
 
 @pytest.fixture(scope="module")
