@@ -156,6 +156,11 @@ def test_what_is_wrong_is_named(data, tmp_path, stage, changes, message):
         run(stage, write_config(tmp_path, **changes), data, tmp_path / "out")
 
 
+def test_a_plan_refuses_what_training_refuses(tmp_path):
+    with pytest.raises(BitvlaError, match="'localize' trains a new tower"):
+        plan("localize", write_config(tmp_path, lora_rank=4))
+
+
 def test_a_plan_tells_what_adapters_save(tmp_path):
     policy = POLICY.replace('name = "test"', 'name = "test"\ncameras = ["front"]')
     whole, adapted = (plan("finetune", write_config(tmp_path, policy, lora_rank=rank)) for rank in (0, 2))

@@ -344,17 +344,6 @@ class Mixture(Dataset[TokenWindow]):
             yield part, position, place, np.reshape(changes, (self._views, 5))
 
 
-def shuffled(items: Ids, seed: int, step: int, batch_size: int) -> Ids:
-    """The items (batch_size,) of the batch of pass `step`: each once an epoch, in random order."""
-    positions = np.arange(step * batch_size, (step + 1) * batch_size)
-    chosen = np.empty(batch_size, dtype=np.int64)
-    for epoch in np.unique(positions // len(items)):
-        order = np.random.default_rng([seed, int(epoch)]).permutation(len(items))
-        now = positions // len(items) == epoch
-        chosen[now] = items[order[positions[now] % len(items)]]
-    return chosen
-
-
 def draws(seed: int, stream: int, step: int, shape: tuple[int, ...]) -> NDArray[np.float64]:
     """Random numbers in [0, 1) of the batch of pass `step`; `shape` begins with the size of the batch.
 
