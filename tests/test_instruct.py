@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from functools import reduce
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -347,3 +348,13 @@ def test_the_model_at_full_size_is_the_published_one(stage: str) -> None:
     model = start_config(stage, config, None)
     assert config.batch_size * config.gradient_accumulation == 256
     assert (model.vision.num_layers, model.vision.ternary, model.language.num_layers) == (26, stage == "distill", 30)
+
+
+def test_the_nano_stages_begin_where_the_ones_before_end() -> None:
+    model = load(CONFIGS / "metaworld-nano-align.toml").model
+    distilled = start_config("distill", load(CONFIGS / "metaworld-nano-distill-tower.toml"), model)
+    start: Any = SimpleNamespace(folder="runs/distilled-tower", config=distilled)
+    for stage in ("pretrain", "vla"):
+        config = load(CONFIGS / f"metaworld-nano-{stage}.toml")
+        assert config.precision == "ternary"
+        loop._check_backbone(config.policy, start)
