@@ -5,11 +5,14 @@ pytest tests/test_lora.py
 
 import json
 import shutil
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from safetensors.torch import load_file, save_file
 
 from bitvla.bundle import read, tensor_specs
@@ -112,6 +115,26 @@ def test_a_run_goes_on_from_adapters_with_new_ones_or_whole(runs, data, tmp_path
         for name in tensor_specs(after.config):
             np.testing.assert_allclose(after.tensor(name), expected.tensor(name), atol=1e-6, err_msg=name)
         shutil.rmtree(tmp_path / "next")
+
+
+@pytest.fixture
+def one_precision() -> Iterator[None]:
+    """Accelerate has one a process: forget the one of the tests before, and of this one."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.mark.usefixtures("one_precision")
+def test_adapters_train_compiled_checkpointed_and_in_mixed_precision(runs, data, tmp_path, monkeypatch):
+    """Traced as for a GPU, but not translated into machine code, which takes minutes: the same losses."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager", fullgraph=True))
+    changes = {**ADAPTED, "steps": 4, "mixed_precision": "bf16"}
+    for name, more in (("plain", {}), ("thrifty", {"compile": True, "checkpoint_activations": True})):
+        run("finetune", write_config(tmp_path, "", **changes, **more), data, tmp_path / name, init=runs / "base")
+    plain, thrifty = losses_of(tmp_path / "plain"), losses_of(tmp_path / "thrifty")
+    assert thrifty == pytest.approx(plain, rel=0.02)
+    assert thrifty[4] != thrifty[1]
 
 
 def test_a_base_that_is_gone_or_changed_is_named(runs, tmp_path):

@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -77,8 +79,8 @@ class LlavaDataset:
     Hugging Face Hub, of which everything is fetched. Images that are far away, and a shard's, are kept on disk once
     they were read: up to `cache_bytes`, or all of them. A shard's are read a group of rows at a time.
 
-    `digest` is of the file, or of what is said in the shards. BitvlaError names the first entry that cannot be used,
-    and why; an image that is far away is met only when it is read.
+    `digest` is of the file, or of what is said in the shards and the sizes of their images. BitvlaError names the first
+    entry that cannot be used, and why; an image that is far away is met only when it is read.
     """
 
     def __init__(self, source: str | Path, cache_bytes: int | None = None) -> None:
@@ -87,11 +89,14 @@ class LlavaDataset:
         self._group_sizes: dict[tuple[str, int], int] = {}  # bytes of images
         if self.path.suffix == ".parquet":
             self.entries = [entry for file in files for entry in self._read_shard(file)]
-            self.digest = hashlib.sha256(msgspec.json.encode(self.entries)).hexdigest()
+            content = msgspec.json.encode(
+                [[(entry.turns, [image.name for image in entry.images]) for entry in self.entries],
+                 [*self._group_sizes.values()]]
+            )  # fmt: skip
         else:
             content = _read(self.path)
             self.entries = _parse(self.path, content)
-            self.digest = hashlib.sha256(content).hexdigest()
+        self.digest = hashlib.sha256(content).hexdigest()
         if not self.entries:
             raise BitvlaError(f"{self.path} holds no conversation: its list is empty")
         largest = max(self._group_sizes.values(), default=0)
@@ -121,82 +126,72 @@ class LlavaDataset:
         """An image, uint8 (height, width, 3), RGB. BitvlaError where it cannot be read."""
         if picture.group >= 0:
             return read_image(self._cell(picture), f"{picture.address}: {picture.name}")
-        if "://" not in picture.address:
-            return read_image(Path(picture.address))
-        fetch = lambda: _read(UPath(picture.address))  # noqa: E731
-        return read_image(self._kept(picture.address, fetch, Path.read_bytes), picture.address)
+        place = _place(picture.address)
+        if isinstance(place, Path):
+            return read_image(place)
+        return read_image(self._kept(picture.address, partial(_read, place), Path.read_bytes), picture.address)
 
     def _read_shard(self, path: Place) -> Iterator[Conversation]:
         """The entries of a shard, of which everything but the bytes of its images is read."""
-        try:
-            with path.open("rb") as file:
-                table = pq.ParquetFile(file)
-                columns = [table.schema.column(number).path for number in range(len(table.schema))]
-                images = [number for number, column in enumerate(columns) if _part(column) == "image"]
-                if images and not any(columns[number].endswith(".bytes") for number in images):
-                    found = table.schema_arrow.field("image").type
-                    raise BitvlaError(f"{path}: its column 'image' is {found}; it must be a struct of bytes and path")
-                said = [c for c in columns if _part(c) in _Entry.__struct_fields__ and not c.endswith(".bytes")]
-                groups = []
-                for group in range(table.num_row_groups):
-                    stored = table.metadata.row_group(group)
-                    size = sum(stored.column(number).total_uncompressed_size for number in images)
-                    self._group_sizes[str(path), group] = size
-                    groups.append(table.read_row_group(group, columns=said).to_pylist())
-        except (OSError, pa.ArrowException) as error:
-            raise BitvlaError(f"{path} cannot be read: {str(error).splitlines()[0]}") from None
-        number = 0
-        for group, rows in enumerate(groups):
-            for row, fields in enumerate(rows):
-                stored_images = _listed(fields.pop("image", None))
-                pictures = tuple(
-                    Picture(_last(image.get("path")) or f"{path.name}:{number}", str(path), group, row, i)
-                    for i, image in enumerate(stored_images)
-                )
-                name = f"{path}: row {number}"
-                try:
-                    entry = msgspec.convert(fields, _Entry)
-                except msgspec.ValidationError as error:
-                    raise BitvlaError(f"{name} is not in the layout of LLaVA: {error}") from None
-                yield _conversation(entry, name, pictures)
-                number += 1
+        groups = []
+        with _reading(path), path.open("rb") as file:
+            table = pq.ParquetFile(file)
+            columns = [table.schema.column(number).path for number in range(len(table.schema))]
+            images = [number for number, column in enumerate(columns) if _part(column) == "image"]
+            if images and not any(columns[number].endswith(".bytes") for number in images):
+                found = table.schema_arrow.field("image").type
+                raise BitvlaError(f"{path}: its column 'image' is {found}; it must be a struct of bytes and path")
+            said = [c for c in columns if _part(c) in _Entry.__struct_fields__ and not c.endswith(".bytes")]
+            for group in range(table.num_row_groups):
+                stored = table.metadata.row_group(group)
+                size = sum(stored.column(number).total_uncompressed_size for number in images)
+                self._group_sizes[str(path), group] = size
+                groups.append(table.read_row_group(group, columns=said).to_pylist())
+        places = ((group, row, fields) for group, rows in enumerate(groups) for row, fields in enumerate(rows))
+        for number, (group, row, fields) in enumerate(places):
+            pictures = tuple(
+                Picture(_last(image.get("path")) or f"{path.name}:{number}", str(path), group, row, i)
+                for i, image in enumerate(_listed(fields.pop("image", None)))
+            )
+            name = f"{path}: row {number}"
+            try:
+                entry = msgspec.convert(fields, _Entry)
+            except msgspec.ValidationError as error:
+                raise BitvlaError(f"{name} is not in the layout of LLaVA: {error}") from None
+            yield _conversation(entry, name, pictures)
 
     def _cell(self, picture: Picture) -> bytes:
-        path = Path(picture.address) if "://" not in picture.address else UPath(picture.address)
+        """The file in a shard that is an image. Its group of rows is kept where any row of it can be read alone."""
 
-        def fetch() -> bytes:
-            try:
-                with path.open("rb") as file:
-                    images = pq.ParquetFile(file).read_row_group(picture.group, columns=["image"])
-            except (OSError, pa.ArrowException) as error:
-                raise BitvlaError(f"{path} cannot be read: {str(error).splitlines()[0]}") from None
-            sink = pa.BufferOutputStream()
+        def fetch() -> Any:
+            path, sink = _place(picture.address), pa.BufferOutputStream()
+            with _reading(path), path.open("rb") as file:
+                images = pq.ParquetFile(file).read_row_group(picture.group, columns=["image"])
             with pa.ipc.new_file(sink, images.schema) as file:
                 file.write_table(images)
             return sink.getvalue()
 
-        def take(kept: Path) -> bytes | None:
+        def take(kept: Path) -> Any:
             column = pa.ipc.open_file(pa.memory_map(str(kept))).read_all()["image"]
             return _listed(column[picture.row].as_py())[picture.number]["bytes"]
 
-        content = self._kept(f"{picture.address}:{picture.group}", fetch, take)
+        content: bytes | None = self._kept(f"{picture.address}:{picture.group}", fetch, take)
         if content is None:
-            raise BitvlaError(f"{path}: the image {picture.name} has no bytes in the column 'image'")
+            raise BitvlaError(f"{picture.address}: the image {picture.name} has no bytes in the column 'image'")
         return content
 
     def _kept(self, name: str, fetch: Callable[[], Any], read: Callable[[Path], Any]) -> Any:
         """`read` of the file that keeps what `fetch` brings. Others may make room, so it is tried again."""
         path = self._folder / hashlib.sha256(name.encode()).hexdigest()[:32]
         while True:
-            try:
+            with suppress(FileNotFoundError):
                 return read(path)
-            except FileNotFoundError:
-                content = fetch()
-            write_whole(path, content)
+            content = fetch()
             self._written += len(content)
             if self.limit is not None and self._written > self.limit // 16:  # now and then: every file is looked at
-                make_room(self._folder.iterdir(), self.limit - self.limit // 16)
-                self._written = 0
+                make_room(self._folder.glob("[!.]*"), self.limit - self.limit // 16 - len(content))
+                self._written = len(content)
+            write_whole(path, content)
 
 
 def _files(root: Place) -> list[Place]:
@@ -215,12 +210,25 @@ def _files(root: Place) -> list[Place]:
     return files
 
 
-def _read(path: Place) -> bytes:
+def _place(address: str) -> Place:
+    """A new one at every reading: connections do not survive the fork of a loader's worker."""
+    return UPath(address) if "://" in address else Path(address)
+
+
+@contextmanager
+def _reading(path: Place) -> Iterator[None]:
     try:
-        return path.read_bytes()
+        yield
+    except BitvlaError:
+        raise
     except Exception as error:  # whatever a service says
         reason = getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__
         raise BitvlaError(f"cannot read {path}: {reason}") from None
+
+
+def _read(path: Place) -> bytes:
+    with _reading(path):
+        return path.read_bytes()
 
 
 def _parse(path: Place, content: bytes) -> list[Conversation]:
