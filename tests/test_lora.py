@@ -125,16 +125,16 @@ def one_precision() -> Iterator[None]:
     AcceleratorState._reset_state(reset_partial_state=True)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("one_precision")
-def test_adapters_train_compiled_checkpointed_and_in_mixed_precision(runs, data, tmp_path, monkeypatch):
-    """Traced as for a GPU, but not translated into machine code, which takes minutes: the same losses."""
+@pytest.mark.parametrize(("precision", "bound"), [("no", 1e-5), ("bf16", 0.05)])
+def test_adapters_train_compiled_and_with_checkpointed_activations(runs, data, tmp_path, monkeypatch, precision, bound):
+    """The losses are those of a run without. Traced as a whole, but not translated for the processor."""
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager", fullgraph=True))
-    changes = {**ADAPTED, "steps": 4, "mixed_precision": "bf16"}
+    changes = {**ADAPTED, "steps": 4, "mixed_precision": precision}
     for name, more in (("plain", {}), ("thrifty", {"compile": True, "checkpoint_activations": True})):
         run("finetune", write_config(tmp_path, "", **changes, **more), data, tmp_path / name, init=runs / "base")
-    plain, thrifty = losses_of(tmp_path / "plain"), losses_of(tmp_path / "thrifty")
-    assert thrifty == pytest.approx(plain, rel=0.02)
-    assert thrifty[4] != thrifty[1]
+    assert losses_of(tmp_path / "thrifty") == pytest.approx(losses_of(tmp_path / "plain"), rel=bound)
 
 
 def test_a_base_that_is_gone_or_changed_is_named(runs, tmp_path):

@@ -74,7 +74,7 @@ def run(
             random (finetune) or the teacher's (distill).
         teacher: full-precision checkpoint that a distilled student follows, of training or published.
         sentences: corpus of the tokenizer of a new policy; by default the instructions of the dataset.
-        cache_bytes: disk that pictures which are kept may take, in all; by default what they need.
+        cache_bytes: disk that kept pictures may take, in all; by default what they need.
 
     Raises:
         BitvlaError: unusable configuration, data or checkpoint; a loss that is not finite.
