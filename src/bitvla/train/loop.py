@@ -26,6 +26,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from tokenizers import Tokenizer
 from torch import Tensor
+from torch._functorch import config as functorch
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils._pytree import tree_map
@@ -549,6 +550,8 @@ class _Trained(torch.nn.Module):
     ) -> None:
         super().__init__()
         self.network, self.auxiliary = network, auxiliary
+        # As without compiling, the backward pass is outside of autocast: what is float32 there has such gradients.
+        functorch.backward_pass_autocast = "off"
         run: stages.Network = torch.compile(network) if compiles else network
         self._losses = lambda window: objective(run, window)
 
