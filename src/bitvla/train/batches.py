@@ -103,7 +103,7 @@ class Windows(Dataset[Window]):
         self._episode_end = np.asarray([end for _, end in dataset.episode_ranges])
         apart = np.array([held_out(number.to_bytes(4, "little")) for number in range(len(dataset.episode_ranges))])
         self._frames = np.flatnonzero(apart[episodes] == (split == "validation"))
-        if balance_tasks:
+        if balance_tasks and len(self._frames):  # a short dataset has none apart
             self._frames = _balanced(self._frames, _task_of_frames(dataset))
         self._token_ids = _left_padded([prompt.ids(text) for text in dataset.task_strings], prompt.pad_id)
         self._pad_id = prompt.pad_id

@@ -550,7 +550,7 @@ class _Trained(torch.nn.Module):
     ) -> None:
         super().__init__()
         self.network, self.auxiliary = network, auxiliary
-        # As without compiling, the backward pass is outside of autocast: what is float32 there has such gradients.
+        # As without compiling, the backward pass is outside of autocast: what adapters add has gradients in float32.
         functorch.backward_pass_autocast = "off"
         run: stages.Network = torch.compile(network) if compiles else network
         self._losses = lambda window: objective(run, window)
