@@ -1,16 +1,21 @@
-"""A small LeRobotDataset of random episodes, for tests."""
+"""A small LeRobotDataset of random episodes, and conversations about plain pictures, for tests."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 
 from bitvla.data.lerobot import Episode, LeRobotWriter
+from bitvla.processing.prompt import ASK_FOR_A_LETTER
 
 STATE_NAMES, ACTION_NAMES, HIDDEN_NAMES = ("x", "y", "z"), ("dx", "dy", "dz"), ("ox", "oy")
 KEYPOINT_NAMES = ("front.cup.u", "front.cup.v", "front.plate.u", "front.plate.v")
 SENTENCES = ("open the drawer", "push the puck")
+COLOURS = {"red": (220, 20, 20), "green": (20, 180, 20), "blue": (20, 40, 220), "grey": (120, 120, 120)}
+QUESTION = "Which colour?\nOptions: A: red, B: green, C: blue, D: grey"
 
 
 def random_episode(index: int, length: int = 12, size: int = 16) -> Episode:
@@ -51,3 +56,17 @@ def write_dataset(root: Path, episodes: int = 30, batch: int = 20) -> Path:
     for begin in range(0, episodes, batch):
         writer.append([random_episode(i) for i in range(begin, min(begin + batch, episodes))])
     return root
+
+
+def write_conversations(folder: Path, count: int = 40) -> Path:
+    """Plain pictures, and two questions about the colour of each."""
+    (folder / "images").mkdir(parents=True)
+    entries = []
+    for number in range(count):
+        letter, (name, colour) = "ABCD"[number % 4], list(COLOURS.items())[number % 4]
+        Image.new("RGB", (20, 20), colour).save(folder / "images" / f"{number}.png")
+        said = [f"<image>\n{QUESTION}{ASK_FOR_A_LETTER}", letter, "What do you see?", f"A {name} picture."]
+        messages = [{"from": ("human", "gpt")[i % 2], "value": text} for i, text in enumerate(said)]
+        entries.append({"id": f"n{number}", "image": f"images/{number}.png", "conversations": messages})
+    (folder / "colours.json").write_text(json.dumps(entries))
+    return folder / "colours.json"

@@ -349,7 +349,7 @@ WRONG_PRETRAINED: dict[str, tuple[Callable[[Path], object], dict[str, Any], str]
     "no control rate": (lambda folder: None, {"control_hz": None}, "give the one of .* with --control-hz"),
     "two views": (lambda folder: None, {"views": 2}, "sees one image, not 2"),
     "another key": (lambda folder: None, {"statistics": "bridge"}, "config.json has no statistics of 'bridge', only"),
-    "no file": (lambda folder: None, {"statistics": "gone.json"}, "gone.json is missing"),
+    "no file": (lambda folder: None, {"statistics": "gone.json"}, "gone.json is missing: give --statistics a file"),
     "no statistics": (
         lambda folder: edit_json(folder / "config.json", lambda config: config.pop("norm_stats")),
         {},

@@ -6,7 +6,9 @@ pytest tests/test_instruct.py
 from __future__ import annotations
 
 import json
+from functools import reduce
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,9 +17,11 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+import bitvla
 from bitvla.cli import main
 from bitvla.convert.pack import pack
 from bitvla.convert.training import open_start, read_config
+from bitvla.data.llava import LlavaDataset
 from bitvla.errors import BitvlaError
 from bitvla.evaluate import vqa
 from bitvla.model.checkpoint import load_language_network, load_network
@@ -28,33 +32,17 @@ from bitvla.runtime.network import Cache
 from bitvla.train import loop
 from bitvla.train.batches import UNKNOWN
 from bitvla.train.config import TrainConfig, load
-from bitvla.train.conversations import Conversations, conversation_file, read_conversations
+from bitvla.train.conversations import Conversations
 from bitvla.train.language import start_config
 from bitvla.train.loop import run
 from bitvla.train.plan import plan
-from datasets import write_dataset
-from training import MODEL, POLICY, losses_of, write_config
+from datasets import COLOURS, QUESTION, write_conversations, write_dataset
+from training import MODEL, POLICY, TOKENS, losses_of, write_config
 
 CONFIGS = Path(__file__).parent.parent / "configs"
-COLOURS = {"red": (220, 20, 20), "green": (20, 180, 20), "blue": (20, 40, 220), "grey": (120, 120, 120)}
-QUESTION = "Which colour?\nOptions: A: red, B: green, C: blue, D: grey"
 
 
 pytestmark = pytest.mark.usefixtures("one_torch_thread")
-
-
-def write_conversations(folder: Path, count: int = 40) -> Path:
-    """Plain pictures, and two questions about the colour of each."""
-    (folder / "images").mkdir(parents=True)
-    entries = []
-    for number in range(count):
-        letter, (name, colour) = "ABCD"[number % 4], list(COLOURS.items())[number % 4]
-        Image.new("RGB", (20, 20), colour).save(folder / "images" / f"{number}.png")
-        said = [f"<image>\n{QUESTION}{ASK_FOR_A_LETTER}", letter, "What do you see?", f"A {name} picture."]
-        messages = [{"from": ("human", "gpt")[i % 2], "value": text} for i, text in enumerate(said)]
-        entries.append({"id": f"n{number}", "image": f"images/{number}.png", "conversations": messages})
-    (folder / "colours.json").write_text(json.dumps(entries))
-    return folder / "colours.json"
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +65,7 @@ def conversations(data: Path, checkpoint: Path, **options: Any) -> Conversations
     settings = {"batch_size": 4, "max_tokens": 256, "seed": 3, "augmentation": None} | options
     assert network.config.vision
     assert network.config.image
-    return Conversations(read_conversations(data), network.config.vision, network.config.image, chat, **settings)
+    return Conversations(LlavaDataset(data), network.config.vision, network.config.image, chat, **settings)
 
 
 def test_only_the_answers_are_learnt(data: Path, instructed: Path) -> None:
@@ -230,8 +218,43 @@ def test_the_tower_of_a_policy_is_a_beginning(data: Path, tmp_path: Path) -> Non
         load_network(open_start(tmp_path / "aligned"))
     with pytest.raises(BitvlaError, match=r"no \[model\] section"):
         run("align", write_config(tmp_path, ""), data, tmp_path / "none")
-    with pytest.raises(BitvlaError, match="adapters are of policies"):
-        run("align", write_config(tmp_path, MODEL, lora_rank=2), data, tmp_path / "none")
+
+
+@pytest.mark.parametrize("stage", ["align", "instruct", "distill"])
+def test_adapters_of_a_model_are_refused_planned_or_not(
+    data: Path, instructed: Path, tmp_path: Path, stage: str
+) -> None:
+    config = write_config(tmp_path, MODEL, precision="ternary", lora_rank=2)
+    parents = {"teacher": instructed} if stage == "distill" else {"init": instructed}
+    refused = r"adapters are of policies; leave out lora_rank, and say in learning_parts what learns"
+    with pytest.raises(BitvlaError, match=refused):
+        run(stage, config, data, tmp_path / "out", **parents)
+    for given in (parents, {}):
+        with pytest.raises(BitvlaError, match=refused):
+            plan(stage, config, **given)
+
+
+def test_from_captions_to_a_policy_that_acts(data: Path, tmp_path: Path) -> None:
+    """The paper's stages, one after the other: each begins as the one before ended."""
+    demonstrations = write_dataset(tmp_path / "random", episodes=3)
+    sizes = {"vocab_size = 300": "vocab_size = 400", "max_positions = 64": "max_positions = 256"}
+    tokens, policy = (reduce(lambda text, item: text.replace(*item), sizes.items(), p) for p in (TOKENS, POLICY))
+    still = {"precision": "ternary", "steps": 1, "learning_rate": 1e-9}
+    at = {stage: tmp_path / stage for stage in ("align", "instruct", "distill", "pretrain", "finetune", "direct")}
+    run("align", write_config(tmp_path, MODEL, **still), data, at["align"])
+    run("instruct", write_config(tmp_path, "", **still), data, at["instruct"], init=at["align"])
+    run("distill", write_config(tmp_path, "", **still), data, at["distill"], teacher=at["instruct"])
+    run("pretrain", write_config(tmp_path, tokens, **still), demonstrations, at["pretrain"], init=at["distill"])
+    for out, start in (("finetune", "pretrain"), ("direct", "distill")):
+        run("finetune", write_config(tmp_path, policy, **still), demonstrations, at[out], init=at[start])
+    first = weights(at["align"])
+    for stage in at:
+        last = weights(at[stage])
+        assert all(torch.allclose(value, last[name], atol=1e-6) for name, value in first.items()), stage
+        assert (at[stage] / "tokenizer.json").read_text() == (at["align"] / "tokenizer.json").read_text()
+    pack(at["finetune"], tmp_path / "policy.safetensors")
+    packed = bitvla.load(tmp_path / "policy.safetensors")
+    assert packed.act(open_start(at["finetune"]).golden.observations[0]).shape == (3, 3)
 
 
 def test_conversations_about_an_image_are_in_one_split(data: Path, instructed: Path) -> None:
@@ -281,15 +304,15 @@ def test_what_is_wrong_with_a_file_is_named(tmp_path: Path, entries: Any, messag
     Image.new("RGB", (4, 4)).save(tmp_path / "0.png")
     (tmp_path / "bad.json").write_text(json.dumps(entries))
     with pytest.raises(BitvlaError, match=r"bad\.json.*" + message):
-        read_conversations(tmp_path / "bad.json")
+        LlavaDataset(tmp_path / "bad.json")
 
 
 def test_a_folder_stands_for_its_one_file(data: Path, tmp_path: Path) -> None:
-    assert conversation_file(data.parent) == data
-    with pytest.raises(BitvlaError, match="must hold one JSON file of conversations, it holds none"):
-        conversation_file(tmp_path)
-    with pytest.raises(BitvlaError, match=r"cannot read the conversations .*lost.json"):
-        read_conversations(tmp_path / "lost.json")
+    assert LlavaDataset(data.parent).path == data
+    with pytest.raises(BitvlaError, match="must hold Parquet shards or one JSON file of conversations, it holds none"):
+        LlavaDataset(tmp_path)
+    with pytest.raises(BitvlaError, match=r"cannot read .*lost.json: No such file"):
+        LlavaDataset(tmp_path / "lost.json")
 
 
 def test_special_tokens_in_what_is_said_are_refused(data: Path, instructed: Path, tmp_path: Path) -> None:
@@ -325,3 +348,13 @@ def test_the_model_at_full_size_is_the_published_one(stage: str) -> None:
     model = start_config(stage, config, None)
     assert config.batch_size * config.gradient_accumulation == 256
     assert (model.vision.num_layers, model.vision.ternary, model.language.num_layers) == (26, stage == "distill", 30)
+
+
+def test_the_nano_stages_begin_where_the_ones_before_end() -> None:
+    model = load(CONFIGS / "metaworld-nano-align.toml").model
+    distilled = start_config("distill", load(CONFIGS / "metaworld-nano-distill-tower.toml"), model)
+    start: Any = SimpleNamespace(folder="runs/distilled-tower", config=distilled)
+    for stage in ("pretrain", "vla"):
+        config = load(CONFIGS / f"metaworld-nano-{stage}.toml")
+        assert config.precision == "ternary"
+        loop._check_backbone(config.policy, start)

@@ -5,11 +5,14 @@ pytest tests/test_lora.py
 
 import json
 import shutil
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from safetensors.torch import load_file, save_file
 
 from bitvla.bundle import read, tensor_specs
@@ -114,6 +117,26 @@ def test_a_run_goes_on_from_adapters_with_new_ones_or_whole(runs, data, tmp_path
         shutil.rmtree(tmp_path / "next")
 
 
+@pytest.fixture
+def one_precision() -> Iterator[None]:
+    """Accelerate has one a process: forget the one of the tests before, and of this one."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("one_precision")
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_adapters_train_compiled_and_with_checkpointed_activations(runs, data, tmp_path, monkeypatch, precision):
+    """The losses are those of a run without. Traced as a whole, but not translated for the processor."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager", fullgraph=True))
+    changes = {**ADAPTED, "steps": 4, "mixed_precision": precision}
+    for name, more in (("plain", {}), ("thrifty", {"compile": True, "checkpoint_activations": True})):
+        run("finetune", write_config(tmp_path, "", **changes, **more), data, tmp_path / name, init=runs / "base")
+    assert losses_of(tmp_path / "thrifty") == pytest.approx(losses_of(tmp_path / "plain"), rel=1e-5)
+
+
 def test_a_base_that_is_gone_or_changed_is_named(runs, tmp_path):
     shutil.copytree(runs / "lora", tmp_path / "lora")
 
@@ -154,6 +177,11 @@ def test_a_base_that_is_gone_or_changed_is_named(runs, tmp_path):
 def test_what_is_wrong_is_named(data, tmp_path, stage, changes, message):
     with pytest.raises(BitvlaError, match=message):
         run(stage, write_config(tmp_path, **changes), data, tmp_path / "out")
+
+
+def test_a_plan_refuses_what_training_refuses(tmp_path):
+    with pytest.raises(BitvlaError, match="'localize' trains a new tower"):
+        plan("localize", write_config(tmp_path, lora_rank=4))
 
 
 def test_a_plan_tells_what_adapters_save(tmp_path):

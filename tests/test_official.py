@@ -644,6 +644,8 @@ def test_a_folder_with_something_in_it_is_not_written_to(published: Path) -> Non
 
 def test_statistics_may_be_given(tmp_path: Path) -> None:
     table = tmp_path / "dataset_statistics.json"
+    with pytest.raises(BitvlaError, match=r"dataset_statistics.json is missing: give --statistics a file"):
+        make_checkpoint(tmp_path / "checkpoint", reduced=True, statistics=table)
     table.write_text(json.dumps({"libero_10_no_noops": LIBERO_SPATIAL}))
     make_checkpoint(tmp_path / "checkpoint", reduced=True, statistics=table, views=1)
     pack(tmp_path / "checkpoint", tmp_path / "out")

@@ -29,12 +29,14 @@ from bitvla.data.lerobot import Episode, LeRobotDataset, LeRobotWriter
 from bitvla.model.checkpoint import load_network
 from bitvla.model.network import BitVLA, Output
 from bitvla.model.policy import TorchPolicy
-from bitvla.processing.prompt import Prompt
+from bitvla.processing.prompt import Chat, Prompt
 from bitvla.processing.vectors import normalize
 from bitvla.quantization import ternarize
+from bitvla.runtime.language import LanguageModel
 from bitvla.train.batches import Window, Windows
 from bitvla.train.loop import run
 from bitvla.train.plan import plan
+from datasets import write_conversations
 from reference_network import ReferenceNetwork
 from training import write_config
 
@@ -191,6 +193,25 @@ def test_a_policy_is_trained_from_a_base_model(published, data, tmp_path, kind, 
         assert packed.act(seen).shape == (4, 7)
 
 
+@pytest.mark.parametrize(("stage", "option"), [("instruct", "init"), ("distill", "teacher")])
+def test_a_vision_language_model_is_trained_from_a_published_one(published, tmp_path, stage, option):
+    """Every weight is kept, and what was trained packs, and is a base model for a policy."""
+    base = published / "vision-language-bf16-tower"
+    conversations = write_conversations(tmp_path / "colours", 2)
+    config = write_config(tmp_path, "", **{**QUIET, "batch_size": 1, "learning_rate": 1e-9})
+    run(stage, config, conversations, tmp_path / "out", **{option: base})
+    before, after = open_start(base), open_start(tmp_path / "out")
+    assert after.config.vision.ternary == (stage == "distill")
+    assert after.config.chat == before.config.chat
+    assert after.provenance["parents"][option]["digest"] == before.sha256
+    for name in tensor_specs(before.config):
+        np.testing.assert_allclose(after.tensor(name), to_float32(before.tensor(name)), atol=1e-6, err_msg=name)
+    assert set(conventions.TOKEN_IDS) <= Tokenizer.from_str(after.tokenizer).get_vocab().keys()
+    pack(tmp_path / "out", tmp_path / "model.safetensors")
+    model = LanguageModel.load(tmp_path / "model.safetensors")
+    assert len(model.see([np.zeros((20, 20, 3), np.uint8)])) == 256
+
+
 def test_reserved_tokens_become_those_of_a_policy(published, tmp_path):
     """As the official `convert_ckpt.py` has it: base models know of no state and no action."""
     shutil.copytree(published / "vision-language", tmp_path / "base", copy_function=os.link)
@@ -203,6 +224,8 @@ def test_reserved_tokens_become_those_of_a_policy(published, tmp_path):
     tokenizer = Tokenizer.from_str(open_start(tmp_path / "base").tokenizer)
     assert {token: tokenizer.token_to_id(token) for token in conventions.TOKEN_IDS} == conventions.TOKEN_IDS
     assert tokenizer.get_vocab_size() == len(content["added_tokens"]) + 128000
+    config = open_start(tmp_path / "base").config
+    assert Chat(config, tokenizer).image_id == conventions.TOKEN_IDS["<|image_pad|>"]
 
 
 def test_a_hub_id_is_a_start(published, data, tmp_path, monkeypatch):
@@ -240,8 +263,10 @@ def test_models_that_cannot_be_a_start_are_refused(published, data, tmp_path):
         open_start(tmp_path / "language")
     with pytest.raises(BitvlaError, match="is a base model, which does not act"):
         TorchPolicy.load(published / "vision-language")
-    with pytest.raises(BitvlaError, match="is a published checkpoint; one is needed here that training wrote"):
+    with pytest.raises(BitvlaError, match=r"the teacher .* is ternary; distillation needs full precision"):
         run("distill", write_config(tmp_path, ""), data, tmp_path / "out", teacher=published / "libero")
+    with pytest.raises(BitvlaError, match=r"tower of the teacher .* is ternary"):
+        run("distill", write_config(tmp_path, ""), data, tmp_path / "out", teacher=published / "vision-language")
     packed = shutil.copytree(published / "vision-language", tmp_path / "packed", copy_function=os.link)
     (packed / "model.safetensors.index.json").unlink()
     tensors, name = load_file(packed / SHARD), "language_model.model.layers.0.self_attn.q_proj.weight"

@@ -255,6 +255,7 @@ def test_balanced_tasks_are_seen_equally_often(tmp_path):
         episodes = whole._episode[whole._frames]
         assert [sum(sentence[e] == s for e in episodes) for s in (sentence[0], sentence[1])] == expected
         assert len(set(whole._frames.tolist())) == 42  # none is lost
+        assert windows(tmp_path / "uneven", tmp_path, balance_tasks=balanced, split="validation").num_frames == 0
 
 
 def test_first_actions_are_given_as_decided_and_are_no_target(data, tmp_path):

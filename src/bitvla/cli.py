@@ -494,10 +494,10 @@ def _add_making(add: _Add, commands: Any) -> None:
         action="append",
         metavar="D",
         help="dataset: folder, address (s3://bucket/data) or id on the Hugging Face Hub; pretrain takes several; align "
-        "and instruct a JSON file of conversations",
+        "and instruct conversations, as a JSON file or Parquet shards",
     )
     train.add_argument(
-        "--cache-size", type=_bytes, metavar="SIZE", help="disk for decoded pictures, as in 20GB (default: all of them)"
+        "--cache-size", type=_bytes, metavar="SIZE", help="disk for kept pictures, as in 20GB (default: all of them)"
     )
     train.add_argument("--out", type=Path, metavar="OUT", help="folder of the checkpoint")
     train.add_argument(
@@ -506,7 +506,7 @@ def _add_making(add: _Add, commands: Any) -> None:
         metavar="CKPT",
         help="checkpoint whose weights to start from, also a published one, or its Hugging Face id",
     )
-    train.add_argument("--teacher", type=Path, metavar="CKPT", help="checkpoint to align with (distill)")
+    train.add_argument("--teacher", type=Path, metavar="CKPT", help="checkpoint to align with, likewise (distill)")
     train.add_argument("--plan", action="store_true", help="say what it takes, without weights or data, and end")
     train.add_argument("--devices", type=_count, default=1, metavar="N", help="of a --plan (default: 1)")
     train.add_argument(

@@ -26,7 +26,7 @@ from safetensors import SafetensorError
 from bitvla.bundle import TensorSpec, action_specs, to_bfloat16, to_float32
 from bitvla.config import ActionConfig, LanguageConfig, VisionConfig
 from bitvla.convert import conventions
-from bitvla.convert.official import expected_tensors
+from bitvla.convert.official import STATISTICS_MISSING, expected_tensors
 from bitvla.convert.source import Progress, read_json
 from bitvla.convert.weights import SIDE_FILES, pack_rows
 from bitvla.errors import BitvlaError
@@ -106,7 +106,9 @@ def make_checkpoint(
         raise BitvlaError(f"{out} is not an empty folder; choose another place for the checkpoint")
     if views not in conventions.CAMERAS:
         raise BitvlaError(f"{views} views; a BitVLA policy sees 1, 2 or 3")
-    tables = read_json(statistics) if statistics else {"libero_spatial_no_noops": LIBERO_SPATIAL}
+    tables = {"libero_spatial_no_noops": LIBERO_SPATIAL}
+    if statistics is not None:
+        tables = read_json(statistics, STATISTICS_MISSING)
     vision, language = _reduced() if reduced else (VisionConfig(), LanguageConfig())
     if layers is not None:
         vision = msgspec.structs.replace(vision, num_layers=layers)

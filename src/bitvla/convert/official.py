@@ -46,6 +46,7 @@ from bitvla.runtime.policy import parse_tokenizer
 
 Kind = Literal["libero", "vision-language", "pretrained", "language"]
 
+STATISTICS_MISSING = "give --statistics a file that is there"
 EMBEDDING = "language_model.model.embed_tokens.weight"
 
 _HUB_FILES = ["*.json", "*.safetensors", "*.pt"]  # also in lora_adapter/
@@ -212,19 +213,22 @@ def open_official(
 def open_start(folder: Path) -> Source:
     """Open a published checkpoint as the start of training.
 
-    A LIBERO fine-tune is its policy. A base model, pre-trained on robots or not, is a tower and a decoder; its
-    tokenizer gets the tokens that a policy needs.
+    A LIBERO fine-tune is its policy. A base model, pre-trained on robots or not, is a vision-language model; its
+    tokenizer gets the tokens that a policy needs, of which one stands for a patch.
     """
     kind, checkpoint = _open(folder)
     if kind == "language":
-        raise BitvlaError(f"{folder} is a language model without a vision tower; a policy starts from one that sees")
+        raise BitvlaError(f"{folder} is a language model without a vision tower; training starts from one that sees")
     packed = next((place.key for place in checkpoint.weights.places.values() if place.dtype == "U8"), None)
     if packed is not None:
         raise BitvlaError(f"{folder} is packed ({packed}); training needs the latent weights, as in its -bf16 variant")
     if kind == "libero":
         return _fine_tune(checkpoint, None, _views(folder, checkpoint.raw, None))
     source = _vision_language_model(checkpoint)
-    return dataclasses.replace(source, tokenizer=_with_policy_tokens(source.tokenizer))
+    tokenizer = _with_policy_tokens(source.tokenizer)
+    chat = conventions.base_chat(_image_token(folder, checkpoint.raw, parse_tokenizer(tokenizer)))
+    config = msgspec.structs.replace(source.config, chat=chat)
+    return dataclasses.replace(source, config=config, tokenizer=tokenizer)
 
 
 def _open(folder: Path) -> tuple[Kind, _Checkpoint]:
@@ -463,7 +467,7 @@ def _read_pretrained_statistics(folder: Path, raw: Mapping[str, Any], given: str
     tables = _section(raw, "norm_stats")
     if given is not None and given.endswith(".json"):
         origin, key = Path(given), None
-        tables = read_json(origin)
+        tables = read_json(origin, STATISTICS_MISSING)
         if len(tables) != 1:
             raise BitvlaError(
                 f"{origin} has the statistics of {', '.join(tables) or 'nothing'}; leave one data set in it"

@@ -81,20 +81,20 @@ def check_finite(path: Path, name: str, values: NDArray[Any]) -> None:
             raise BitvlaError(f"{path}: tensor {name} has values that are not finite; the training has diverged")
 
 
-def read_text(path: Path) -> str:
-    """The text of a file that a checkpoint must have."""
+def read_text(path: Path, missing: str = "the checkpoint is not complete") -> str:
+    """The text of a file that a checkpoint must have, or `missing` says why it should be there."""
     try:
         return path.read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise BitvlaError(f"{path} is missing: the checkpoint is not complete") from None
+        raise BitvlaError(f"{path} is missing: {missing}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise BitvlaError(f"{path} cannot be read: {error}") from None
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in a file that a checkpoint must have."""
+def read_json(path: Path, missing: str = "the checkpoint is not complete") -> dict[str, Any]:
+    """The JSON object in such a file."""
     try:
-        value = json.loads(read_text(path))
+        value = json.loads(read_text(path, missing))
     except ValueError as error:
         raise BitvlaError(f"{path} is not valid JSON: {error}") from None
     if not isinstance(value, dict):

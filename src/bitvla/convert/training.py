@@ -145,8 +145,6 @@ def read_config(checkpoint: Path) -> PolicyConfig | LanguageModelConfig:
     if not origin.is_file():
         raise BitvlaError(f"{origin} is missing: {checkpoint} is not a training checkpoint, nor a published one")
     stored = read_json(origin)
-    if "model_type" in stored:
-        raise BitvlaError(f"{checkpoint} is a published checkpoint; one is needed here that training wrote")
     config: PolicyConfig | LanguageModelConfig
     if "chat" in stored:
         config = from_dict(LanguageModelConfig, stored, str(origin))

@@ -36,7 +36,7 @@ from upath import UPath
 
 import bitvla
 from bitvla.config import Record
-from bitvla.data.pictures import Images, Pictures
+from bitvla.data.pictures import Images, Pictures, user_cache
 from bitvla.errors import BitvlaError, meant
 from bitvla.files import write_whole
 
@@ -346,14 +346,13 @@ class LeRobotDataset:
         """Of a dataset here, in it; of one that is far away, among this user's caches. Other data have another name."""
         stats = self.root / "meta" / "stats.json"
         here = self.root / ".cache" if isinstance(self.root, Path) else None
-        user = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "bitvla"
         parts = (
             "" if here else self._source,
             json.dumps(self.info, sort_keys=True),
             stats.read_text() if stats.exists() else "",
             f"{self._cameras} {self._turned}",
         )
-        return (here or user) / hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
+        return (here or user_cache()) / hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
 
     def _frame_table(self) -> pd.DataFrame:
         places = self.episodes[["data/chunk_index", "data/file_index"]].drop_duplicates()

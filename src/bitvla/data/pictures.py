@@ -105,19 +105,29 @@ class Pictures:
     def _make_room(self, needed: int) -> None:
         if self.limit is None:
             return
-        kept = []
-        for path in self._folder.glob("*.rgb"):
-            with contextlib.suppress(FileNotFoundError):  # another process made room
-                status = path.stat()
-                kept.append((status.st_mtime_ns, status.st_size, path))
         # Another thread may be writing one, too.
         longest = int(self.lengths.max()) * max(math.prod(shape) for shape in self._shapes.values())
-        excess = sum(size for _, size, _ in kept) + needed + longest - self.limit
-        for _, size, path in sorted(kept):
-            if excess <= 0:
-                break
-            path.unlink(missing_ok=True)
-            excess -= size
+        make_room(self._folder.glob("*.rgb"), self.limit - needed - longest)
+
+
+def make_room(files: Iterable[Path], most: int) -> None:
+    """Delete those of `files` that were touched longest ago, until the others take at most `most` bytes."""
+    kept = []
+    for path in files:
+        with contextlib.suppress(FileNotFoundError):  # another process made room
+            status = path.stat()
+            kept.append((status.st_mtime_ns, status.st_size, path))
+    excess = sum(size for _, size, _ in kept) - most
+    for _, size, path in sorted(kept):
+        if excess <= 0:
+            break
+        path.unlink(missing_ok=True)
+        excess -= size
+
+
+def user_cache() -> Path:
+    """Where what was fetched for this user is kept."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "bitvla"
 
 
 class Images(Sequence[Frame]):

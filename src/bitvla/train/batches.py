@@ -103,7 +103,7 @@ class Windows(Dataset[Window]):
         self._episode_end = np.asarray([end for _, end in dataset.episode_ranges])
         apart = np.array([held_out(number.to_bytes(4, "little")) for number in range(len(dataset.episode_ranges))])
         self._frames = np.flatnonzero(apart[episodes] == (split == "validation"))
-        if balance_tasks:
+        if balance_tasks and len(self._frames):  # a short dataset has none apart
             self._frames = _balanced(self._frames, _task_of_frames(dataset))
         self._token_ids = _left_padded([prompt.ids(text) for text in dataset.task_strings], prompt.pad_id)
         self._pad_id = prompt.pad_id
@@ -342,17 +342,6 @@ class Mixture(Dataset[TokenWindow]):
         for which, place, *changes in chances:
             part, position = positions[int(np.searchsorted(self._borders, which, side="right"))]
             yield part, position, place, np.reshape(changes, (self._views, 5))
-
-
-def shuffled(items: Ids, seed: int, step: int, batch_size: int) -> Ids:
-    """The items (batch_size,) of the batch of pass `step`: each once an epoch, in random order."""
-    positions = np.arange(step * batch_size, (step + 1) * batch_size)
-    chosen = np.empty(batch_size, dtype=np.int64)
-    for epoch in np.unique(positions // len(items)):
-        order = np.random.default_rng([seed, int(epoch)]).permutation(len(items))
-        now = positions // len(items) == epoch
-        chosen[now] = items[order[positions[now] % len(items)]]
-    return chosen
 
 
 def draws(seed: int, stream: int, step: int, shape: tuple[int, ...]) -> NDArray[np.float64]:

@@ -1,112 +1,20 @@
-"""Conversations about images, in the JSON layout of LLaVA, and the windows that a vision-language model learns from.
-
-    [{"id": "7", "image": "images/7.png", "conversations": [
-        {"from": "human", "value": "<image>\\nWhich object is red?"}, {"from": "gpt", "value": "the cube"}, ...]}, ...]
-
-Images lie beside the file. An entry may have several turns, and no image.
-"""
+"""Conversations about images as the windows that a vision-language model learns from."""
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import NamedTuple
-
-import msgspec
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch.utils.data import Dataset
 
 from bitvla.config import ImageProcessing, VisionConfig
+from bitvla.data.llava import Conversation, LlavaDataset, Picture
 from bitvla.errors import BitvlaError
 from bitvla.model.network import Batch
-from bitvla.processing.images import crop_resized, read_image, to_pixels
+from bitvla.processing.images import crop_resized, to_pixels
 from bitvla.processing.prompt import Chat
-from bitvla.train.batches import UNKNOWN, Ids, TokenWindow, draws, held_out, jitter, shuffled
+from bitvla.train.batches import UNKNOWN, Ids, TokenWindow, draws, held_out, jitter
 from bitvla.train.config import Augmentation
-
-IMAGE = "<image>"  # where the images of an entry are, in what is said
-ROLES = ("human", "gpt")
-
-
-class Turn(NamedTuple):
-    """What is asked, how many images come with it, and what is answered."""
-
-    prompt: str
-    images: int
-    answer: str
-
-
-class Conversation(NamedTuple):
-    """One entry of a file; `name` tells which."""
-
-    name: str
-    images: tuple[Path, ...]
-    turns: tuple[Turn, ...]
-
-
-class _Message(msgspec.Struct):
-    role: str = msgspec.field(name="from")
-    value: str
-
-
-class _Entry(msgspec.Struct):
-    conversations: list[_Message]
-    id: str | int | None = None
-    image: str | list[str] | None = None
-
-
-def conversation_file(path: Path) -> Path:
-    """`path`, or where that is a folder the one JSON file in it."""
-    if not path.is_dir():
-        return path
-    files = sorted(path.glob("*.json"))
-    if len(files) != 1:
-        names = ", ".join(file.name for file in files) or "none"
-        raise BitvlaError(f"{path} must hold one JSON file of conversations, it holds {names}; name the file")
-    return files[0]
-
-
-def read_conversations(path: Path) -> list[Conversation]:
-    """The entries of a file. BitvlaError names the first that cannot be used, and why."""
-    try:
-        entries = msgspec.json.decode(path.read_bytes(), type=list[_Entry])
-    except OSError as error:
-        raise BitvlaError(f"cannot read the conversations {path}: {error.strerror}") from None
-    except msgspec.MsgspecError as error:
-        raise BitvlaError(f"{path} is not in the JSON layout of LLaVA: {error}") from None
-    if not entries:
-        raise BitvlaError(f"{path} holds no conversation: its list is empty")
-    return [_conversation(entry, f"{path}: entry {number}", path.parent) for number, entry in enumerate(entries)]
-
-
-def _conversation(entry: _Entry, name: str, folder: Path) -> Conversation:
-    if entry.id is not None:
-        name += f" ('{entry.id}')"
-    names = [entry.image] if isinstance(entry.image, str) else entry.image or []
-    images = tuple(folder / image for image in names)
-    for image in images:
-        if not image.is_file():
-            raise BitvlaError(f"{name}: its image {image} does not exist")
-    for number, message in enumerate(entry.conversations):
-        expected = ROLES[number % 2]
-        if message.role != expected:
-            raise BitvlaError(f"{name}: message {number} is from '{message.role}', it must be from '{expected}'")
-        if not message.value.replace(IMAGE, "").strip():
-            raise BitvlaError(f"{name}: message {number}, from '{message.role}', is empty")
-    if not entry.conversations or len(entry.conversations) % 2:
-        raise BitvlaError(f"{name}: it has {len(entry.conversations)} messages; each question needs its answer")
-    asked, answered = entry.conversations[::2], entry.conversations[1::2]
-    turns = tuple(
-        Turn(question.value.replace(IMAGE, "").strip(), question.value.count(IMAGE), answer.value)
-        for question, answer in zip(asked, answered, strict=True)
-    )
-    if sum(turn.images for turn in turns) != len(images):
-        raise BitvlaError(
-            f"{name}: {IMAGE} stands {sum(turn.images for turn in turns)} times in its questions, it has "
-            f"{len(images)} images"
-        )
-    return Conversation(name, images, turns)
 
 
 def tokens(conversation: Conversation, chat: Chat, most: int) -> tuple[Ids, NDArray[np.bool_], int]:
@@ -139,7 +47,7 @@ class Conversations(Dataset[TokenWindow]):
 
     def __init__(
         self,
-        entries: list[Conversation],
+        dataset: LlavaDataset,
         vision: VisionConfig,
         image: ImageProcessing,
         chat: Chat,
@@ -152,11 +60,12 @@ class Conversations(Dataset[TokenWindow]):
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
-        self._entries, self._vision, self._image, self._chat = entries, vision, image, chat
+        self._dataset, self._entries, self._epochs = dataset, dataset.entries, dict[int, Ids]()
+        self._vision, self._image, self._chat = vision, image, chat
         self._batch_size, self._max_tokens, self._seed = batch_size, max_tokens, seed
         self._augmentation, self._rank, self._world_size = augmentation, rank, world_size
         self._chosen = np.flatnonzero(
-            [_apart(entry) == (split == "validation") and self._fits(entry) for entry in entries]
+            [_apart(entry) == (split == "validation") and self._fits(entry) for entry in self._entries]
         )
         if not len(self._chosen) and split == "train":
             raise BitvlaError(
@@ -181,7 +90,18 @@ class Conversations(Dataset[TokenWindow]):
         return "; ".join(self._entries[i].name for i in self._indices(step)[self._rank :: self._world_size])
 
     def _indices(self, step: int) -> Ids:
-        return shuffled(self._chosen, self._seed, step, self._batch_size)
+        """The entries of the batch of pass `step`: each once an epoch, in random order."""
+        positions = range(step * self._batch_size, (step + 1) * self._batch_size)
+        return np.array([self._epoch(i // len(self._chosen))[i % len(self._chosen)] for i in positions])
+
+    def _epoch(self, number: int) -> Ids:
+        if number not in self._epochs:
+            rng = np.random.default_rng([self._seed, number])
+            order = self._chosen[rng.permutation(len(self._chosen))]
+            order = order[np.argsort(self._dataset.turns(rng)[order], kind="stable")]
+            recent = dict(list(self._epochs.items())[-1:])  # a batch may end one epoch and begin the next
+            self._epochs = {**recent, number: order}
+        return self._epochs[number]
 
     def __getitem__(self, step: int) -> TokenWindow:
         share = slice(self._rank, None, self._world_size)
@@ -197,9 +117,9 @@ class Conversations(Dataset[TokenWindow]):
             targets[i, begin:] = np.where(written[1:], ids[1:], UNKNOWN)
         token_ids[padding] = self._chat.stop_ids[0]
         views = [
-            self._pixels(path, entry.name, change)
+            self._pixels(picture, entry.name, change)
             for entry, (_, _, images), change in zip(entries, rows, changes, strict=True)
-            for path in entry.images[:images]
+            for picture in entry.images[:images]
         ]
         size = self._vision.image_size
         if not views:  # a blank picture, which no token reads: several processes run the same parts
@@ -214,11 +134,11 @@ class Conversations(Dataset[TokenWindow]):
         )
         return TokenWindow(inputs, torch.from_numpy(targets))
 
-    def _pixels(self, path: Path, name: str, changes: NDArray[np.float64]) -> NDArray[np.float32]:
+    def _pixels(self, picture: Picture, name: str, changes: NDArray[np.float64]) -> NDArray[np.float32]:
         """float32 (3, size, size); `changes` (5,) in [0, 1): crop's place, then the jitter."""
         across, down = changes[:2] if self._augmentation and self._augmentation.random_crop else (0.5, 0.5)
         try:
-            image = read_image(path)
+            image = self._dataset.image(picture)
         except BitvlaError as error:
             raise BitvlaError(f"{name}: {error}") from None
         view = crop_resized(image, self._image, self._vision.image_size, (float(across), float(down)))

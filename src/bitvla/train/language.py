@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +12,15 @@ import torch
 from tokenizers import Tokenizer
 
 from bitvla.config import LanguageModelConfig, PolicyConfig, check
-from bitvla.convert.source import Source, sha256
+from bitvla.convert.source import Source
+from bitvla.data.llava import LlavaDataset
 from bitvla.errors import BitvlaError
 from bitvla.model.checkpoint import fill, load_language_network
 from bitvla.model.network import VisionLanguageModel
 from bitvla.processing.prompt import Chat, train_tokenizer
 from bitvla.train import stages
 from bitvla.train.config import TrainConfig
-from bitvla.train.conversations import Conversations, conversation_file, read_conversations
+from bitvla.train.conversations import Conversations
 from bitvla.train.loop import Trainer, shard
 
 
@@ -26,11 +28,17 @@ class LanguageTrainer(Trainer):
     """The loop over conversations in place of demonstrations."""
 
     def __init__(
-        self, stage: str, config: TrainConfig, data: Path, out: Path, start: Path | None, teacher: Path | None
+        self,
+        stage: str,
+        config: TrainConfig,
+        data: LlavaDataset,
+        out: Path,
+        start: Path | None,
+        teacher: Path | None,
+        opened: Mapping[Path, Source],
     ) -> None:
-        self.path = conversation_file(data)
-        self.entries = read_conversations(self.path)
-        super().__init__(stage, config, [], out, start, teacher, None)
+        self.data = data
+        super().__init__(stage, config, [], out, start, teacher, opened, None)
 
     def _policy(self, start: Source | None, sentences: list[str] | None) -> tuple[VisionLanguageModel, Chat, Tokenizer]:
         config = start_config(self.stage, self.config, None if start is None else start.config)
@@ -38,7 +46,7 @@ class LanguageTrainer(Trainer):
             network, chat = load_language_network(start, config)
             tokenizer = chat.tokenizer
         else:
-            texts = {text for entry in self.entries for turn in entry.turns for text in (turn.prompt, turn.answer)}
+            texts = {text for entry in self.data.entries for turn in entry.turns for text in (turn.prompt, turn.answer)}
             tokenizer = _new_tokenizer(config, sorted(texts))
             chat = Chat(config, tokenizer)
             network = VisionLanguageModel(config, chat.image_id)
@@ -64,7 +72,7 @@ class LanguageTrainer(Trainer):
         assert config.vision is not None
         assert config.image is not None
         return Conversations(
-            self.entries,
+            self.data,
             config.vision,
             config.image,
             self.prompt,
@@ -77,7 +85,8 @@ class LanguageTrainer(Trainer):
         )
 
     def _data(self) -> list[dict[str, Any]]:
-        return [{"digest": sha256(self.path), "conversations": len(self.entries)}]
+        limit = {} if self.data.limit is None else {"cache_bytes": self.data.limit}  # it decides the order
+        return [{"digest": self.data.digest, "conversations": len(self.data.entries), **limit}]
 
     def _golden(self) -> None:
         return None
@@ -107,7 +116,7 @@ def start_config(
 
 def _new_tokenizer(config: LanguageModelConfig, texts: list[str]) -> Tokenizer:
     chat = config.chat
-    # Padding and action slots are a policy's, which may begin as this model.
-    specials = ["<|pad|>", "<|slot|>", chat.image_token, *chat.stop_tokens]
+    # Padding, action slots and the place of the state are a policy's, which may begin as this model.
+    specials = ["<|pad|>", "<|slot|>", "<proprio_pad>", chat.image_token, *chat.stop_tokens]
     specials += re.findall(r"<\|\w+\|>", chat.begin + chat.turn + chat.turn_with_images)
     return train_tokenizer(texts, config.language.vocab_size, list(dict.fromkeys(specials)))

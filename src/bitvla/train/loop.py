@@ -12,7 +12,7 @@ import platform
 import signal
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from tokenizers import Tokenizer
 from torch import Tensor
+from torch._functorch import config as functorch
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils._pytree import tree_map
@@ -33,8 +34,9 @@ from torch.utils._pytree import tree_map
 import bitvla
 from bitvla.config import LanguageModelConfig, PolicyConfig, check, to_dict
 from bitvla.convert.source import Source
-from bitvla.convert.training import Adapters, open_start, read_config
+from bitvla.convert.training import Adapters, open_start
 from bitvla.data.lerobot import AS_STORED, LeRobotDataset, name_of
+from bitvla.data.llava import LlavaDataset
 from bitvla.errors import BitvlaError, meant
 from bitvla.model.checkpoint import golden_tensors, load_network, save_checkpoint
 from bitvla.model.lora import add_adapters, trained_state
@@ -66,75 +68,82 @@ def run(
         stage: one of `stages.NAMES`; "distill" needs `teacher`.
         config_path: TOML file of a `TrainConfig`.
         data: a LeRobotDataset v3, as a folder, an address that fsspec knows, or an id on the Hub; for "pretrain" one
-            or several; for "align", "instruct" and the distillation of a vision-language model a JSON file of
-            conversations (see `bitvla.train.conversations`).
+            or several; for "align", "instruct" and the distillation of a vision-language model conversations (see
+            `bitvla.data.llava`).
         out: folder of the run. If it holds an unfinished run of the same settings, that run goes on.
         init: checkpoint whose weights are the start, of training or published (its folder or its Hub id); by default
             random (finetune) or the teacher's (distill).
-        teacher: full-precision checkpoint that a distilled student follows.
+        teacher: full-precision checkpoint that a distilled student follows, of training or published.
         sentences: corpus of the tokenizer of a new policy; by default the instructions of the dataset.
-        cache_bytes: disk that decoded pictures may take, in all; by default what they need.
+        cache_bytes: disk that kept pictures may take, in all; by default what they need.
 
     Raises:
         BitvlaError: unusable configuration, data or checkpoint; a loss that is not finite.
     """
     check_stage(stage, teacher)
     config = load(config_path)
+    start = init or (teacher if stage == "distill" else None)
     sources = [data] if isinstance(data, str | Path) else list(data)
     names = [name_of(source) for source in sources]
     _check_mixture(stage, config, names)
-    start = init or (teacher if stage == "distill" else None)
-    _check_adapters(stage, config, start, teacher)
+    opened = {path: open_start(path) for path in (start, teacher) if path is not None}
+    if teacher is not None and stage == "distill":
+        check_teacher(opened[teacher].config, teacher, opened[teacher].provenance)
+    of_language = trains_language(stage, None if teacher is None else opened[teacher].config)
+    check_adapters(stage, config, of_language)
+    if config.lora_rank and start is None:
+        raise BitvlaError(f"lora_rank is {config.lora_rank}: adapters need a checkpoint to adapt; give one with --init")
     trainer: Trainer
-    if of_language(stage, teacher):
+    if of_language:
         from bitvla.train.language import LanguageTrainer  # which is a Trainer
 
-        trainer = LanguageTrainer(stage, config, Path(sources[0]), Path(out), start, teacher)
+        conversations = LlavaDataset(sources[0], cache_bytes)
+        trainer = LanguageTrainer(stage, config, conversations, Path(out), start, teacher, opened)
     else:
         share = None if cache_bytes is None else cache_bytes // len(sources)
         datasets = [
             LeRobotDataset(source, config.data.get(name, AS_STORED), share)
             for source, name in zip(sources, names, strict=True)
         ]
-        trainer = Trainer(stage, config, datasets, Path(out), start, teacher, sentences)
+        trainer = Trainer(stage, config, datasets, Path(out), start, teacher, opened, sentences)
     with _interruptible() as interrupted:
         return trainer.train(interrupted)
 
 
 def check_stage(stage: str, teacher: Path | None) -> None:
-    """BitvlaError for a stage that does not exist, or cannot do without a teacher or with this one."""
+    """BitvlaError for a stage that does not exist, or cannot do without a teacher."""
     if stage not in stages.NAMES:
         raise BitvlaError(f"unknown stage '{stage}': use one of {', '.join(stages.NAMES)}")
-    if stage != "distill":
-        return
-    if teacher is None:
+    if stage == "distill" and teacher is None:
         raise BitvlaError("stage 'distill' needs a full-precision teacher: --teacher CHECKPOINT")
-    config = read_config(teacher)
+
+
+def check_teacher(
+    config: PolicyConfig | LanguageModelConfig, teacher: Path, provenance: Mapping[str, Any] | None = None
+) -> None:
+    """BitvlaError for a checkpoint that no student can follow."""
     if isinstance(config, LanguageModelConfig):
         if config.precision == "ternary" and config.vision and config.vision.ternary:
             raise BitvlaError(f"the tower of the teacher {teacher} is ternary; distillation needs full precision")
         return
     if config.precision != "full":
         raise BitvlaError(f"the teacher {teacher} is {config.precision}; distillation needs full precision")
-    trained = (_provenance_of(teacher) or {}).get("stage")
+    trained = (provenance or {}).get("stage")
     if trained in ("localize", "pretrain"):
         raise BitvlaError(f"the teacher {teacher} is of stage '{trained}' and has no action head; finetune it first")
 
 
-def of_language(stage: str, teacher: Path | None) -> bool:
+def trains_language(stage: str, teacher: PolicyConfig | LanguageModelConfig | None) -> bool:
     """Does this stage train a vision-language model, on conversations?"""
-    if stage == "distill" and teacher is not None:
-        return isinstance(read_config(teacher), LanguageModelConfig)
-    return stage in ("align", "instruct")
+    return stage in ("align", "instruct") or (stage == "distill" and isinstance(teacher, LanguageModelConfig))
 
 
-def _check_adapters(stage: str, config: TrainConfig, start: Path | None, teacher: Path | None) -> None:
+def check_adapters(stage: str, config: TrainConfig, of_language: bool) -> None:
+    """BitvlaError where a configuration asks for adapters and its stage trains none."""
     if config.lora_rank and stage == "localize":
         raise BitvlaError("stage 'localize' trains a new tower; leave out lora_rank")
-    if config.lora_rank and of_language(stage, teacher):
+    if config.lora_rank and of_language:
         raise BitvlaError("adapters are of policies; leave out lora_rank, and say in learning_parts what learns")
-    if config.lora_rank and start is None:
-        raise BitvlaError(f"lora_rank is {config.lora_rank}: adapters need a checkpoint to adapt; give one with --init")
 
 
 def _check_mixture(stage: str, config: TrainConfig, names: list[str]) -> None:
@@ -166,13 +175,13 @@ class Trainer:
         out: Path,
         start: Path | None,
         teacher: Path | None,
+        opened: Mapping[Path, Source],
         sentences: list[str] | None,
     ) -> None:
         self.stage, self.config, self.out, self.datasets = stage, config, out, datasets
         self.accelerator = _accelerator(config, out)
         self.console = Console(stderr=True, quiet=not self.accelerator.is_main_process)
         set_seed(config.seed)
-        opened = {path: open_start(path) for path in (start, teacher) if path is not None}
         source = None if start is None else opened[start]
         self.network, self.prompt, self.tokenizer = self._policy(source, sentences)
         if config.lora_rank:
@@ -541,6 +550,8 @@ class _Trained(torch.nn.Module):
     ) -> None:
         super().__init__()
         self.network, self.auxiliary = network, auxiliary
+        # As without compiling, the backward pass is outside of autocast: what adapters add has gradients in float32.
+        functorch.backward_pass_autocast = "off"
         run: stages.Network = torch.compile(network) if compiles else network
         self._losses = lambda window: objective(run, window)
 
@@ -696,11 +707,6 @@ def _check_fits(config: Any, dataset: LeRobotDataset, start: Path) -> None:
             f"{start} has {config.action.state_dim} state and {config.action.dim} action values, the data has "
             f"{dataset.state.shape[1]} and {dataset.action.shape[1]}"
         )
-
-
-def _provenance_of(checkpoint: Path) -> Any:
-    path = checkpoint / "provenance.json"
-    return json.loads(path.read_text()) if path.is_file() else None
 
 
 def _show(losses: dict[str, float]) -> str:

@@ -32,7 +32,7 @@ from bitvla.train import stages
 from bitvla.train.batches import TokenWindow, Window
 from bitvla.train.config import NewPolicy, TrainConfig, load
 from bitvla.train.language import start_config
-from bitvla.train.loop import check_stage, of_language, optimizers
+from bitvla.train.loop import check_adapters, check_stage, check_teacher, optimizers, trains_language
 
 CHARACTERS_A_TOKEN = 4  # of English text, about
 # FLOP of an operation, from its arguments; PyTorch's own table has the attention of GPUs only.
@@ -69,14 +69,20 @@ def plan(
     Raises:
         BitvlaError: unusable configuration; a batch that the devices cannot share; cameras that nothing names.
     """
-    if teacher is not None or stage != "distill":
+    if stage != "distill":  # which is like its student, where none is named
         check_stage(stage, teacher)
-    config = load(config_path)
+    config, followed = load(config_path), _stored(teacher)
+    if stage == "distill" and teacher is not None and followed is not None:
+        check_teacher(followed, teacher)
     if config.batch_size % devices:
         raise BitvlaError(f"batch_size {config.batch_size} cannot be shared by {devices} devices; make it a multiple")
     start = init or (teacher if stage == "distill" else None)
     policy: PolicyConfig | LanguageModelConfig
-    if of_language(stage, teacher) or (stage == "distill" and config.model is not None):
+    of_language = trains_language(stage, followed) or (
+        stage == "distill" and followed is None and config.model is not None
+    )
+    check_adapters(stage, config, of_language)
+    if of_language:
         policy, length, views = start_config(stage, config, _stored(start)), config.max_tokens, 1
     else:
         policy = _policy(stage, config, _stored(start), data)
