@@ -150,9 +150,9 @@ def test_each_window_is_told_its_own(tmp_path):
         with torch.no_grad():
             return network(batch).vision_states[-1]
 
-    together = states([two, one], pixels)
-    torch.testing.assert_close(together, torch.cat([states([two], pixels[:, :2]), states([one], pixels[:, 2:])]))
-    assert (together - states([one, two], pixels)).abs().max() > 1e-3
+    together = states([one, two], pixels)
+    torch.testing.assert_close(together, torch.cat([states([one], pixels[:, :1]), states([two], pixels[:, 1:])]))
+    assert (together - states([two, one], pixels)).abs().max() > 1e-3
 
 
 # Packed.
