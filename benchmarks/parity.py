@@ -171,7 +171,7 @@ class Official:
         prefix = f"vision_tower.vision_model.encoder.layers.{index}."
         self.module = self._fill(layer, prefix, ternary=vision.ternary)
         views = (-1, vision.num_patches, vision.hidden_size)
-        return lambda x: layer(x.reshape(views), attention_mask=None).flatten(0, 1)
+        return lambda x: layer(x.reshape(views)).flatten(0, 1)
 
     def connector(self) -> Apply:
         with META:
@@ -263,7 +263,9 @@ def policy_subject(policy: Policy, tokenizer: Tokenizer) -> Subject:
 
     def run(record: runtime.Record) -> Mapping[str, NDArray[np.float32]]:
         network.record = record
-        actions = network.act(network.think([plan], network.see(patches_of(pixels, config.vision)), state[None]))[0]
+        actions = network.act(
+            network.think([plan], network.see(patches_of(pixels, config.vision), [plan]), state[None])
+        )[0]
         return {} if config.action.bins else {"actions": actions}
 
     ids = prompt.ids(seen.instruction)

@@ -27,9 +27,10 @@ class ReferenceNetwork:
     ) -> dict[str, Floats]:
         """Every hidden state by the name the runtime records it under, and the normalised "actions"."""
         config, states = self.config, {}
+        told = self.told(ids, image_id, proprio_id)
         states["vision.0"] = x = self.patch_embedding(patches)
         for index in range(config.vision.num_layers):
-            states[f"vision.{index + 1}"] = x = self.vision_layer(index, x)
+            states[f"vision.{index + 1}"] = x = self.vision_layer(index, x, told)
         states["connector"] = self.connector(x)
         states["decoder.0"] = x = self.embed(ids, image_id, proprio_id, states["connector"], state)
         for index in range(config.language.num_layers):
@@ -44,7 +45,13 @@ class ReferenceNetwork:
         x = patches @ kernel.reshape(len(kernel), -1).T + self.weights[f"{prefix}patch_embedding.bias"]
         return x + np.tile(self.weights[f"{prefix}position_embedding.weight"], (len(self.config.processing.cameras), 1))
 
-    def vision_layer(self, index: int, x: Floats) -> Floats:
+    def told(self, ids: NDArray[np.int64], image_id: int, proprio_id: int) -> Floats:
+        """What FiLM hears: the mean embedding of all tokens that are text."""
+        slots = np.arange(len(ids)) - len(ids) + 1
+        is_text = (ids != image_id) & (ids != proprio_id) & ((slots < -self.config.action.num_slots) | (slots == 0))
+        return self.weights["language_model.model.embed_tokens.weight"][ids[is_text]].mean(0)
+
+    def vision_layer(self, index: int, x: Floats, told: Floats | None = None) -> Floats:
         prefix, vision = f"vision_tower.vision_model.encoder.layers.{index}.", self.config.vision
         h = self.layer_norm(f"{prefix}layer_norm1", x, vision.layer_norm_eps)
         project = self.ternary if vision.ternary else self.linear
@@ -52,6 +59,8 @@ class ReferenceNetwork:
         views = [np.arange(len(x)) // vision.num_patches == view for view in range(len(x) // vision.num_patches)]
         attended = np.concatenate([attention(q[i], k[i], v[i], vision.num_heads, vision.num_heads) for i in views])
         x = x + project(f"{prefix}self_attn.out_proj", attended)
+        if vision.film and told is not None:
+            x = x * (1 + self.linear(f"film.{index}.scale", told)) + self.linear(f"film.{index}.shift", told)
         h = project(f"{prefix}mlp.fc1", self.layer_norm(f"{prefix}layer_norm2", x, vision.layer_norm_eps))
         return x + project(f"{prefix}mlp.fc2", gelu_tanh(h))
 

@@ -289,8 +289,8 @@ def with_document(content: bytes, **changes: Any) -> bytes:
 
 
 def test_formats_of_other_versions_are_named(content: bytes, scratch: Path) -> None:
-    scratch.write_bytes(with_document(content, format=4, new_field=1))
-    assert "format 4, this bitvla reads formats 1 to 3; update bitvla" in refused(scratch, digest=False)
+    scratch.write_bytes(with_document(content, format=5, new_field=1))
+    assert "format 5, this bitvla reads formats 1 to 4; update bitvla" in refused(scratch, digest=False)
     scratch.write_bytes(with_document(content, format=0))
     assert "pack it again" in refused(scratch, digest=False)
 
@@ -316,6 +316,16 @@ def test_format_2_is_read(tmp_path: Path) -> None:
     assert older.bundle.tensors[layer].dtype == np.int8
     np.testing.assert_allclose(older.act(seen), policy.act(seen), atol=0.1)
     assert inspect(path)["format"] == 2
+
+
+def test_format_3_is_read(content: bytes, scratch: Path) -> None:
+    """Its towers had no FiLM, and no field for it."""
+    header, data = header_of(content)
+    document = header["__metadata__"]["bitvla"]
+    document["format"] = 3
+    del document["config"]["vision"]["film"]
+    scratch.write_bytes(assemble(header, data))
+    assert not read(scratch, digest=False).config.vision.film
 
 
 def test_altered_statistics_are_found(content: bytes, scratch: Path) -> None:

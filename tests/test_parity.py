@@ -32,6 +32,7 @@ CONFIGS = {
     "bidirectional": tiny_config(),
     "causal": changed("language", bidirectional=False),
     "full-precision tower": changed("vision", ternary=False),
+    "FiLM": changed("vision", film=True),
     "one kv head": changed("language", num_kv_heads=1),
     "deep head": changed("action", head_blocks=2, slots_per_step=1),
     "rotated, lanczos": changed("processing", image=ImageProcessing(rotate180=True, resize="lanczos")),

@@ -41,8 +41,8 @@ def assert_same_run(one: Path, other: Path, steps: int) -> None:
     ("stage", "changes"),
     [
         ("finetune", {"gradient_accumulation": 2, "optimizer": "muon"}),
-        ("finetune", {"shard": True, **UNSHARDED}),
-        ("pretrain", {}),
+        ("finetune", {"shard": True, "film": True, **UNSHARDED}),
+        ("pretrain", {"film": True}),
     ],
 )
 def test_two_processes_train_as_one(data, tmp_path, stage, changes):

@@ -49,6 +49,7 @@ CONFIGS = {
     "causal": changed(language={"bidirectional": False}),
     "one kv head, deep head": changed(language={"num_kv_heads": 1}, action={"head_blocks": 2, "slots_per_step": 1}),
     "full-precision tower": changed(vision={"ternary": False}),
+    "FiLM": changed(vision={"film": True}),
     "no blocks, one layer": changed(language={"num_layers": 1, "num_kv_heads": 4}, action={"head_blocks": 0}),
 }
 
@@ -84,8 +85,9 @@ def test_layers_match_the_reference(tmp_path: Path, name: str, seed: int) -> Non
     ids = policy._prompt.ids(seen["instruction"])
     vision, decoder = config.vision.num_layers, config.language.num_layers
     expected = {"vision.0": reference.patch_embedding(patches), "connector": reference.connector(states["vision.2"])}
-    expected |= {f"vision.{i + 1}": reference.vision_layer(i, states[f"vision.{i}"]) for i in range(vision)}
     special = policy._prompt.image_id, policy._prompt.proprio_id
+    told = reference.told(ids, *special)
+    expected |= {f"vision.{i + 1}": reference.vision_layer(i, states[f"vision.{i}"], told) for i in range(vision)}
     expected["decoder.0"] = reference.embed(ids, *special, states["connector"], state)
     expected |= {f"decoder.{i + 1}": reference.decoder_layer(i, states[f"decoder.{i}"]) for i in range(decoder)}
     expected[f"decoder.{decoder}"] = expected[f"decoder.{decoder}"][plan.answers]  # the runtime computes only these
@@ -326,7 +328,7 @@ def test_a_prompt_may_end_with_its_images(tmp_path: Path) -> None:
     policy = bitvla.load(pack_random(tmp_path, config), prune=0.9)
     seen = observation(config)
     patches, (plan,), _, _ = policy._preprocess([seen], [None])
-    pruned, features = policy.network._prune(plan, policy.network.see(patches))
+    pruned, features = policy.network._prune(plan, policy.network.see(patches, [plan]))
     assert pruned.rotary_positions[pruned.answers.start] == plan.answers.start == plan.image_positions[-1]
     assert len(features) == len(pruned.image_positions) in (4, 5)  # two of 16 of each image, and the last
     assert np.isfinite(policy.act(seen)).all()

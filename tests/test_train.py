@@ -117,7 +117,7 @@ sys.exit(main(sys.argv[1:]))
         ("distill", 6, False, {"precision": "ternary"}),
         ("finetune", 2, False, {}),  # before anything is saved
         ("finetune", 6, False, {"optimizer": "muon"}),
-        ("finetune", 6, False, {"precision": "ternary", "lora_rank": 2}),
+        ("finetune", 6, False, {"precision": "ternary", "lora_rank": 2, "film": True}),
         ("finetune", -1, True, {}),  # the policy is written, the state of the run not yet
     ],
 )

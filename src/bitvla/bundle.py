@@ -31,9 +31,10 @@ from bitvla.errors import BitvlaError, memory_for
 from bitvla.files import write_whole
 from bitvla.quantization import Packing, packed_shape
 
-FORMAT = 3
-# Format 1 had one packing of ternary weights, and no field for it; until format 2, `_LAST_LAYER` was a matrix.
-_READABLE = (1, 2, 3)
+FORMAT = 4
+# Format 1 had one packing of ternary weights, and no field for it; until format 2, `_LAST_LAYER` was a matrix; until
+# format 3, no tower had FiLM.
+_READABLE = (1, 2, 3, 4)
 # Files up to this size are read and hashed whenever they are loaded; larger ones are mapped, and hashed by `verify`.
 # A mapped file must not be written to while it is in use: that would end the process.
 READ_AT_LOAD = 64 << 20
@@ -149,7 +150,7 @@ def tensor_specs(config: PolicyConfig | LanguageModelConfig) -> dict[str, Tensor
 
 
 def vision_specs(vision: VisionConfig, hidden: int) -> dict[str, TensorSpec]:
-    """The tensors of the vision tower and of the connector to a decoder of width `hidden`."""
+    """The tensors of the vision tower, with its FiLM, and of the connector to a decoder of width `hidden`."""
     width = vision.hidden_size
     kind: _Kind = "ternary" if vision.ternary else "matrix"
     tower = "vision_tower.vision_model."
@@ -165,6 +166,8 @@ def vision_specs(vision: VisionConfig, hidden: int) -> dict[str, TensorSpec]:
         specs |= _norm(f"{layer}layer_norm1", width)
         for name in ("q_proj", "k_proj", "v_proj", "out_proj"):
             specs |= _linear(f"{layer}self_attn.{name}", width, width, kind)
+        if vision.film:
+            specs |= _linear(f"film.{index}.scale", width, hidden) | _linear(f"film.{index}.shift", width, hidden)
         specs |= _norm(f"{layer}layer_norm2", width)
         specs |= _linear(f"{layer}mlp.fc1", vision.intermediate_size, width, kind)
         specs |= _linear(f"{layer}mlp.fc2", width, vision.intermediate_size, kind)

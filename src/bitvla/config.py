@@ -25,7 +25,10 @@ class Record(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
 
 class VisionConfig(Record, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """A SigLIP vision transformer. `ternary`: its linear layers are; otherwise they stay in full precision."""
+    """A SigLIP vision transformer. `ternary`: its linear layers are; otherwise they stay in full precision.
+
+    `film`: what the policy is told scales and shifts the features in every layer (OpenVLA-OFT+, arXiv 2502.19645).
+    """
 
     image_size: int = 224
     patch_size: int = 14
@@ -35,6 +38,7 @@ class VisionConfig(Record, frozen=True, kw_only=True, forbid_unknown_fields=True
     num_heads: int = 16
     layer_norm_eps: float = 1e-6
     ternary: bool = True
+    film: bool = False
 
     @property
     def num_patches(self) -> int:
@@ -275,6 +279,7 @@ def _sight_rules(config: LanguageModelConfig) -> list[tuple[bool, str]]:
         return [(config.vision is None and image is None, "vision and image belong together; one of them is missing")]
     return [
         *_vision_rules(config.vision),
+        (not config.vision.film, "vision.film is true; only the tower of a policy knows what is said"),
         (all(chat.turn_with_images.count(part) == 1 for part in ("{images}", "{prompt}")),
          "chat.turn_with_images must hold {images} and {prompt} once each"),
         (len(chat.image_token) > 0, "chat.image_token is empty: nothing would stand for images"),

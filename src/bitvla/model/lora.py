@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-# Parts that act. Small, and often new: a run with adapters trains them whole, as the official fine-tuning does.
-WHOLE = ("proprio_projector.", "prefix_projector.", "action_head.", "language_model.lm_head.")
+# Parts that act, and FiLM. Often new: a run with adapters trains them whole, as the official fine-tuning does.
+WHOLE = ("film.", "proprio_projector.", "prefix_projector.", "action_head.", "language_model.lm_head.")
 _PARAMETRIZATION = ".parametrizations.weight.0."
 
 

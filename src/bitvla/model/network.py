@@ -12,7 +12,9 @@ the published BitVLA checkpoints. Tensor letters: B batch, V views, P patches, S
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import partial
+from itertools import zip_longest
 from typing import NamedTuple
 
 import torch
@@ -50,6 +52,31 @@ class Output(NamedTuple):
     proprio_state: Tensor  # (B, H): the final state at the proprio token
 
 
+class Film(nn.Module):
+    """FiLM of one layer of the tower (OpenVLA-OFT+, arXiv 2502.19645): x becomes (1 + scale) * x + shift, two linear
+    functions of the mean embedding of what is said. They begin at zero, so that the tower begins as it was."""
+
+    def __init__(self, vision: VisionConfig, language: LanguageConfig) -> None:
+        super().__init__()
+        self.scale = nn.Linear(language.hidden_size, vision.hidden_size)
+        self.shift = nn.Linear(language.hidden_size, vision.hidden_size)
+
+    def forward(self, told: Tensor) -> tuple[Tensor, Tensor]:
+        """(N, language H) -> scale and shift (N, 1, vision H), for every patch the same."""
+        return self.scale(told)[:, None].float(), self.shift(told)[:, None].float()
+
+
+class VisionLayer(SiglipEncoderLayer):
+    """A layer of SigLIP with a place for FiLM: between attention and feed-forward, as in OpenVLA-OFT."""
+
+    def forward(self, x: Tensor, film: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        x = x + self.self_attn(self.layer_norm1(x), attention_mask=None)[0]
+        if film is not None:
+            scale, shift = film
+            x = (1 + scale) * x + shift
+        return x + self.mlp(self.layer_norm2(x))
+
+
 class VisionTower(nn.Module):
     """SigLIP without its final norm: the features are the output of the last layer."""
 
@@ -69,13 +96,13 @@ class VisionTower(nn.Module):
         self.vision_model = nn.Module()
         self.vision_model.embeddings = SiglipVisionEmbeddings(siglip)
         self.vision_model.encoder = nn.Module()
-        self.vision_model.encoder.layers = nn.ModuleList(SiglipEncoderLayer(siglip) for _ in range(config.num_layers))
+        self.vision_model.encoder.layers = nn.ModuleList(VisionLayer(siglip) for _ in range(config.num_layers))
 
-    def forward(self, pixels: Tensor) -> list[Tensor]:
-        """Hidden states (B, P, H) before the first and after every layer."""
+    def forward(self, pixels: Tensor, film: Iterable[tuple[Tensor, Tensor]] = ()) -> list[Tensor]:
+        """Hidden states (B, P, H) before the first and after every layer, which `film` modulates where there is any."""
         states = [self.vision_model.embeddings(pixels)]
-        for layer in self.vision_model.encoder.layers:
-            states.append(layer(states[-1], attention_mask=None))
+        for layer, modulation in zip_longest(self.vision_model.encoder.layers, film):
+            states.append(layer(states[-1], modulation))
         return states
 
 
@@ -190,11 +217,15 @@ class Backbone(nn.Module):
 
     def embed(self, batch: Batch) -> tuple[Tensor, list[Tensor]]:
         """Embeddings (B, S, H) of tokens and images, and the states of the vision tower."""
-        vision_states = self.vision_tower(batch.pixels.flatten(0, 1))
-        images = self.multi_modal_projector(vision_states[-1])
         embeddings = self.language_model.model.embed_tokens(batch.token_ids)
+        vision_states = self.vision_tower(batch.pixels.flatten(0, 1), self._film(batch, embeddings))
+        images = self.multi_modal_projector(vision_states[-1])
         is_image = (batch.token_ids == self.image_id)[..., None]
         return embeddings.masked_scatter(is_image, images.to(embeddings.dtype)), vision_states
+
+    def _film(self, batch: Batch, embeddings: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Scale and shift of each image (B * V, 1, H) in each layer of the tower; none without FiLM."""
+        return []
 
     def _begin(self, config: PolicyConfig | LanguageModelConfig, vision: VisionConfig) -> None:
         """Once every part is there: random weights, and ternary layers where the configuration says so."""
@@ -243,6 +274,10 @@ class BitVLA(Backbone):
             self.prefix_projector = nn.Linear(
                 config.action.dim, config.action.slots_per_step * config.language.hidden_size
             )
+        # The last part: the others begin with the weights that they have without it.
+        self.film = nn.ModuleList(
+            Film(config.vision, config.language) for _ in range(config.vision.num_layers if config.vision.film else 0)
+        )
         self._begin(config, config.vision)
 
     def forward(self, batch: Batch) -> Output:
@@ -270,6 +305,20 @@ class BitVLA(Backbone):
         proprio_state = (decoder_states[-1] * is_proprio).sum(1)
         return Output(actions, vision_states, decoder_states, proprio_state)
 
+    def _film(self, batch: Batch, embeddings: Tensor) -> list[tuple[Tensor, Tensor]]:
+        if not self.film:
+            return []
+        ids, config = batch.token_ids, self.config
+        is_image = ids == self.image_id
+        # The text: template, instruction and stop token, but none of the actions, slots or tokens, to be answered.
+        is_text = ~(is_image | batch.padding | (ids == self.proprio_id))
+        is_text &= ids < config.language.vocab_size - config.action.bins
+        is_text[:, -1 - config.action.num_slots : -1] = False
+        told = (embeddings * is_text[..., None]).sum(dim=1) / is_text.sum(dim=1, keepdim=True)
+        views = is_image.sum(dim=1) // config.vision.num_patches
+        told = told.repeat_interleave(views, dim=0, output_size=batch.pixels.shape[:2].numel())
+        return [film(told) for film in self.film]
+
 
 def layers(network: nn.Module) -> list[GradientCheckpointingLayer]:
     """The transformer layers of a network or of a part of it, in order."""
@@ -289,5 +338,8 @@ def _initialize(module: nn.Module) -> None:
         nn.init.normal_(module.weight, std=fan_in**-0.5)
         if module.bias is not None:
             nn.init.zeros_(module.bias)
+    elif isinstance(module, Film):  # after its linear layers
+        for parameter in module.parameters():
+            nn.init.zeros_(parameter)
     elif isinstance(module, nn.Embedding):
         nn.init.normal_(module.weight, std=0.02 if module.weight.shape[0] <= 4096 else 0.01)

@@ -10,7 +10,7 @@ from bitvla.bundle import Bundle, Document, TensorSpec, read, stored_tensors, te
 from bitvla.config import PolicyConfig, Statistics, to_dict
 
 PARTS: dict[str, str | tuple[str, ...]] = {
-    "vision": "vision_tower.",
+    "vision": ("vision_tower.", "film."),
     "connector": "multi_modal_projector.",
     "embeddings": "language_model.model.embed_tokens.",
     "decoder": "language_model.model.",

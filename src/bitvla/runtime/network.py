@@ -114,6 +114,7 @@ class Plan(NamedTuple):
     slots: slice  # the action slots, which start as zeros
     answers: slice  # the positions whose final states the action head reads
     fixed: int  # so many first tokens are the same for every instruction and every image
+    film: Floats  # what the instruction makes of the vision tower; see `VisionTower.film_of`
     rotary_positions: NDArray[np.int64] | None = None  # where tokens were left out: where each one stood before
 
     def keeping(self, stays: NDArray[np.bool_]) -> Plan:
@@ -123,7 +124,7 @@ class Plan(NamedTuple):
         def moved(positions: NDArray[np.int64]) -> NDArray[np.int64]:
             return place[positions[stays[positions]]]
 
-        return Plan(
+        return self._replace(
             length=self.length - left_out,
             text_positions=moved(self.text_positions),
             text=self.text[stays[self.text_positions]],
@@ -347,10 +348,28 @@ class VisionTower:
             )
             for layer in (f"{tower}encoder.layers.{index}." for index in range(vision.num_layers))
         ]
+        self.film = [
+            tuple(stored_linear(tensors, f"film.{index}.{name}") for name in ("scale", "shift"))
+            for index in range(vision.num_layers if vision.film else 0)
+        ]
         self.connector = [stored_linear(tensors, f"multi_modal_projector.linear_{index}") for index in (1, 2)]
 
-    def see(self, patches: Floats, record: Record | None = None) -> Floats:
-        """Patches of all images (images * P, 3 * patch**2) -> image tokens (images * P, language H)."""
+    def film_of(self, text: Floats) -> Floats:
+        """The embeddings of an instruction's text (T, language H) -> what FiLM multiplies by and adds in each layer
+        (layers, 2, 1, H); without FiLM in no layer."""
+        film = np.empty((len(self.film), 2, 1, self.vision.hidden_size), np.float32)
+        told = text.mean(axis=0, keepdims=True)
+        for projections, values in zip(self.film, film, strict=True):
+            for projection, out in zip(projections, values, strict=True):
+                projection.apply(told, out)
+        film[:, 0] += 1
+        return film
+
+    def see(self, patches: Floats, record: Record | None = None, films: Sequence[Floats] = ()) -> Floats:
+        """Patches of all images (images * P, 3 * patch**2) -> image tokens (images * P, language H).
+
+        `films`, where the tower has FiLM: for each observation that of its instruction; all have as many images.
+        """
         vision, tokens = self.vision, len(patches)
         size = vision.hidden_size
         scale = (size // vision.num_heads) ** -0.5
@@ -370,6 +389,10 @@ class VisionTower:
             for view in views:  # images do not see each other
                 native.attention(q[view], k[view], v[view], vision.num_heads, vision.num_heads, scale, False, q[view])
             _project(self._quantized(q), layer.out_proj, x, accumulate=True)
+            if self.film:
+                for film, seen in zip(films, x.reshape(len(films), -1, size), strict=True):
+                    seen *= film[index, 0]
+                    seen += film[index, 1]
             for start in range(0, tokens, FEED_FORWARD_BLOCK):
                 self._feed_forward(x[start : start + FEED_FORWARD_BLOCK], layer)
             if record:
@@ -521,7 +544,7 @@ class Network:
     def parts(self) -> list[VisionTower | Decoder | Linear]:
         """One of each thing that uses kernels of its own."""
         linear = self.head.rows if isinstance(self.head, ActionTokens) else self.head.layers[0]
-        return [self.vision, self.decoder, linear]
+        return [self.vision, self.decoder, linear, *(scale for scale, _ in self.vision.film[:1])]
 
     def plan(self, prompt: Prompt, instruction: str) -> Plan:
         """The plan for `instruction`; BitvlaError where the instruction is unusable or the sequence too long."""
@@ -533,21 +556,23 @@ class Network:
         slots, images = prompt.slots(length), np.flatnonzero(ids == prompt.image_id)
         is_text = (ids != prompt.image_id) & (ids != prompt.proprio_id)
         is_text[slots] = False
-        text = np.flatnonzero(is_text)
+        positions = np.flatnonzero(is_text)
+        text = self.decoder.embedding_rows(ids[positions])
         return Plan(
             length=length,
-            text_positions=text,
-            text=self.decoder.embedding_rows(ids[text]),
+            text_positions=positions,
+            text=text,
             image_positions=images,
             proprio_positions=np.flatnonzero(ids == prompt.proprio_id),
             slots=slots,
             answers=prompt.slot_states(length),
             fixed=int(images[0]) if prompt.begins_alike else 0,
+            film=self.vision.film_of(text),
         )
 
-    def see(self, patches: Floats) -> Floats:
+    def see(self, patches: Floats, plans: Sequence[Plan]) -> Floats:
         """Patches of all cameras (N * cameras * P, 3 * patch**2) -> image tokens (N * cameras * P, language H)."""
-        return self.vision.see(patches, self.record)
+        return self.vision.see(patches, self.record, [plan.film for plan in plans])
 
     def think(
         self, plans: Sequence[Plan], features: Floats, states: Floats, prefixes: Sequence[Floats] | None = None

@@ -87,7 +87,7 @@ class Policy:
         prefixes = [None] * len(observations) if prefixes is None else prefixes
         patches, plans, states, given = self._preprocess(observations, prefixes)
         times.append(time.perf_counter())
-        features = self.network.see(patches)
+        features = self.network.see(patches, plans)
         times.append(time.perf_counter())
         decided = [network_actions(actions, self.config.processing) for actions in given]
         answers = self.network.think(plans, features, states, decided)

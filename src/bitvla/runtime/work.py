@@ -53,7 +53,9 @@ def _vision(config: PolicyConfig) -> Work:
     patches, width = vision.num_patches, vision.hidden_size
     seen = patches * len(config.processing.cameras)
     projections = seen * vision.num_layers * width * (4 * width + 2 * vision.intermediate_size)
-    around = seen * (3 * vision.patch_size**2 * width + width * hidden + hidden * hidden)
+    # FiLM's own projections are made once for an instruction.
+    film = vision.num_layers * width if vision.film else 0
+    around = seen * (3 * vision.patch_size**2 * width + film + width * hidden + hidden * hidden)
     return Work(
         ternary=projections if vision.ternary else 0,
         attention=seen * vision.num_layers * 2 * patches * width,

@@ -95,6 +95,7 @@ class TrainConfig(Record, frozen=True, kw_only=True, forbid_unknown_fields=True)
     # each of their linear layers. The parts that act are trained whole. 0: everything is.
     lora_rank: int = 0
     lora_alpha: float = 16.0
+    film: bool = False  # adds FiLM to the tower, as nothing at first (False: as the policy has it)
     workers: int = 1  # that prepare batches, a process of training
     alignment_weight: float = 0.1  # gamma of the paper: hidden states of student and teacher (distill)
     # Real-time chunking: up to so many first actions of a window are given as decided (None: as the policy has it), in

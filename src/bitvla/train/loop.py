@@ -668,17 +668,19 @@ def start_config(stage: str, config: TrainConfig, start: Source | None, dataset:
             if stage == "pretrain"
             else f"stage '{stage}' regresses its actions: leave out policy.action.bins"
         )
-    policy = _with_prefix(policy, config)
+    policy = extended(policy, config)
     if start is not None:
         _check_backbone(policy, start)
     return policy
 
 
 def _check_backbone(policy: PolicyConfig, start: Source) -> None:
-    """Tower and decoder must be those of the checkpoint; whether the decoder is causal may change."""
+    """Tower and decoder must be those of the checkpoint; the decoder may become causal or not, the tower get FiLM."""
     stored = start.config
     causal = msgspec.structs.replace(policy.language, bidirectional=stored.language.bidirectional)
-    for name, wanted, found in (("vision", policy.vision, stored.vision), ("language", causal, stored.language)):
+    filmed = policy.vision.film and stored.vision is not None and stored.vision.film
+    tower = msgspec.structs.replace(policy.vision, film=filmed)
+    for name, wanted, found in (("vision", tower, stored.vision), ("language", causal, stored.language)):
         for field in wanted.__struct_fields__:
             if getattr(wanted, field) != getattr(found, field):
                 raise BitvlaError(
@@ -687,11 +689,12 @@ def _check_backbone(policy: PolicyConfig, start: Source) -> None:
                 )
 
 
-def _with_prefix(policy: PolicyConfig, config: TrainConfig) -> PolicyConfig:
-    if config.max_prefix is None:
-        return policy
-    action = msgspec.structs.replace(policy.action, max_prefix=config.max_prefix)
-    return check(msgspec.structs.replace(policy, action=action))
+def extended(policy: PolicyConfig, config: TrainConfig) -> PolicyConfig:
+    """The policy with what its training adds to it."""
+    max_prefix = policy.action.max_prefix if config.max_prefix is None else config.max_prefix
+    action = msgspec.structs.replace(policy.action, max_prefix=max_prefix)
+    vision = msgspec.structs.replace(policy.vision, film=config.film or policy.vision.film)
+    return check(msgspec.structs.replace(policy, action=action, vision=vision))
 
 
 def _check_fits(config: Any, dataset: LeRobotDataset, start: Path) -> None:

@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
 import bitvla
-from bitvla.config import Camera, LanguageModelConfig, PolicyConfig, ProcessingConfig, Statistics, check
+from bitvla.config import Camera, LanguageModelConfig, PolicyConfig, ProcessingConfig, Statistics
 from bitvla.convert import official
 from bitvla.convert.training import read_config
 from bitvla.data.lerobot import AS_STORED, cameras_of, locate, name_of, read_info
@@ -32,7 +32,7 @@ from bitvla.train import stages
 from bitvla.train.batches import TokenWindow, Window
 from bitvla.train.config import NewPolicy, TrainConfig, load
 from bitvla.train.language import start_config
-from bitvla.train.loop import check_adapters, check_stage, check_teacher, optimizers, trains_language
+from bitvla.train.loop import check_adapters, check_stage, check_teacher, extended, optimizers, trains_language
 
 CHARACTERS_A_TOKEN = 4  # of English text, about
 # FLOP of an operation, from its arguments; PyTorch's own table has the attention of GPUs only.
@@ -314,7 +314,7 @@ def _policy(
     stage: str, config: TrainConfig, stored: PolicyConfig | LanguageModelConfig | None, data: str | Path | None
 ) -> PolicyConfig:
     if isinstance(stored, PolicyConfig) and bool(stored.action.bins) == (stage == "pretrain"):
-        return msgspec.structs.replace(stored, precision=config.precision)
+        return extended(msgspec.structs.replace(stored, precision=config.precision), config)
     if config.policy is None:
         raise BitvlaError("the configuration has no [policy] section and no --init checkpoint gives one")
     new = config.policy
@@ -326,7 +326,7 @@ def _policy(
         raise BitvlaError(
             "nothing says how many cameras there are: give --data, or policy.cameras in the configuration"
         )
-    return check(_without_statistics(new, names, config))
+    return extended(_without_statistics(new, names, config), config)
 
 
 def _is_on_the_hub(start: Path) -> bool:
@@ -343,12 +343,11 @@ def _without_statistics(new: NewPolicy, cameras: Iterable[str], config: TrainCon
         control_hz=1.0,
         execute_horizon=new.execute_horizon,
     )
-    action = msgspec.structs.replace(new.action, max_prefix=config.max_prefix or new.action.max_prefix)
     return PolicyConfig(
         name=new.name,
         vision=new.vision,
         language=new.language,
-        action=action,
+        action=new.action,
         processing=processing,
         precision=config.precision,
     )
