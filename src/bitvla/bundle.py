@@ -26,7 +26,15 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from bitvla.config import ActionConfig, LanguageConfig, LanguageModelConfig, PolicyConfig, VisionConfig, check
+from bitvla.config import (
+    ActionConfig,
+    FlowConfig,
+    LanguageConfig,
+    LanguageModelConfig,
+    PolicyConfig,
+    VisionConfig,
+    check,
+)
 from bitvla.errors import BitvlaError, memory_for
 from bitvla.files import write_whole
 from bitvla.quantization import Packing, packed_shape
@@ -149,7 +157,6 @@ def tensor_specs(config: PolicyConfig | LanguageModelConfig) -> dict[str, Tensor
 def vision_specs(vision: VisionConfig, hidden: int) -> dict[str, TensorSpec]:
     """The tensors of the vision tower and of the connector to a decoder of width `hidden`."""
     width = vision.hidden_size
-    kind: _Kind = "ternary" if vision.ternary else "matrix"
     tower = "vision_tower.vision_model."
     specs = {
         f"{tower}embeddings.patch_embedding.weight": TensorSpec(
@@ -158,16 +165,23 @@ def vision_specs(vision: VisionConfig, hidden: int) -> dict[str, TensorSpec]:
         f"{tower}embeddings.patch_embedding.bias": TensorSpec("vector", (width,)),
         f"{tower}embeddings.position_embedding.weight": TensorSpec("vector", (vision.num_patches, width)),
     }
-    for index in range(vision.num_layers):
-        layer = f"{tower}encoder.layers.{index}."
+    specs |= _encoder_specs(vision, f"{tower}encoder.layers.")
+    specs |= _linear("multi_modal_projector.linear_1", hidden, width)
+    specs |= _linear("multi_modal_projector.linear_2", hidden, hidden)
+    return specs
+
+
+def _encoder_specs(encoder: VisionConfig | FlowConfig, layers: str) -> dict[str, TensorSpec]:
+    """The tensors of SigLIP's transformer layers, under names that begin with `layers`."""
+    width, inner = encoder.hidden_size, encoder.intermediate_size
+    kind: _Kind = "ternary" if encoder.ternary else "matrix"
+    specs: dict[str, TensorSpec] = {}
+    for layer in (f"{layers}{index}." for index in range(encoder.num_layers)):
         specs |= _norm(f"{layer}layer_norm1", width)
         for name in ("q_proj", "k_proj", "v_proj", "out_proj"):
             specs |= _linear(f"{layer}self_attn.{name}", width, width, kind)
         specs |= _norm(f"{layer}layer_norm2", width)
-        specs |= _linear(f"{layer}mlp.fc1", vision.intermediate_size, width, kind)
-        specs |= _linear(f"{layer}mlp.fc2", width, vision.intermediate_size, kind)
-    specs |= _linear("multi_modal_projector.linear_1", hidden, width)
-    specs |= _linear("multi_modal_projector.linear_2", hidden, hidden)
+        specs |= _linear(f"{layer}mlp.fc1", inner, width, kind) | _linear(f"{layer}mlp.fc2", width, inner, kind)
     return specs
 
 
@@ -206,12 +220,30 @@ def action_specs(action: ActionConfig, hidden: int) -> dict[str, TensorSpec]:
     specs |= _linear("proprio_projector.fc2", hidden, hidden)
     if action.max_prefix:
         specs |= _linear("prefix_projector", slots, action.dim)
+    if action.flow is not None:
+        return specs | _flow_specs(action, action.flow, slots)
     specs |= _norm("action_head.model.layer_norm1", slots) | _linear("action_head.model.fc1", width, slots)
     for index in range(action.head_blocks):
         block = f"action_head.model.mlp_resnet_blocks.{index}.ffn."
         specs |= _norm(f"{block}0", width) | _linear(f"{block}1", width, width)
     specs |= _norm("action_head.model.layer_norm2", width)
     return specs | _linear("action_head.model.fc2", action.dim, width)
+
+
+def _flow_specs(action: ActionConfig, flow: FlowConfig, slots: int) -> dict[str, TensorSpec]:
+    """The tensors of a flow-matching head, with the noise that every chunk begins as."""
+    head, width = "action_head.", flow.hidden_size
+    return {
+        f"{head}noise": TensorSpec("vector", (action.horizon, action.dim)),
+        f"{head}position_embedding": TensorSpec("vector", (action.horizon, width)),
+        **_norm(f"{head}condition_norm", slots),
+        **_linear(f"{head}condition", width, slots),
+        **_linear(f"{head}action_in", width, action.dim),
+        **_linear(f"{head}time_in", width, width),
+        **_encoder_specs(flow, f"{head}layers."),
+        **_norm(f"{head}norm", width),
+        **_linear(f"{head}action_out", action.dim, width),
+    }
 
 
 def _norm(name: str, size: int) -> dict[str, TensorSpec]:
@@ -435,7 +467,7 @@ def _parse_document(path: Path, text: bytes, kind: type[C], num_tensors: int) ->
     if config.vision:
         depths.append(config.vision.num_layers + config.language.num_layers)
     if isinstance(config, PolicyConfig):
-        depths.append(config.action.head_blocks)
+        depths.append(config.action.flow.num_layers if config.action.flow else config.action.head_blocks)
     if max(depths) > num_tensors:
         raise BitvlaError(f"{path} is damaged: {max(depths)} layers described, only {num_tensors} tensors present")
     if config.precision != "ternary":
