@@ -8,12 +8,13 @@ import os
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 
-from bitvla.config import PolicyConfig, check, from_dict, to_dict
+from bitvla.config import ActionConfig, FlowConfig, PolicyConfig, check, from_dict, to_dict
 from bitvla.errors import BitvlaError
 from bitvla.model.network import BitVLA
 from bitvla.processing.prompt import Prompt
@@ -39,8 +40,8 @@ def load_tokenizer(checkpoint: Path) -> Tokenizer:
 def load_network(checkpoint: Path, config: PolicyConfig | None = None) -> tuple[BitVLA, Prompt]:
     """The network of a checkpoint and its prompt builder.
 
-    With another `precision`, a larger `max_prefix`, or an action head in place of action tokens if `config` says so;
-    projectors and head that the checkpoint does not have begin at random.
+    With another `precision`, a larger `max_prefix`, or another action head if `config` says so; projectors and head that
+    the checkpoint does not have begin at random.
     """
     config = config or load_config(checkpoint)
     prompt = Prompt(config, load_tokenizer(checkpoint))
@@ -53,6 +54,9 @@ def load_network(checkpoint: Path, config: PolicyConfig | None = None) -> tuple[
     if action.bins and not config.action.bins:
         del stored["language_model.lm_head.weight"]
         absent += ("proprio_projector.", "action_head.")
+    elif _flow_sizes(action) != _flow_sizes(config.action):
+        stored = {name: value for name, value in stored.items() if not name.startswith("action_head.")}
+        absent += ("action_head.",)
     stored = {name: value for name, value in network.state_dict().items() if name.startswith(absent)} | stored
     missing, unexpected = network.load_state_dict(stored, strict=False)
     if missing or unexpected:
@@ -60,6 +64,11 @@ def load_network(checkpoint: Path, config: PolicyConfig | None = None) -> tuple[
             f"{weights} does not fit its configuration: missing {missing[:3]}, unexpected {unexpected[:3]}"
         )
     return network, prompt
+
+
+def _flow_sizes(action: ActionConfig) -> FlowConfig | None:
+    """The flow without what may change and keep its weights: how many steps it takes, and in which precision."""
+    return action.flow and msgspec.structs.replace(action.flow, steps=1, ternary=False)
 
 
 def save_policy(

@@ -223,9 +223,9 @@ class FlowHead(nn.Module):
 
     def sample(self, states: Tensor, prefix: Tensor, decided: Tensor) -> Tensor:
         """The chunk (B, horizon, dim) that the noise flows to; of `prefix` (B, max_prefix, dim) what is `decided`."""
-        chunk = self.noise.repeat(len(states), 1, 1)
-        decided = nn.functional.pad(decided, (0, chunk.shape[1] - decided.shape[1]))
-        chunk[:, : prefix.shape[1]][decided[:, : prefix.shape[1]]] = prefix[decided[:, : prefix.shape[1]]]
+        chunk, most = self.noise.repeat(len(states), 1, 1), prefix.shape[1]
+        chunk[:, :most] = torch.where(decided[..., None], prefix, chunk[:, :most])
+        decided = nn.functional.pad(decided, (0, chunk.shape[1] - most))
         for step in range(self.steps):
             time = torch.full_like(chunk[..., 0], step / self.steps).masked_fill(decided, 1)
             velocity = self(states, chunk[:, None], time[:, None])[:, 0]

@@ -8,7 +8,7 @@ and used again, so a call in steady state allocates nothing large. M rows (token
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 import bitvla._native as native
 from bitvla.bundle import LANGUAGE_HEAD, Bundle
-from bitvla.config import ActionConfig, LanguageConfig, PolicyConfig, VisionConfig
+from bitvla.config import ActionConfig, FlowConfig, LanguageConfig, PolicyConfig, VisionConfig
 from bitvla.errors import BitvlaError, memory_for
 from bitvla.processing.prompt import Prompt
 from bitvla.processing.vectors import token_values
@@ -73,8 +73,8 @@ class Quantized(NamedTuple):
         return Quantized(self.codes[rows], self.scales[rows], self.sums[rows])
 
 
-class VisionLayer(NamedTuple):
-    """Its projections are all ternary, or all in full precision."""
+class EncoderLayer(NamedTuple):
+    """A layer of SigLIP. Its projections are all ternary, or all in full precision."""
 
     layer_norm1: Norm
     q_proj: Ternary | Linear
@@ -259,23 +259,22 @@ class Decoder:
         _ternary(wide, layer.down_proj, x, accumulate=True)
 
 
-class VisionTower:
-    """SigLIP, ternary or in full precision, and the connector: patches in, image tokens of the decoder out."""
+class Encoder:
+    """Transformer layers of SigLIP, ternary or in full precision, whose tensors' names begin with `name`."""
 
-    def __init__(self, vision: VisionConfig, bundle: Bundle[Any], workspace: Workspace) -> None:
-        self.vision, self.workspace = vision, workspace
+    def __init__(
+        self, config: VisionConfig | FlowConfig, name: str, bundle: Bundle[Any], workspace: Workspace
+    ) -> None:
+        self.config, self.workspace = config, workspace
         tensors = bundle.tensors
         norm = partial(_stored_norm, tensors)
-        width, inner = vision.hidden_size, vision.intermediate_size
-        tower = "vision_tower.vision_model."
+        width, inner = config.hidden_size, config.intermediate_size
 
         def projection(name: str, rows: int, columns: int) -> Ternary | Linear:
-            return _stored_ternary(bundle, name, rows, columns) if vision.ternary else stored_linear(tensors, name)
+            return _stored_ternary(bundle, name, rows, columns) if config.ternary else stored_linear(tensors, name)
 
-        self.patch_embedding = stored_linear(tensors, f"{tower}embeddings.patch_embedding")
-        self.position_embedding: Floats = tensors[f"{tower}embeddings.position_embedding.weight"]
         self.layers = [
-            VisionLayer(
+            EncoderLayer(
                 layer_norm1=norm(f"{layer}layer_norm1"),
                 q_proj=projection(f"{layer}self_attn.q_proj", width, width),
                 k_proj=projection(f"{layer}self_attn.k_proj", width, width),
@@ -285,52 +284,37 @@ class VisionTower:
                 fc1=projection(f"{layer}mlp.fc1", inner, width),
                 fc2=projection(f"{layer}mlp.fc2", width, inner),
             )
-            for layer in (f"{tower}encoder.layers.{index}." for index in range(vision.num_layers))
+            for layer in (f"{name}{index}." for index in range(config.num_layers))
         ]
-        self.connector = [stored_linear(tensors, f"multi_modal_projector.linear_{index}") for index in (1, 2)]
 
-    def see(self, patches: Floats, record: Record | None = None) -> Floats:
-        """Patches of all images (images * P, 3 * patch**2) -> image tokens (images * P, language H)."""
-        vision, tokens = self.vision, len(patches)
-        size = vision.hidden_size
-        scale = (size // vision.num_heads) ** -0.5
-        x = self.workspace.floats("x", tokens, size)
-        q, k, v = (self.workspace.floats(name, tokens, size) for name in ("q", "k", "v"))
-        views = [slice(start, start + vision.num_patches) for start in range(0, tokens, vision.num_patches)]
-
-        self.patch_embedding.apply(patches, x)
-        for view in views:
-            x[view] += self.position_embedding
-        if record:
-            record("vision.0", x.copy())
+    def run(self, x: Floats, sequences: Sequence[slice], record: Record | None = None) -> None:
+        """Pass hidden states (M, H) through all layers, in place. Tokens of different sequences do not see each other."""
+        heads, size = self.config.num_heads, self.config.hidden_size
+        scale = (size // heads) ** -0.5
+        q, k, v = (self.workspace.floats(name, len(x), size) for name in ("q", "k", "v"))
         for index, layer in enumerate(self.layers):
             normed = self._normed(x, layer.layer_norm1)
             for projection, out in ((layer.q_proj, q), (layer.k_proj, k), (layer.v_proj, v)):
                 _project(normed, projection, out)
-            for view in views:  # images do not see each other
-                native.attention(q[view], k[view], v[view], vision.num_heads, vision.num_heads, scale, False, q[view])
+            for own in sequences:
+                native.attention(q[own], k[own], v[own], heads, heads, scale, False, q[own])
             _project(self._quantized(q), layer.out_proj, x, accumulate=True)
-            for start in range(0, tokens, FEED_FORWARD_BLOCK):
+            for start in range(0, len(x), FEED_FORWARD_BLOCK):
                 self._feed_forward(x[start : start + FEED_FORWARD_BLOCK], layer)
             if record:
                 record(f"vision.{index + 1}", x.copy())
-        # A buffer that is free until the first decoder layer.
-        features = _gelu_mlp(x, self.connector, self.workspace, "up")
-        if record:
-            record("connector", features.copy())
-        return features
 
-    def _feed_forward(self, x: Floats, layer: VisionLayer) -> None:
-        """Add the feed-forward part of a vision layer to a block of tokens (M, H)."""
-        up = self.workspace.floats("up", len(x), self.vision.intermediate_size)
+    def _feed_forward(self, x: Floats, layer: EncoderLayer) -> None:
+        """Add the feed-forward part of a layer to a block of tokens (M, H)."""
+        up = self.workspace.floats("up", len(x), self.config.intermediate_size)
         _project(self._normed(x, layer.layer_norm2), layer.fc1, up)
         _project(self._gelu(up), layer.fc2, x, accumulate=True)
 
     # What a projection takes: int8 codes, always in the same buffer, or in full precision the values themselves.
 
     def _normed(self, x: Floats, norm: Norm) -> Quantized | Floats:
-        eps = self.vision.layer_norm_eps
-        if self.vision.ternary:
+        eps = self.config.layer_norm_eps
+        if self.config.ternary:
             codes = self.workspace.quantized(*x.shape)
             native.layer_norm_quantize(x, norm.weight, norm.bias, eps, *codes)
             return codes
@@ -339,19 +323,47 @@ class VisionTower:
         return normed
 
     def _quantized(self, x: Floats) -> Quantized | Floats:
-        if not self.vision.ternary:
+        if not self.config.ternary:
             return x
         codes = self.workspace.quantized(*x.shape)
         native.quantize(x, *codes)
         return codes
 
     def _gelu(self, x: Floats) -> Quantized | Floats:
-        if self.vision.ternary:
+        if self.config.ternary:
             codes = self.workspace.quantized(*x.shape)
             native.gelu_quantize(x, True, *codes)
             return codes
         native.gelu(x, True, x)
         return x
+
+
+class VisionTower(Encoder):
+    """SigLIP and the connector: patches in, image tokens of the decoder out."""
+
+    def __init__(self, vision: VisionConfig, bundle: Bundle[Any], workspace: Workspace) -> None:
+        tensors, tower = bundle.tensors, "vision_tower.vision_model."
+        super().__init__(vision, f"{tower}encoder.layers.", bundle, workspace)
+        self.patch_embedding = stored_linear(tensors, f"{tower}embeddings.patch_embedding")
+        self.position_embedding: Floats = tensors[f"{tower}embeddings.position_embedding.weight"]
+        self.connector = [stored_linear(tensors, f"multi_modal_projector.linear_{index}") for index in (1, 2)]
+
+    def see(self, patches: Floats, record: Record | None = None) -> Floats:
+        """Patches of all images (images * P, 3 * patch**2) -> image tokens (images * P, language H)."""
+        size, tokens = len(self.position_embedding), len(patches)
+        x = self.workspace.floats("x", tokens, self.config.hidden_size)
+        views = [slice(start, start + size) for start in range(0, tokens, size)]
+        self.patch_embedding.apply(patches, x)
+        for view in views:
+            x[view] += self.position_embedding
+        if record:
+            record("vision.0", x.copy())
+        self.run(x, views, record)
+        # A buffer that is free until the first decoder layer.
+        features = _gelu_mlp(x, self.connector, self.workspace, "up")
+        if record:
+            record("connector", features.copy())
+        return features
 
 
 class ActionHead:
@@ -368,8 +380,15 @@ class ActionHead:
             for index in range(action.head_blocks)
         ]
 
-    def act(self, answers: Floats) -> Floats:
-        """Final hidden states (slots, H) -> normalised actions (horizon, dim), a new array."""
+    @property
+    def parts(self) -> list[Encoder | Linear]:
+        return [self.layers[0]]
+
+    def act(self, answers: Floats, prefix: Floats | None = None) -> Floats:
+        """Final hidden states (slots, H) -> normalised actions (horizon, dim), a new array.
+
+        What is decided already, `prefix`, the states know.
+        """
         action = self.action
         x = answers.reshape(action.horizon, -1)
         width = action.head_hidden_size
@@ -391,6 +410,58 @@ class ActionHead:
         return actions
 
 
+class FlowHead(Encoder):
+    """The flow-matching head: noise, in steps of Euler's method, to a chunk of actions."""
+
+    def __init__(self, action: ActionConfig, flow: FlowConfig, bundle: Bundle[Any], workspace: Workspace) -> None:
+        tensors, head = bundle.tensors, "action_head."
+        super().__init__(flow, f"{head}layers.", bundle, workspace)
+        self.action, self.flow = action, flow
+        linear, norm = partial(stored_linear, tensors), partial(_stored_norm, tensors)
+        self.noise: Floats = tensors[f"{head}noise"]
+        self.position_embedding: Floats = tensors[f"{head}position_embedding"]
+        self.condition_norm, self.norm = norm(f"{head}condition_norm"), norm(f"{head}norm")
+        self.condition, self.action_in = linear(f"{head}condition"), linear(f"{head}action_in")
+        self.time_in, self.action_out = linear(f"{head}time_in"), linear(f"{head}action_out")
+        # The times of all steps and of actions that are decided. Sines as of `rotary_table`: in float64, rounded once.
+        times = np.array([*(step / flow.steps for step in range(flow.steps)), 1], np.float32)
+        angles = times[:, None].astype(np.float64) * flow.frequencies
+        self.waves = np.concatenate([np.sin(angles), np.cos(angles)], axis=1).astype(np.float32)
+
+    @property
+    def parts(self) -> list[Encoder | Linear]:
+        return [self, self.condition]
+
+    def act(self, answers: Floats, prefix: Floats | None = None) -> Floats:
+        """Final hidden states (slots, H) -> normalised actions (horizon, dim), a new array that begins with `prefix`."""
+        horizon, width, eps = self.action.horizon, self.flow.hidden_size, self.flow.layer_norm_eps
+        states = answers.reshape(horizon, -1)
+        first = self.workspace.floats("head.first", *states.shape)
+        given, x, normed = (
+            self.workspace.floats(name, horizon, width) for name in ("head.given", "head.h", "head.normed")
+        )
+        times = self.workspace.floats("head.times", *self.waves.shape)
+        velocity = self.workspace.floats("head.velocity", horizon, self.action.dim)
+        native.layer_norm(states, *self.condition_norm, eps, first)
+        self.condition.apply(first, given)
+        given += self.position_embedding
+        self.time_in.apply(self.waves, times)
+
+        decided = 0 if prefix is None else len(prefix)
+        chunk = self.noise.copy()
+        chunk[:decided] = prefix
+        for step in range(self.flow.steps):
+            x[:] = given
+            x[:decided] += times[-1]
+            x[decided:] += times[step]
+            self.action_in.apply(chunk, x, accumulate=True)
+            self.run(x, [slice(0, horizon)])
+            native.layer_norm(x, *self.norm, eps, normed)
+            self.action_out.apply(normed, velocity)
+            chunk[decided:] += velocity[decided:] / np.float32(self.flow.steps)
+        return chunk
+
+
 class ActionTokens:
     """Writes an action as tokens, a dimension after the other: each is the likeliest of those that mean a value."""
 
@@ -398,6 +469,10 @@ class ActionTokens:
         self.action, self.decoder = action, decoder
         self.rows = stored_linear(bundle.tensors, LANGUAGE_HEAD.removesuffix(".weight"))
         self.cache = Cache(decoder.language, 0)
+
+    @property
+    def parts(self) -> list[Encoder | Linear]:
+        return [self.rows]
 
     def read(self, x: Floats, answers: slice, record: Record | None = None) -> Floats:
         """Embeddings of a prompt (M, H) -> the final hidden state (1, H) that the first token follows."""
@@ -432,20 +507,24 @@ class Network:
         self.record: Record | None = None
         self.vision = VisionTower(config.vision, bundle, self.workspace)
         self.decoder = Decoder(config.language, bundle, self.workspace)
-        self.head: ActionHead | ActionTokens
+        self.head: ActionHead | FlowHead | ActionTokens
         self.proprio_projector = None
         if config.action.bins:
             self.head = ActionTokens(config.action, bundle, self.decoder)
         else:
-            self.head = ActionHead(config.action, bundle, self.workspace)
+            flow = config.action.flow
+            self.head = (
+                FlowHead(config.action, flow, bundle, self.workspace)
+                if flow
+                else ActionHead(config.action, bundle, self.workspace)
+            )
             self.proprio_projector = [stored_linear(bundle.tensors, f"proprio_projector.fc{index}") for index in (1, 2)]
         self.prefix_projector = stored_linear(bundle.tensors, "prefix_projector") if config.action.max_prefix else None
 
     @property
-    def parts(self) -> list[VisionTower | Decoder | Linear]:
+    def parts(self) -> list[Encoder | Decoder | Linear]:
         """One of each thing that uses kernels of its own."""
-        linear = self.head.rows if isinstance(self.head, ActionTokens) else self.head.layers[0]
-        return [self.vision, self.decoder, linear]
+        return [self.vision, self.decoder, *self.head.parts]
 
     def plan(self, prompt: Prompt, instruction: str) -> Plan:
         """The plan for `instruction`; BitvlaError where the instruction is unusable or the sequence too long."""
@@ -480,11 +559,11 @@ class Network:
             return self.head.read(x, sequence.answers, self.record)
         return self.decoder.run(x, sequence.answers, record=self.record)
 
-    def act(self, answers: Floats) -> Floats:
-        """What `think` gave -> normalised actions (horizon, dim), a new array."""
+    def act(self, answers: Floats, prefix: Floats | None = None) -> Floats:
+        """What `think` gave, and the prefix it was given -> normalised actions (horizon, dim), a new array."""
         if isinstance(self.head, ActionTokens):
             return self.head.act(answers, self.record)
-        return self.head.act(answers)
+        return self.head.act(answers, prefix)
 
     def _embed(self, sequence: Plan, features: Floats, state: Floats, prefix: Floats | None) -> Floats:
         x = self.workspace.floats("x", sequence.length, self.config.language.hidden_size)

@@ -77,9 +77,10 @@ class Policy:
         times.append(time.perf_counter())
         features = self.network.see(patches)
         times.append(time.perf_counter())
-        answers = self.network.think(sequence, features, state, network_actions(given, self.config.processing))
+        decided = network_actions(given, self.config.processing)
+        answers = self.network.think(sequence, features, state, decided)
         times.append(time.perf_counter())
-        actions = self.network.act(answers)
+        actions = self.network.act(answers, decided)
         if not np.isfinite(actions).all():
             raise BitvlaError("the network answered with a value that is not finite; check the file: bitvla verify")
         chunk = robot_actions(actions, self.config.processing)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import msgspec
 
 from bitvla.config import (
     ActionConfig,
     Camera,
+    FlowConfig,
     ImageProcessing,
     LanguageConfig,
     PolicyConfig,
@@ -86,6 +87,11 @@ class TrainConfig(Record, frozen=True, kw_only=True, forbid_unknown_fields=True)
     # all windows but this share; the loss is over the others.
     max_prefix: int | None = None
     prefix_dropout: float = 0.5
+    # A flow-matching action expert in place of the policy's regression head (None: as the policy has it), and how many
+    # noises and times of the flow each window's hidden states serve in a pass.
+    flow: FlowConfig | None = None
+    flow_samples: int = 4
+    train_head_only: bool = False  # everything but the action head stays as it is (finetune)
     # Heads that are thrown away: privileged positions read from the proprio token, places in the image from patches.
     auxiliary_weight: float = 0.0
     keypoint_weight: float = 0.0
@@ -100,7 +106,8 @@ class TrainConfig(Record, frozen=True, kw_only=True, forbid_unknown_fields=True)
 def load(path: Path) -> TrainConfig:
     """Read and check a training configuration; BitvlaError names the file and the key at fault."""
     config = load_toml(TrainConfig, path)
-    for name in ("steps", "batch_size", "learning_rate", "log_every", "save_every", "gradient_accumulation"):
+    positive = ("steps", "batch_size", "learning_rate", "log_every", "save_every", "gradient_accumulation")
+    for name in (*positive, "flow_samples"):
         if getattr(config, name) <= 0:
             raise BitvlaError(f"{path}: {name} must be positive, it is {getattr(config, name)}")
     for name, weight in config.mixture.items():
@@ -112,7 +119,18 @@ def load(path: Path) -> TrainConfig:
         raise BitvlaError(f"{path}: shard = true needs optimizer 'adamw', and auxiliary_weight and keypoint_weight 0")
     if not 0 <= config.prefix_dropout <= 1:
         raise BitvlaError(f"{path}: prefix_dropout {config.prefix_dropout} is not a share from 0 to 1")
+    if config.train_head_only and (config.auxiliary_weight or config.keypoint_weight):
+        raise BitvlaError(f"{path}: train_head_only = true needs auxiliary_weight and keypoint_weight 0")
     return config
+
+
+def with_head(policy: PolicyConfig, config: TrainConfig) -> PolicyConfig:
+    """`policy` with the prefix and the flow that `config` asks for."""
+    changes: dict[str, Any] = {} if config.max_prefix is None else {"max_prefix": config.max_prefix}
+    if config.flow is not None:
+        changes |= {"flow": config.flow, "head_hidden_size": 0, "head_blocks": 0}
+    action = msgspec.structs.replace(policy.action, **changes)
+    return check(msgspec.structs.replace(policy, action=action)) if changes else policy
 
 
 def policy_config(new: NewPolicy, dataset: LeRobotDataset, precision: Literal["full", "ternary"]) -> PolicyConfig:

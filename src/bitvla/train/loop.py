@@ -31,7 +31,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils._pytree import tree_map
 
 import bitvla
-from bitvla.config import PolicyConfig, check, to_dict
+from bitvla.config import PolicyConfig, to_dict
 from bitvla.data.lerobot import LeRobotDataset
 from bitvla.errors import BitvlaError, meant
 from bitvla.model.checkpoint import digest, golden_tensors, load_config, load_network, load_tokenizer, save_policy
@@ -40,7 +40,7 @@ from bitvla.model.policy import TorchPolicy
 from bitvla.processing.prompt import Prompt, train_tokenizer
 from bitvla.train import stages
 from bitvla.train.batches import Mixture, TokenWindow, Window, Windows, batches
-from bitvla.train.config import TrainConfig, for_dataset, load, policy_config
+from bitvla.train.config import TrainConfig, for_dataset, load, policy_config, with_head
 
 STATE_FILE = "training_state.pt"
 GOLDEN_OBSERVATIONS = 2
@@ -136,6 +136,7 @@ class _Trainer:
         # Without gradients where nothing is asked of them, as several processes demand.
         self.auxiliary.linear.requires_grad_(bool(positions and config.auxiliary_weight and stage != "pretrain"))
         self.auxiliary.points.requires_grad_(bool(keypoints and config.keypoint_weight and stage != "pretrain"))
+        stages.freeze(stage, self.network, config)
         # What is saved: whole, and not on the device; brought up to date with the averages when it is needed.
         self.averaged = copy.deepcopy(self.network).requires_grad_(False)
         self.provenance = self._provenance(start, teacher)
@@ -285,6 +286,7 @@ class _Trainer:
                 seed=self.config.seed,
                 augmentation=self.config.augmentation if split == "train" else None,
                 prefix_dropout=self.config.prefix_dropout if split == "train" else 1.0,
+                flow_samples=self.config.flow_samples if split == "train" else 0,
                 split=split,
                 balance_tasks=self.config.balance_tasks,
                 **shard,
@@ -570,7 +572,7 @@ def start_config(stage: str, config: TrainConfig, start: Path | None, dataset: L
             if stage == "pretrain"
             else f"stage '{stage}' regresses its actions: leave out policy.action.bins"
         )
-    policy = _with_prefix(policy, config)
+    policy = with_head(policy, config)
     if stored is not None:
         _check_backbone(policy, stored, start)
     return policy
@@ -586,13 +588,6 @@ def _check_backbone(policy: PolicyConfig, stored: PolicyConfig, start: Path | No
                     f"policy.{name}.{field} is {getattr(wanted, field)}, {start} has {getattr(found, field)}; "
                     "give the policy the sizes of the checkpoint"
                 )
-
-
-def _with_prefix(policy: PolicyConfig, config: TrainConfig) -> PolicyConfig:
-    if config.max_prefix is None:
-        return policy
-    action = msgspec.structs.replace(policy.action, max_prefix=config.max_prefix)
-    return check(msgspec.structs.replace(policy, action=action))
 
 
 def _check_fits(config: Any, dataset: LeRobotDataset, start: Path) -> None:

@@ -27,7 +27,7 @@ from bitvla.model.network import Batch, BitVLA, checkpoint_activations, layers
 from bitvla.model.ternary import TernaryLinear
 from bitvla.train import stages
 from bitvla.train.batches import TokenWindow, Window
-from bitvla.train.config import NewPolicy, TrainConfig, load
+from bitvla.train.config import NewPolicy, TrainConfig, load, with_head
 from bitvla.train.loop import check_stage, optimizers
 
 CHARACTERS_A_TOKEN = 4  # of English text, about
@@ -136,7 +136,9 @@ def _pass(
     # The tensors claim to be on a CPU; attention is that of a GPU, which keeps no scores.
     with FakeTensorMode():
         network = BitVLA(policy, image_id=0, proprio_id=2, attention="sdpa")
+        stages.freeze(stage, network, config)
         part = stages.trained_part(stage, network)
+        learning = [parameter for parameter in part.parameters() if parameter.requires_grad]
         keypoints = int(stage == "localize")
         auxiliary = stages.AuxiliaryHead(policy, 0, keypoints)
         teacher = None
@@ -145,16 +147,16 @@ def _pass(
         if checkpoints:
             checkpoint_activations(part)
         objective = stages.objective(stage, config, auxiliary, teacher)
-        for parameter in part.parameters():
+        for parameter in learning:
             parameter.register_post_accumulate_grad_hook(_drop_gradient)  # they are counted for themselves
-        window = _window(policy, windows, length, keypoints)
+        window = _window(policy, windows, length, keypoints, config.flow_samples)
         counted = Count()
         with counted:
             with torch.autocast("cpu", torch.bfloat16, enabled=config.mixed_precision == "bf16"):
                 loss = objective(part, window)["loss"]
             loss.backward()
         ternary = sum(m.weight.numel() for m in network.modules() if isinstance(m, TernaryLinear))
-        trained, inside = _count(part.parameters()), [_count(layer.parameters()) for layer in layers(part)]
+        trained, inside = _count(learning), [_count(layer.parameters()) for layer in layers(part)]
         return _Pass(
             parameters={
                 "ternary": ternary,
@@ -163,9 +165,9 @@ def _pass(
                 "of the teacher": 0 if teacher is None else _count(teacher.parameters()),
             },
             weights=4 * _count(network.parameters()),
-            gathered=4 * (trained - sum(inside) + 2 * max(inside)),
+            gathered=4 * (_count(part.parameters()) - sum(inside) + 2 * max(inside)),
             gradients=4 * trained,
-            optimizer=sum(_state_bytes(optimizer, part) for optimizer in optimizers(network, auxiliary, config)),
+            optimizer=sum(_state_bytes(optimizer, learning) for optimizer in optimizers(network, auxiliary, config)),
             teacher=0 if teacher is None else 4 * _count(teacher.parameters()),
             activations=counted.peak,
             flop=counted.flop,
@@ -211,14 +213,16 @@ def _count(parameters: Iterable[Tensor]) -> int:
     return sum(parameter.numel() for parameter in parameters)
 
 
-def _state_bytes(optimizer: torch.optim.Optimizer, part: nn.Module) -> int:
+def _state_bytes(optimizer: torch.optim.Optimizer, learning: list[nn.Parameter]) -> int:
     """Of the moments: two of AdamW, one of Muon."""
-    trained = {id(parameter) for parameter in part.parameters()}
+    trained = {id(parameter) for parameter in learning}
     moments = 1 if isinstance(optimizer, torch.optim.Muon) else 2
     return 4 * moments * _count(p for group in optimizer.param_groups for p in group["params"] if id(p) in trained)
 
 
-def _window(policy: PolicyConfig, windows: int, length: int, keypoints: int) -> Window | TokenWindow:
+def _window(
+    policy: PolicyConfig, windows: int, length: int, keypoints: int, flow_samples: int
+) -> Window | TokenWindow:
     """As the loader makes them, without values."""
     action, views, size = policy.action, len(policy.processing.cameras), policy.vision.image_size
     inputs = Batch(
@@ -231,10 +235,13 @@ def _window(policy: PolicyConfig, windows: int, length: int, keypoints: int) -> 
     )
     if action.bins:
         return TokenWindow(inputs, torch.empty(windows, action.dim, dtype=torch.int64))
+    actions = torch.empty(windows, *([flow_samples] if action.flow else []), action.horizon, action.dim)
+    if action.flow:
+        inputs = inputs._replace(noisy=actions, time=actions[..., 0])
     return Window(
         inputs,
-        actions=torch.empty(windows, action.horizon, action.dim),
-        valid=torch.empty(windows, action.horizon, dtype=torch.bool),
+        actions=actions,
+        valid=torch.empty(actions.shape[:-1], dtype=torch.bool),
         auxiliary=torch.empty(windows, 0),
         keypoints=torch.empty(windows, views, keypoints, 2),
     )
@@ -251,7 +258,7 @@ def _sequence_length(policy: PolicyConfig) -> int:
 def _policy(stage: str, config: TrainConfig, start: Path | None, data: Path | None) -> PolicyConfig:
     stored = None if start is None else load_config(start)
     if stored is not None and bool(stored.action.bins) == (stage == "pretrain"):
-        return msgspec.structs.replace(stored, precision=config.precision)
+        return with_head(msgspec.structs.replace(stored, precision=config.precision), config)
     if config.policy is None:
         raise BitvlaError("the configuration has no [policy] section and no --init checkpoint gives one")
     new = config.policy
@@ -262,7 +269,7 @@ def _policy(stage: str, config: TrainConfig, start: Path | None, data: Path | No
         raise BitvlaError(
             "nothing says how many cameras there are: give --data, or policy.cameras in the configuration"
         )
-    return check(_without_statistics(new, names, config))
+    return with_head(check(_without_statistics(new, names, config)), config)
 
 
 def _without_statistics(new: NewPolicy, cameras: Iterable[str], config: TrainConfig) -> PolicyConfig:
@@ -275,12 +282,11 @@ def _without_statistics(new: NewPolicy, cameras: Iterable[str], config: TrainCon
         control_hz=1.0,
         execute_horizon=new.execute_horizon,
     )
-    action = msgspec.structs.replace(new.action, max_prefix=config.max_prefix or new.action.max_prefix)
     return PolicyConfig(
         name=new.name,
         vision=new.vision,
         language=new.language,
-        action=action,
+        action=new.action,
         processing=processing,
         precision=config.precision,
     )

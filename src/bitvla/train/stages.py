@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from bitvla.config import PolicyConfig
+from bitvla.errors import BitvlaError
 from bitvla.model.network import BitVLA, Output
 from bitvla.train.batches import UNKNOWN, TokenWindow, Window
 from bitvla.train.config import TrainConfig
@@ -57,6 +58,16 @@ def trained_part(stage: str, network: BitVLA) -> nn.Module:
     return network.vision_tower if stage == "localize" else network
 
 
+def freeze(stage: str, network: BitVLA, config: TrainConfig) -> None:
+    """Ask for gradients of the action head alone, where `config` says so."""
+    if not config.train_head_only:
+        return
+    if stage != "finetune":
+        raise BitvlaError(f"stage '{stage}' trains more than the action head: leave out train_head_only")
+    network.requires_grad_(False)
+    network.action_head.requires_grad_(True)
+
+
 def localize(auxiliary: AuxiliaryHead) -> Objective:
     """The vision tower alone learns where things are in each image, at a third of the cost of a step of the policy."""
 
@@ -81,10 +92,13 @@ def pretrain(network: Network, window: TokenWindow) -> Losses:
 
 
 def finetune(config: TrainConfig, auxiliary: AuxiliaryHead) -> Objective:
-    """OFT: mean absolute error of the chunk (paper eq. 8), plus the auxiliary regression where the data allows it."""
+    """OFT: mean absolute error of the chunk (paper eq. 8), plus the auxiliary regression where the data allows it.
+
+    A flow learns velocities instead: their mean squared error, on the straight line from noise to the chunk.
+    """
 
     def objective(network: Network, window: Window) -> Losses:
-        return _regression(network(window.inputs), window, config, auxiliary)
+        return _imitation(network(window.inputs), window, config, auxiliary)
 
     return objective
 
@@ -97,7 +111,7 @@ def distill(config: TrainConfig, auxiliary: AuxiliaryHead, teacher: Network) -> 
 
     def objective(network: Network, window: Window) -> Losses:
         student = network(window.inputs)
-        losses = _regression(student, window, config, auxiliary)
+        losses = _imitation(student, window, config, auxiliary)
         if config.alignment_weight:
             with torch.no_grad():
                 target = teacher(window.inputs)
@@ -110,11 +124,12 @@ def distill(config: TrainConfig, auxiliary: AuxiliaryHead, teacher: Network) -> 
     return objective
 
 
-def _regression(output: Output, window: Window, config: TrainConfig, auxiliary: AuxiliaryHead) -> Losses:
-    error = (output.actions.float() - window.actions).abs().mean(dim=-1)
+def _imitation(output: Output, window: Window, config: TrainConfig, auxiliary: AuxiliaryHead) -> Losses:
+    error = output.actions.float() - window.actions
+    name, each = ("flow", error.square()) if window.inputs.time.numel() else ("action_l1", error.abs())
     # Over all steps, valid or not: shares of a batch then weigh the same on any number of processes.
-    losses = {"action_l1": (error * window.valid).mean()}
-    losses["loss"] = losses["action_l1"]
+    losses = {name: (each.mean(dim=-1) * window.valid).mean()}
+    losses["loss"] = losses[name]
     if config.auxiliary_weight and window.auxiliary.shape[1]:
         losses["auxiliary"] = (auxiliary.positions(output).float() - window.auxiliary).abs().mean()
         losses["loss"] = losses["loss"] + config.auxiliary_weight * losses["auxiliary"]
