@@ -29,7 +29,7 @@ from bitvla.quantization import STEPS, Packing, quantize_activations, unpack
 from bitvla.runtime import network as network_module
 from bitvla.runtime import selftest
 from bitvla.runtime.policy import PARTS, Policy
-from checkpoints import observation, pack_random, random_weights, tiny_config, token_config
+from checkpoints import flow_config, observation, pack_random, random_weights, tiny_config, token_config
 from reference_network import ReferenceNetwork, attention, gelu, gelu_tanh
 
 
@@ -46,6 +46,7 @@ CONFIGS = {
     "one kv head, deep head": changed(language={"num_kv_heads": 1}, action={"head_blocks": 2, "slots_per_step": 1}),
     "full-precision tower": changed(vision={"ternary": False}),
     "no blocks, one layer": changed(language={"num_layers": 1, "num_kv_heads": 4}, action={"head_blocks": 0}),
+    "flow": flow_config(),
 }
 
 

@@ -332,7 +332,8 @@ def _check_sizes(config: PolicyConfig | LanguageModelConfig) -> None:
         sections["vision"] = config.vision
     # Sizes of what a policy may do without.
     optional = {"head_blocks", "bins", "max_prefix"}
-    absent, why = set(), "actions are tokens"
+    absent: set[str] = set()
+    why = "actions are tokens"
     if isinstance(config, PolicyConfig):
         if config.action.bins:
             absent = {"state_dim", "slots_per_step", "head_hidden_size", "head_blocks"}

@@ -40,8 +40,8 @@ def load_tokenizer(checkpoint: Path) -> Tokenizer:
 def load_network(checkpoint: Path, config: PolicyConfig | None = None) -> tuple[BitVLA, Prompt]:
     """The network of a checkpoint and its prompt builder.
 
-    With another `precision`, a larger `max_prefix`, or another action head if `config` says so; projectors and head that
-    the checkpoint does not have begin at random.
+    With another `precision`, a larger `max_prefix`, or another action head if `config` says so; projectors and a head
+    that the checkpoint does not have begin at random.
     """
     config = config or load_config(checkpoint)
     prompt = Prompt(config, load_tokenizer(checkpoint))

@@ -212,7 +212,7 @@ class FlowHead(nn.Module):
         self.action_out = nn.Linear(width, action.dim)
 
     def forward(self, states: Tensor, noisy: Tensor, time: Tensor) -> Tensor:
-        """Velocities (B, K, horizon, dim) of `noisy` at `time` (B, K, horizon), given states (B, horizon, slots * H)."""
+        """Velocities (B, K, horizon, dim) of `noisy` at `time` (B, K, horizon), given states (B, horizon, slots)."""
         angles = time[..., None].double() * self.frequencies
         waves = torch.cat([angles.sin(), angles.cos()], dim=-1).float()
         given = self.condition(self.condition_norm(states)) + self.position_embedding

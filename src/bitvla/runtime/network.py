@@ -262,9 +262,7 @@ class Decoder:
 class Encoder:
     """Transformer layers of SigLIP, ternary or in full precision, whose tensors' names begin with `name`."""
 
-    def __init__(
-        self, config: VisionConfig | FlowConfig, name: str, bundle: Bundle[Any], workspace: Workspace
-    ) -> None:
+    def __init__(self, config: VisionConfig | FlowConfig, name: str, bundle: Bundle[Any], workspace: Workspace) -> None:
         self.config, self.workspace = config, workspace
         tensors = bundle.tensors
         norm = partial(_stored_norm, tensors)
@@ -288,7 +286,7 @@ class Encoder:
         ]
 
     def run(self, x: Floats, sequences: Sequence[slice], record: Record | None = None) -> None:
-        """Pass hidden states (M, H) through all layers, in place. Tokens of different sequences do not see each other."""
+        """Pass hidden states (M, H) through all layers, in place. Tokens see those of their own sequence."""
         heads, size = self.config.num_heads, self.config.hidden_size
         scale = (size // heads) ** -0.5
         q, k, v = (self.workspace.floats(name, len(x), size) for name in ("q", "k", "v"))
@@ -433,7 +431,7 @@ class FlowHead(Encoder):
         return [self, self.condition]
 
     def act(self, answers: Floats, prefix: Floats | None = None) -> Floats:
-        """Final hidden states (slots, H) -> normalised actions (horizon, dim), a new array that begins with `prefix`."""
+        """Final hidden states (slots, H) -> normalised actions (horizon, dim), a new array; it begins with `prefix`."""
         horizon, width, eps = self.action.horizon, self.flow.hidden_size, self.flow.layer_norm_eps
         states = answers.reshape(horizon, -1)
         first = self.workspace.floats("head.first", *states.shape)
@@ -449,7 +447,8 @@ class FlowHead(Encoder):
 
         decided = 0 if prefix is None else len(prefix)
         chunk = self.noise.copy()
-        chunk[:decided] = prefix
+        if prefix is not None:
+            chunk[:decided] = prefix
         for step in range(self.flow.steps):
             x[:] = given
             x[:decided] += times[-1]

@@ -36,7 +36,8 @@ class Window(NamedTuple):
 
     inputs: Batch
     actions: Tensor  # float (B, horizon, dim), normalised; of a flow the velocities (B, K, horizon, dim) towards them
-    valid: Tensor  # bool (B, horizon), or (B, 1, horizon): False past the end of the episode, and where actions are given as decided
+    # bool (B, horizon), of a flow (B, 1, horizon): False past the episode's end, and where actions are given as decided
+    valid: Tensor
     auxiliary: Tensor  # float (B, E): standardised privileged state, E may be 0
     keypoints: Tensor  # float (B, V, K, 2): where things are in the network's images, K may be 0
 
@@ -269,8 +270,8 @@ def batches(windows: Windows | Mixture, steps: range) -> Iterator[Window | Token
 def _flowing(window: Window, decided: Tensor, chances: Tensor) -> Window:
     """`window` on the straight line from noise to its actions, where decided ones (B, horizon) have arrived.
 
-    `chances` (B, K, 1 + horizon * dim) in [0, 1). Times are drawn as in pi0, more of them near the noise, where there is
-    more to decide: 1 - u with u of Beta(1.5, 1).
+    `chances` (B, K, 1 + horizon * dim) in [0, 1). Times are drawn as in pi0, more of them near the noise, where there
+    is more to decide: 1 - u with u of Beta(1.5, 1).
     """
     actions = window.actions[:, None]
     time = torch.where(decided[:, None], 1, 1 - chances[..., :1] ** (2 / 3)).float()

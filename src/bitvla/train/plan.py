@@ -220,9 +220,7 @@ def _state_bytes(optimizer: torch.optim.Optimizer, learning: list[nn.Parameter])
     return 4 * moments * _count(p for group in optimizer.param_groups for p in group["params"] if id(p) in trained)
 
 
-def _window(
-    policy: PolicyConfig, windows: int, length: int, keypoints: int, flow_samples: int
-) -> Window | TokenWindow:
+def _window(policy: PolicyConfig, windows: int, length: int, keypoints: int, flow_samples: int) -> Window | TokenWindow:
     """As the loader makes them, without values."""
     action, views, size = policy.action, len(policy.processing.cameras), policy.vision.image_size
     inputs = Batch(
