@@ -28,7 +28,7 @@ from bitvla.runtime.verify import verify
 from bitvla.runtime.work import work
 from bitvla.train.loop import run
 from bitvla.train.plan import Count, plan
-from checkpoints import flow_config, observation, pack_random, tiny_config, token_config, write_random_checkpoint
+from checkpoints import flow_config, observation, pack_random, tiny_config, token_config
 from datasets import write_dataset
 from test_train import first_observation, windows
 from training import FLOW, POLICY, losses_of, write_config
@@ -117,7 +117,7 @@ def test_it_learns_two_chunks_by_heart(data: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("ternary", [False, True])
 def test_the_head_alone_is_trained_and_packs(data: Path, plain: Path, tmp_path: Path, ternary: bool) -> None:
     """On a policy that has another one; everything else stays as it is."""
-    changes = {**HEAD_ONLY, "flow": {**FLOW, "ternary": ternary}, "optimizer": "muon", "max_prefix": 1}
+    changes = {**HEAD_ONLY, "flow": {**FLOW, "ternary": ternary}, "optimizer": "muon"}
     config = write_config(tmp_path, "", precision="ternary", steps=60, learning_rate=1e-2, **changes)
     run("finetune", config, data, tmp_path / "flow", init=plain)
     losses = list(losses_of(tmp_path / "flow").values())
@@ -221,18 +221,22 @@ def test_one_head_only() -> None:
 
 
 @pytest.mark.parametrize(
-    ("stage", "changes", "message"),
+    ("changes", "message"),
     [
-        ("finetune", {"flow": {"stepz": 3}}, "unknown field `stepz`.*; did you mean 'steps'"),
-        ("finetune", {"flow": {**FLOW, "num_heads": 3}}, "num_heads 3"),
-        ("finetune", {"flow_samples": 0}, "flow_samples must be positive"),
-        ("finetune", {"train_head_only": True}, "needs auxiliary_weight and keypoint_weight 0"),
-        ("distill", HEAD_ONLY, "stage 'distill' trains more than the action head"),
+        ({"flow": {"stepz": 3}}, "unknown field `stepz`.*; did you mean 'steps'"),
+        ({"flow": {**FLOW, "num_heads": 3}}, "num_heads 3"),
+        ({"flow_samples": 0}, "flow_samples must be positive"),
+        ({"train_head_only": True}, "needs auxiliary_weight and keypoint_weight 0"),
+        (HEAD_ONLY, "trains on top of a policy: give one with --init"),
     ],
 )
-def test_what_is_wrong_in_a_run_is_named(data: Path, tmp_path: Path, stage: str, changes: dict, message: str) -> None:
-    parents = {}
-    if stage == "distill":
-        parents["teacher"] = write_random_checkpoint(tmp_path / "teacher", flow_config())
+def test_what_is_wrong_in_a_run_is_named(data: Path, tmp_path: Path, changes: dict, message: str) -> None:
     with pytest.raises(BitvlaError, match=message):
-        run(stage, write_config(tmp_path, **changes), data, tmp_path / "out", **parents)
+        run("finetune", write_config(tmp_path, **changes), data, tmp_path / "out")
+
+
+def test_only_a_finetuned_head_is_trained_alone(data: Path, plain: Path, tmp_path: Path) -> None:
+    with pytest.raises(BitvlaError, match=r"leave the projector of max_prefix untrained, which .*plain does not have"):
+        run("finetune", write_config(tmp_path, "", **HEAD_ONLY, max_prefix=1), data, tmp_path / "out", init=plain)
+    with pytest.raises(BitvlaError, match="stage 'distill' trains more than the action head"):
+        plan("distill", write_config(tmp_path, "", **HEAD_ONLY), init=plain)
