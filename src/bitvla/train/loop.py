@@ -573,11 +573,11 @@ def start_config(stage: str, config: TrainConfig, start: Path | None, dataset: L
             else f"stage '{stage}' regresses its actions: leave out policy.action.bins"
         )
     policy = with_head(policy, config)
-    if config.train_head_only and (stored is None or policy.action.max_prefix > 0 == stored.action.max_prefix):
+    if config.train_head_only and stored is None:
+        raise BitvlaError("train_head_only = true trains on top of a policy: give one with --init")
+    if config.train_head_only and stored and policy.action.max_prefix and not stored.action.max_prefix:
         raise BitvlaError(
-            "train_head_only = true trains on top of a policy: give one with --init"
-            if stored is None
-            else f"train_head_only = true would leave the projector of max_prefix untrained, which {start} does not have"
+            f"train_head_only = true would leave the projector of max_prefix untrained, which {start} does not have"
         )
     if stored is not None:
         _check_backbone(policy, stored, start)
