@@ -400,7 +400,7 @@ def test_a_sequence_beyond_the_rotary_table_is_refused(tmp_path: Path) -> None:
 
 
 def test_an_answer_that_is_not_finite_is_refused(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(policy.network, "act", lambda answers: np.full((5, 4), np.nan, np.float32))
+    monkeypatch.setattr(policy.network, "act", lambda *_: np.full((5, 4), np.nan, np.float32))
     with pytest.raises(BitvlaError, match="not finite"):
         policy.act(observation(policy.config))
 
