@@ -263,7 +263,7 @@ def policy_subject(policy: Policy, tokenizer: Tokenizer) -> Subject:
 
     def run(record: runtime.Record) -> Mapping[str, NDArray[np.float32]]:
         network.record = record
-        actions = network.act(network.think(plan, network.see(patches_of(pixels, config.vision)), state))
+        actions = network.act(network.think([plan], network.see(patches_of(pixels, config.vision)), state[None]))[0]
         return {} if config.action.bins else {"actions": actions}
 
     ids = prompt.ids(seen.instruction)
@@ -284,13 +284,14 @@ def model_subject(model: LanguageModel) -> Subject:
 
     def run(record: runtime.Record) -> Mapping[str, NDArray[np.float32]]:
         x = model.decoder.embedding_rows(ids)
-        x[ids == model.image_id] = tower.see(patches_of(pixels, vision), record)
-        state = model.decoder.run(x, answers, runtime.Cache(config.language, len(ids)), record)
+        x[ids == model.chat.image_id] = tower.see(patches_of(pixels, vision), record)
+        span = runtime.Span(len(ids), answers, runtime.Cache(config.language, len(ids)))
+        state = model.decoder.run(x, [span], record)
         logits = np.empty((1, config.language.vocab_size), np.float32)
         model.head.apply(state, logits)
         return {"logits.0": logits}
 
-    return Subject(config, model, pixels, ids, model.image_id, -1, np.zeros(0, np.float32), answers, run)
+    return Subject(config, model, pixels, ids, model.chat.image_id, -1, np.zeros(0, np.float32), answers, run)
 
 
 def patches_of(pixels: list[NDArray[np.float32]], vision: VisionConfig) -> NDArray[np.float32]:

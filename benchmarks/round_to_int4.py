@@ -17,7 +17,8 @@ from safetensors.torch import load_file, save_file
 from torchao.quantization import IntxWeightOnlyConfig, quantize_
 from torchao.quantization.granularity import PerGroup
 
-from bitvla.model.checkpoint import load_config, load_network
+from bitvla.convert.training import open_start
+from bitvla.model.checkpoint import load_network
 
 GROUP = 32
 
@@ -27,9 +28,10 @@ def main() -> None:
     parser.add_argument("checkpoint", type=Path, help="full-precision training checkpoint")
     parser.add_argument("out", type=Path, help="folder of the rounded checkpoint")
     arguments = parser.parse_args()
-    if load_config(arguments.checkpoint).precision != "full":
+    start = open_start(arguments.checkpoint)
+    if start.config.precision != "full":
         parser.error(f"{arguments.checkpoint} is not a full-precision checkpoint")
-    network, _ = load_network(arguments.checkpoint)
+    network, _ = load_network(start)
     config = IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=PerGroup(GROUP))
     for layers in (network.vision_tower.vision_model.encoder, network.language_model.model.layers):
         quantize_(layers, config)

@@ -236,38 +236,78 @@ void linear(In x, In weight, std::optional<In> bias, Out out, bool accumulate, s
   run_linear(job, tokens);
 }
 
-void attention(In q, In k, In v, size_t heads, size_t kv_heads, float scale, bool causal, Out out) {
+// Packed keys and values: [kv_heads * tiles][dim * 16] and [kv_heads * places][padded(dim)].
+template <class T, class Given>
+void expect_packed(AttentionJob& job, const char* k_name, const Given& k, const char* v_name, const Given& v,
+                   size_t keys) {
+  const size_t room = std::min(rows_of(k_name, k) / job.kv_heads * kTile, rows_of(v_name, v) / job.kv_heads);
+  REQUIRE(room >= keys, std::string(k_name) + ", " + v_name + ": room for " + std::to_string(room) +
+                            " packed keys, expected at least " + std::to_string(keys));
+  const auto ka = expect<T>(k_name, k, {k.shape(0) / job.kv_heads * job.kv_heads, job.dim * kTile});
+  const auto va = expect<T>(v_name, v, {v.shape(0) / job.kv_heads * job.kv_heads, padded(job.dim)});
+  REQUIRE(ka.stride == job.dim * kTile && va.stride == padded(job.dim),
+          std::string(k_name) + ", " + v_name + ": rows lie apart, expected C order");
+  job.packed_k = const_cast<float*>(ka.data);
+  job.packed_v = const_cast<float*>(va.data);
+  job.packed_k_stride = k.shape(0) / job.kv_heads * ka.stride;
+  job.packed_v_stride = v.shape(0) / job.kv_heads * va.stride;
+}
+
+void attention(In q, In k, In v, size_t heads, size_t kv_heads, float scale, bool causal, Out out,
+               std::optional<size_t> packed) {
   AttentionJob job{};
   job.queries = rows_of("q", q);
-  job.keys = rows_of("k", k);
+  job.keys = packed ? *packed : rows_of("k", k);
   REQUIRE(heads > 0 && kv_heads > 0 && heads % kv_heads == 0,
           "heads: " + std::to_string(heads) + ", expected a multiple of kv_heads = " + std::to_string(kv_heads));
+  job.heads = heads;
+  job.kv_heads = kv_heads;
   job.dim = q.shape(1) / heads;
   REQUIRE(q.shape(1) == heads * job.dim && job.dim > 0 && job.dim <= kMaxHeadDim,
           "q: shape " + describe({job.queries, q.shape(1)}) + ", expected heads = " + std::to_string(heads) +
               " times 1 to " + std::to_string(kMaxHeadDim) + " columns");
   const auto qa = expect<const float>("q", q, {job.queries, heads * job.dim});
-  const auto ka = expect<const float>("k", k, {kAny, kv_heads * job.dim});
-  const auto va = expect<const float>("v", v, {job.keys, kv_heads * job.dim});
   const auto oa = expect<float>("out", out, {job.queries, heads * job.dim});
+  if (packed) {
+    expect_packed<const float>(job, "k", k, "v", v, job.keys);
+  } else {
+    const auto ka = expect<const float>("k", k, {kAny, kv_heads * job.dim});
+    const auto va = expect<const float>("v", v, {job.keys, kv_heads * job.dim});
+    job.k = ka.data;
+    job.v = va.data;
+    job.k_stride = ka.stride;
+    job.v_stride = va.stride;
+  }
   if (job.queries == 0) return;
   REQUIRE(job.keys > 0, "k: no keys");
   REQUIRE(!causal || job.keys >= job.queries, "k: " + std::to_string(job.keys) + " keys, expected at least the " +
                                                   std::to_string(job.queries) + " queries of a causal mask");
   job.q = qa.data;
-  job.k = ka.data;
-  job.v = va.data;
   job.out = oa.data;
   job.q_stride = qa.stride;
-  job.k_stride = ka.stride;
-  job.v_stride = va.stride;
   job.out_stride = oa.stride;
-  job.heads = heads;
-  job.kv_heads = kv_heads;
   job.scale = scale;
   job.causal = causal;
   nb::gil_scoped_release free;
   run_attention(job);
+}
+
+void append(In k, In v, size_t start, size_t kv_heads, Out packed_k, Out packed_v) {
+  AttentionJob job{};
+  job.keys = rows_of("k", k);
+  REQUIRE(kv_heads > 0 && k.shape(1) % kv_heads == 0,
+          "kv_heads: " + std::to_string(kv_heads) + ", expected a divisor of " + std::to_string(k.shape(1)));
+  job.kv_heads = kv_heads;
+  job.dim = k.shape(1) / kv_heads;
+  const auto ka = expect<const float>("k", k, {job.keys, kv_heads * job.dim});
+  const auto va = expect<const float>("v", v, {job.keys, kv_heads * job.dim});
+  expect_packed<float>(job, "packed_k", packed_k, "packed_v", packed_v, start + job.keys);
+  job.k = ka.data;
+  job.v = va.data;
+  job.k_stride = ka.stride;
+  job.v_stride = va.stride;
+  nb::gil_scoped_release free;
+  run_append(job, start);
 }
 
 void rope(Out x, In cos, In sin, size_t start, size_t heads) {
@@ -354,7 +394,9 @@ NB_MODULE(_native, m) {
         "bias"_a.none(), "out"_a, "accumulate"_a = false, "packing"_a = "2bit");
   m.def("linear", linear, "x"_a, "weight"_a, "bias"_a.none(), "out"_a, "accumulate"_a = false,
         "row_scales"_a = nb::none());
-  m.def("attention", attention, "q"_a, "k"_a, "v"_a, "heads"_a, "kv_heads"_a, "scale"_a, "causal"_a, "out"_a);
+  m.def("attention", attention, "q"_a, "k"_a, "v"_a, "heads"_a, "kv_heads"_a, "scale"_a, "causal"_a, "out"_a,
+        nb::kw_only(), "packed"_a = nb::none());
+  m.def("append", append, "k"_a, "v"_a, "start"_a, "kv_heads"_a, "packed_k"_a, "packed_v"_a);
   m.def("rope", rope, "x"_a, "cos"_a, "sin"_a, "start"_a, "heads"_a);
 
   m.def("peak_int8_gmacs", [](double seconds, int threads) {

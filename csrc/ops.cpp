@@ -146,17 +146,37 @@ void run_rope(const RopeJob& job, size_t tokens) {
   parallel(threads, tasks.count, [&](size_t task) { kernels.rope(job, tasks[task]); });
 }
 
+void run_append(const AttentionJob& job, size_t start) {
+  const size_t width = padded(job.dim);
+  for (size_t i = 0; i < job.keys; ++i) {
+    const size_t at = start + i;
+    for (size_t head = 0; head < job.kv_heads; ++head) {
+      const float* k = job.k + i * job.k_stride + head * job.dim;
+      const float* v = job.v + i * job.v_stride + head * job.dim;
+      float* packed_k = job.packed_k + head * job.packed_k_stride + at / kTile * job.dim * kTile + at % kTile;
+      for (size_t d = 0; d < job.dim; ++d) packed_k[d * kTile] = k[d];
+      std::copy_n(v, job.dim, job.packed_v + head * job.packed_v_stride + at * width);
+    }
+  }
+}
+
 void run_attention(AttentionJob job) {
   const Kernels& kernels = active();
-  const size_t k_size = job.kv_heads * padded(job.keys) * job.dim;
-  // Where they are read only once, values need no copy.
-  const bool in_place = query_blocks(job) == 1 && job.dim % kLanes == 0;
-  const size_t v_size = in_place ? 0 : job.kv_heads * job.keys * padded(job.dim);
-  job.packed_k = static_cast<float*>(call_scratch.get((k_size + v_size) * sizeof(float)));
-  job.packed_v = in_place ? nullptr : job.packed_k + k_size;
+  const bool packed = !job.k;
+  if (!packed) {
+    // Where they are read only once, values need no copy.
+    const bool in_place = query_blocks(job) == 1 && job.dim % kLanes == 0;
+    job.packed_k_stride = padded(job.keys) * job.dim;
+    job.packed_v_stride = in_place ? 0 : job.keys * padded(job.dim);
+    const size_t size = job.kv_heads * (job.packed_k_stride + job.packed_v_stride);
+    job.packed_k = static_cast<float*>(call_scratch.get(size * sizeof(float)));
+    job.packed_v = in_place ? nullptr : job.packed_k + job.kv_heads * job.packed_k_stride;
+  }
   const int threads = threads_for(job.queries * job.keys * job.heads * job.dim, kMinFloatProducts);
-  const Tasks groups(job.kv_heads * tiles(job.keys), 1, threads);
-  parallel(threads, groups.count, [&](size_t task) { kernels.attention_pack(job, groups[task]); });
+  if (!packed) {
+    const Tasks groups(job.kv_heads * tiles(job.keys), 1, threads);
+    parallel(threads, groups.count, [&](size_t task) { kernels.attention_pack(job, groups[task]); });
+  }
   const Tasks blocks(job.kv_heads * query_blocks(job), 1, threads, 64);
   parallel(threads, blocks.count, [&](size_t task) {
     kernels.attention(job, blocks[task], task_scratch.get(kAttentionScratch));

@@ -12,7 +12,8 @@ void run_rows(const RowJob& job, size_t tokens);
 void run_ternary(const TernaryJob& job, size_t tokens);
 void run_linear(const LinearJob& job, size_t tokens);
 void run_rope(const RopeJob& job, size_t tokens);
-void run_attention(AttentionJob job);  // provides the packed keys and values
+void run_attention(AttentionJob job);  // packs keys and values, unless they come packed
+void run_append(const AttentionJob& job, size_t start);  // k and v to places start, start + 1, ... of the packed ones
 
 // Ceilings of this machine: int8 multiply-adds of the active set on registers only (GMAC/s), memory reads (GB/s).
 double peak_int8_gmacs(double seconds, int threads);

@@ -73,6 +73,11 @@ def flow_config(**changes: Any) -> PolicyConfig:
     return tiny_config(action=action)
 
 
+def with_prompt(config: PolicyConfig, template: str) -> PolicyConfig:
+    prompt = msgspec.structs.replace(config.processing.prompt, template=template)
+    return msgspec.structs.replace(config, processing=msgspec.structs.replace(config.processing, prompt=prompt))
+
+
 def nano_config() -> PolicyConfig:
     """A policy of the size of the shipped one, for measurements."""
     return check(

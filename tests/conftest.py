@@ -29,3 +29,14 @@ def _native_settings() -> Iterator[None]:
     yield
     native.set_isa(isa)
     native.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def one_torch_thread() -> Iterator[None]:
+    """PyTorch computes with one thread, whatever the environment says: the order of its sums is then one."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

@@ -90,15 +90,17 @@ def line_config(size: int = SIZE, state_dim: int = 1) -> PolicyConfig:
 class Walker:
     """Goes where the sentence says (or, when deaf, always right), 0.1 m a step, in chunks of five."""
 
-    def __init__(self, config: PolicyConfig | None = None, deaf: bool = False, seconds: float = 0.0) -> None:
+    def __init__(
+        self, config: PolicyConfig | None = None, deaf: bool = False, seconds: float = 0.0, prune: float = 0.0
+    ) -> None:
         self.config = config or line_config()
-        self._deaf, self._seconds = deaf, seconds
+        self._deaf, self._seconds, self._prune = deaf, seconds, prune
 
     def reset(self) -> None:
         pass
 
     def info(self) -> dict[str, Any]:
-        return {"instruction_set": "python"}
+        return {"instruction_set": "python", "prune": self._prune}
 
     def act(self, observation: dict[str, Any]) -> NDArray[np.float32]:
         time.sleep(self._seconds)

@@ -71,12 +71,13 @@ class ReferenceNetwork:
         x[ids == proprio_id] = self.linear("proprio_projector.fc2", gelu(self.linear("proprio_projector.fc1", state)))
         return x
 
-    def decoder_layer(self, index: int, x: Floats) -> Floats:
+    def decoder_layer(self, index: int, x: Floats, positions: NDArray[np.int64] | None = None) -> Floats:
+        positions = np.arange(len(x)) if positions is None else positions
         prefix, language = f"language_model.model.layers.{index}.", self.config.language
         heads, kv_heads, eps = language.num_heads, language.num_kv_heads, language.rms_norm_eps
         h = self.rms_norm(f"{prefix}input_layernorm", x, eps)
         q, k, v = (self.ternary(f"{prefix}self_attn.{name}_proj", h) for name in "qkv")
-        q, k = rotate(q, heads, language.rope_theta), rotate(k, kv_heads, language.rope_theta)
+        q, k = (rotate(*part, language.rope_theta, positions) for part in ((q, heads), (k, kv_heads)))
         attended = attention(q, k, v, heads, kv_heads, causal=not language.bidirectional)
         x = x + self.ternary(
             f"{prefix}self_attn.o_proj", self.rms_norm(f"{prefix}self_attn.attn_sub_norm", attended, eps)
@@ -153,10 +154,10 @@ def attention(q: Floats, k: Floats, v: Floats, heads: int, kv_heads: int, causal
     return np.concatenate(outputs, axis=1)
 
 
-def rotate(x: Floats, heads: int, theta: float) -> Floats:
+def rotate(x: Floats, heads: int, theta: float, positions: NDArray[np.int64]) -> Floats:
     """Rotary embedding of (positions, heads * D): pairs (i, i + D / 2) turn by position * theta**(-2 i / D)."""
     size = x.shape[1] // heads
-    angles = np.arange(len(x))[:, None] * theta ** (-np.arange(0, size, 2) / size)
+    angles = positions[:, None] * theta ** (-np.arange(0, size, 2) / size)
     cos, sin = np.cos(angles)[:, None].astype(np.float32), np.sin(angles)[:, None].astype(np.float32)
     first, second = np.split(x.reshape(len(x), heads, size), 2, axis=-1)
     return np.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).reshape(x.shape)

@@ -6,10 +6,11 @@ pytest tests/test_base_models.py
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ from bitvla.model.network import Connector, VisionTower
 from bitvla.model.ternary import make_ternary
 from bitvla.processing.images import crop_resized
 from bitvla.runtime.language import Conversation, LanguageModel, Sampler
-from bitvla.runtime.network import Cache
+from bitvla.runtime.network import TILE, Cache
 from bitvla.runtime.policy import Policy
 from bitvla.runtime.verify import verify
 
@@ -49,12 +50,7 @@ SYSTEM = [
 ASSISTANT = [128009, 72803, 25, SPACE]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_torch_thread")
 
 
 @pytest.fixture(scope="module")
@@ -201,7 +197,7 @@ def test_the_prompt_of_a_question(model: LanguageModel) -> None:
     """The image comes first, a line break stays after it, and a later turn has none."""
     conversation = Conversation(model)
     list(conversation.say(QUESTION, images=[picture()], max_tokens=1))
-    rest = [*model.encode(" is"), 389, 279, 2007, 30]
+    rest = [*model.chat.encode(" is"), 389, 279, 2007, 30]
     words = [3923, *rest]
     assert conversation.ids[:-1] == [*SYSTEM, 35075, 25, SPACE, *[IMAGE] * 256, NEW_LINE, *words, *ASSISTANT]
     before = list(conversation.ids)
@@ -210,7 +206,7 @@ def test_the_prompt_of_a_question(model: LanguageModel) -> None:
     assert conversation.ids[len(before) : -1] == [128009, 35075, 25, SPACE, *pictures, NEW_LINE, *words, *ASSISTANT]
     before = list(conversation.ids)
     list(conversation.say(QUESTION, max_tokens=1))
-    assert conversation.ids[len(before) : -1] == [128009, 35075, 25, *model.encode(" What"), *rest, *ASSISTANT]
+    assert conversation.ids[len(before) : -1] == [128009, 35075, 25, *model.chat.encode(" What"), *rest, *ASSISTANT]
 
 
 def test_files_say_what_their_model_does(checkpoints: Path) -> None:
@@ -248,7 +244,7 @@ def test_the_head_and_the_tower_may_be_int8(checkpoints: Path, tmp_path: Path) -
     exact, small = (
         LanguageModel.load(path) for path in (checkpoints / "vision-language-bf16-tower.safetensors", tmp_path / "int8")
     )
-    ids = exact.encode("What is on the plate?")
+    ids = exact.chat.encode("What is on the plate?")
     one, other = (model.logits(ids, Cache(model.config.language, len(ids))) for model in (exact, small))
     assert 0 < np.abs(one - other).max() < 0.05 * np.abs(one).max()
     one, other = (model.see([picture()]) for model in (exact, small))
@@ -275,8 +271,49 @@ def test_an_interrupted_reading_goes_on(model: LanguageModel, monkeypatch: pytes
         list(stopped.say(QUESTION, images=images, max_tokens=3))
     assert stopped._cache.length == 512
     assert "".join(stopped._answer(3, Sampler())) == expected
-    read = slice(0, whole._cache.length)
-    np.testing.assert_array_equal(stopped._cache.keys[:, read], whole._cache.keys[:, read])
+    assert_read_alike(stopped, whole)
+
+
+def assert_read_alike(actual: Conversation, expected: Conversation) -> None:
+    read = slice(0, expected._cache.length // TILE)  # whole tiles of keys, and as many values
+    for one, other in zip(actual._cache.by_head(), expected._cache.by_head(), strict=True):
+        np.testing.assert_array_equal(one[:, :, read], other[:, :, read])
+
+
+@pytest.mark.parametrize(
+    ("question", "seeds", "images"),
+    [
+        ("Is the cup red?", (1, 2), 0),
+        (QUESTION, (1, 2), 0),
+        (QUESTION, (1, 3), 1),
+        (QUESTION, (3, 2), 2),
+        ("Why?", (), 0),
+    ],
+    ids=["another question", "the same", "another second image", "another first image", "no image"],
+)
+def test_what_two_conversations_begin_with_is_read_once(
+    model: LanguageModel, monkeypatch: pytest.MonkeyPatch, question: str, seeds: tuple[int, ...], images: int
+) -> None:
+    """Answer and keys are those of a conversation that read everything, bit for bit; `images` pass the tower."""
+    first, whole = Conversation(model), Conversation(model)
+    list(first.say(QUESTION, images=[picture(1), picture(2)], max_tokens=3))
+    shown = [picture(seed) for seed in seeds]
+    expected = "".join(whole.say(question, images=shown, max_tokens=3))
+    second = Conversation(model, after=first)
+    answer = second.say(question, images=shown, max_tokens=3)
+    known, seen, see = second._cache.length, [], model.see
+    pairs = zip(what_was_read(first, (1, 2)), what_was_read(second, seeds)[:-1], strict=False)
+    assert 0 < known == len(list(itertools.takewhile(lambda pair: pair[0] == pair[1], pairs)))
+    monkeypatch.setattr(model, "see", lambda images: seen.append(len(images)) or see(images))
+    assert "".join(answer) == expected
+    assert sum(seen) == images
+    assert_read_alike(second, whole)
+
+
+def what_was_read(conversation: Conversation, seeds: tuple[int, ...]) -> list[tuple[int, int]]:
+    """The tokens, each with the seed of the image that it is a part of, if any."""
+    patches = iter(np.repeat(seeds, 256).tolist())
+    return [(token, next(patches) if token == IMAGE else 0) for token in conversation.ids]
 
 
 @pytest.mark.parametrize("isa", native.available())
@@ -386,7 +423,7 @@ def test_the_image_token_is_the_tokenizers(checkpoints: Path, tmp_path: Path) ->
     )
     pack(folder, tmp_path / "out")
     renamed = LanguageModel.load(tmp_path / "out")
-    assert (renamed.config.chat.image_token, renamed.image_id) == ("<image>", 128260)
+    assert (renamed.config.chat.image_token, renamed.chat.image_id) == ("<image>", 128260)
     published = LanguageModel.load(checkpoints / "vision-language.safetensors")
     texts = ["".join(model.generate(QUESTION, images=[picture()], max_tokens=4)) for model in (renamed, published)]
     assert texts[0] == texts[1]
@@ -407,7 +444,7 @@ def test_chat_about_an_image(checkpoints: Path, tmp_path: Path, capsys: pytest.C
     assert main([*command, "--json"]) == 0
     record = json.loads(capsys.readouterr().out)
     assert record["answer"] + "\n" == printed
-    assert record["prompt_tokens"] == 32 + 3 + 256 + 1 + len(LanguageModel.load(Path(model)).encode(QUESTION)) + 4
+    assert record["prompt_tokens"] == 32 + 3 + 256 + 1 + len(LanguageModel.load(Path(model)).chat.encode(QUESTION)) + 4
     expected = LanguageModel.load(Path(model)).generate(QUESTION, images=[picture(4)], max_tokens=3)
     assert record["answer"] == "".join(expected)
     path.write_bytes(b"no image")

@@ -27,6 +27,8 @@ from safetensors.numpy import save_file
 import bitvla
 from bitvla import BitvlaError, bundle
 from bitvla.bundle import Bundle, read, stored_tensors, tensor_specs, to_bfloat16, to_float32, write
+from bitvla.quantization import quantize_activations
+from bitvla.runtime.inspect import inspect
 from bitvla.runtime.policy import Policy
 from checkpoints import observation, pack_random, tiny_config
 
@@ -287,8 +289,8 @@ def with_document(content: bytes, **changes: Any) -> bytes:
 
 
 def test_formats_of_other_versions_are_named(content: bytes, scratch: Path) -> None:
-    scratch.write_bytes(with_document(content, format=3, new_field=1))
-    assert "format 3, this bitvla reads formats 1 to 2; update bitvla" in refused(scratch, digest=False)
+    scratch.write_bytes(with_document(content, format=4, new_field=1))
+    assert "format 4, this bitvla reads formats 1 to 3; update bitvla" in refused(scratch, digest=False)
     scratch.write_bytes(with_document(content, format=0))
     assert "pack it again" in refused(scratch, digest=False)
 
@@ -301,6 +303,19 @@ def test_format_1_is_read(content: bytes, scratch: Path) -> None:
     del document["packing"]
     scratch.write_bytes(assemble(header, data))
     assert read(scratch, digest=False).document.packing == "2bit"
+
+
+def test_format_2_is_read(tmp_path: Path) -> None:
+    """With int8 matrices the layer that writes actions was one of them."""
+    path = pack_random(tmp_path, tiny_config(), matrix_dtype="I8")
+    policy, layer = bitvla.load(path), "action_head.model.fc2.weight"
+    document = msgspec.structs.replace(policy.bundle.document, format=2)
+    codes, scales = quantize_activations(to_float32(policy.bundle.tensors[layer]))
+    write(path, document, {**policy.bundle.tensors, layer: codes, f"{layer}_scale": scales})
+    seen, older = observation(policy.config), bitvla.load(path)
+    assert older.bundle.tensors[layer].dtype == np.int8
+    np.testing.assert_allclose(older.act(seen), policy.act(seen), atol=0.1)
+    assert inspect(path)["format"] == 2
 
 
 def test_altered_statistics_are_found(content: bytes, scratch: Path) -> None:

@@ -24,10 +24,10 @@ from bitvla import cli
 from bitvla.errors import BitvlaError
 
 COMMANDS = [
-    "record", "data", "train", "pack", "make-checkpoint", "demo", "eval", "vqa", "compare", "report", "chat", "serve",
-    "run", "replay", "verify", "inspect", "bench", "doctor",
+    "record", "questions", "data", "train", "pack", "make-checkpoint", "demo", "eval", "vqa", "compare", "report",
+    "chat", "serve", "run", "replay", "verify", "inspect", "bench", "doctor",
 ]  # fmt: skip
-RESUMABLE = ["record", "train", "eval", "vqa"]
+RESUMABLE = ["record", "questions", "train", "eval", "vqa"]
 
 
 def example(command: str, capsys: pytest.CaptureFixture[str]) -> list[str]:
@@ -145,12 +145,25 @@ def test_a_missing_file_is_an_error_of_the_real_commands(tmp_path: Path, capsys:
     assert not list(tmp_path.iterdir())
 
 
+def test_what_is_pruned_is_a_policy_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    evaluation = ["eval", str(tmp_path), "--suite", "reach", "--episodes", "1", "--full-precision"]
+    for command, line in (
+        (["run", "ws://localhost:1", "--robot", "fake"], "give --prune to its `bitvla serve`"),
+        (evaluation, "--prune is for policy files"),
+    ):
+        assert cli.main([*command, "--prune", "0.25"]) == 1
+        assert line in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(["bench", "policy.safetensors", "--prune", "1"])
+
+
 @pytest.mark.parametrize("command", COMMANDS)
 def test_interruption_says_how_to_go_on(
     command: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     arguments = example(command, capsys)
-    function = f"_{command.replace('-', '_')}"
+    name = "data-check" if command == "data" else command  # what its example does
+    function = f"_{name.replace('-', '_')}"
     monkeypatch.setattr(cli, function, named(function, failing(KeyboardInterrupt())))
     assert cli.main(arguments) == 130
     output = capsys.readouterr()

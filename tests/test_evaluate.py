@@ -13,9 +13,13 @@ import msgspec
 import pytest
 from rich.console import Console
 
+import bitvla
 from bitvla.errors import BitvlaError
 from bitvla.evaluate.demo import demo
 from bitvla.evaluate.files import load
+from bitvla.evaluate.policy_host import PolicyHost
+from bitvla.evaluate.pool import Pool
+from bitvla.evaluate.process import Remote
 from bitvla.evaluate.report import report
 from bitvla.evaluate.result import compare
 from bitvla.evaluate.rollout import evaluate
@@ -45,6 +49,7 @@ def test_a_deaf_policy_is_found_out():
     deaf = run(partial(Walker, deaf=True), suite="swap")
     assert deaf.obedience[0].matrix == ((0, 3, 0), (0, 3, 0))
     assert deaf.obedience[0].changed.rate == 0
+    assert deaf.failures == {"goal misunderstanding": 3}
     obedient = run(suite="swap")
     assert obedient.obedience[0].matrix == ((3, 0, 0), (0, 3, 0))
     assert obedient.obedience[0].changed.rate == 1
@@ -57,6 +62,8 @@ def test_policies_are_compared_on_the_same_states():
     assert comparison.tasks["left"].only_a == 3
     assert comparison.tasks["right"].both == 3
     assert comparison.total.difference == 0.5
+    swapped = compare(run(suite="swap"), run(partial(Walker, deaf=True), suite="swap"))
+    assert swapped.failures == {"goal misunderstanding": (0, 3)}
     with pytest.raises(BitvlaError, match="protocol"):
         compare(good, run(episodes=2))
     with pytest.raises(BitvlaError, match="protocol"):
@@ -71,6 +78,26 @@ def test_a_crash_is_tried_again_then_counted_as_a_failure(tmp_path):
     assert twice.errors == 1
     assert twice.tasks["left"].successes == 1
     assert "SIGKILL" in next(e.error for e in twice.episodes if e.error)
+
+
+class Unlucky(Pool):
+    """Its first worker dies as it starts."""
+
+    made = 0
+
+    def _make(self):
+        self.made += 1
+        return Remote(os._exit, 1) if self.made == 1 else super()._make()
+
+
+def test_a_worker_lost_as_it_starts_is_replaced_where_that_may_happen():
+    spec = (Walker, Line, "both", 1, False)
+    with Unlucky(spec, 1, 1) as pool, pytest.raises(BitvlaError, match="fewer processes"):
+        pool.describe()
+    with Unlucky(spec, 1, 1) as pool:
+        pool.start_attempts = 2
+        assert pool.describe()[1].name == "line"
+        assert pool.made == 2
 
 
 def test_refusals_are_recorded_not_hidden():
@@ -130,6 +157,30 @@ def test_a_torn_line_is_run_again_and_another_policy_may_not_go_on(tmp_path):
     with pytest.raises(BitvlaError, match="another protocol"):
         run(out=out, episodes=4)
     assert run(out=out).total.total == 6
+
+
+def test_a_pruned_policy_is_another_policy(tmp_path):
+    out, pruned = tmp_path / "r.json", partial(Walker, prune=0.25)
+
+    def stop(_):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(pruned, out=out, on_episode=stop)
+    with pytest.raises(BitvlaError, match="another prune"):
+        run(out=out)
+    result = run(pruned, out=out)
+    assert load(out).policy.prune == 0.25
+    assert compare(result, run()).a == "walker (ternary, 25% of the image tokens left out)"
+
+
+def test_a_policy_file_is_known_by_its_name_however_it_is_loaded(tmp_path):
+    path = pack_random(tmp_path, nano_config())
+    plain = PolicyHost(str(path), 1, False).facts()
+    pruned = PolicyHost(partial(bitvla.load, path, threads=1, prune=0.5), 1, False).facts()
+    assert plain.source == "policy.safetensors"
+    assert plain.file_bytes > 0
+    assert pruned == msgspec.structs.replace(plain, prune=0.5, load_seconds=pruned.load_seconds)
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -18,8 +19,10 @@ from torch import nn
 
 import bitvla
 from bitvla import BitvlaError
-from bitvla.config import check
+from bitvla.bundle import read, tensor_specs
+from bitvla.config import FlowConfig, check
 from bitvla.convert.pack import pack
+from bitvla.convert.training import open_start, read_config
 from bitvla.model.network import BitVLA, FlowHead
 from bitvla.model.policy import TorchPolicy
 from bitvla.processing.vectors import normalize
@@ -30,10 +33,11 @@ from bitvla.train.loop import run
 from bitvla.train.plan import Count, plan
 from checkpoints import flow_config, observation, pack_random, tiny_config, token_config
 from datasets import write_dataset
-from test_train import first_observation, windows
-from training import FLOW, POLICY, losses_of, write_config
+from test_train import first_observation
+from training import FLOW, POLICY, losses_of, windows, write_config
 
-HEAD_ONLY = {"flow": FLOW, "train_head_only": True, "auxiliary_weight": 0, "keypoint_weight": 0}
+DTYPES = {"bfloat16": np.uint16, "int8": np.int8, "ternary": np.uint8}
+HEAD_ONLY = {"flow": FLOW, "learning_parts": ["head"], "auxiliary_weight": 0, "keypoint_weight": 0}
 FLOWING = POLICY.replace(
     "head_hidden_size = 16, head_blocks = 1",
     "head_hidden_size = 0, head_blocks = 0, max_prefix = 2, flow = { hidden_size = 16, num_heads = 2 }",
@@ -114,11 +118,12 @@ def test_it_learns_two_chunks_by_heart(data: Path, tmp_path: Path) -> None:
 # A policy with it.
 
 
-@pytest.mark.parametrize("ternary", [False, True])
-def test_the_head_alone_is_trained_and_packs(data: Path, plain: Path, tmp_path: Path, ternary: bool) -> None:
+@pytest.mark.parametrize("precision", ["full", "ternary"])
+def test_the_head_alone_is_trained_and_packs(data: Path, plain: Path, tmp_path: Path, precision: str) -> None:
     """On a policy that has another one; everything else stays as it is."""
-    changes = {**HEAD_ONLY, "flow": {**FLOW, "ternary": ternary}, "optimizer": "muon"}
-    config = write_config(tmp_path, "", precision="ternary", steps=60, learning_rate=1e-2, **changes)
+    changes = {**HEAD_ONLY, "flow": {**FLOW, "precision": precision}, "optimizer": "muon"}
+    ternary = precision == "ternary"
+    config = write_config(tmp_path, "", precision="ternary", steps=30, learning_rate=1e-2, **changes)
     run("finetune", config, data, tmp_path / "flow", init=plain)
     losses = list(losses_of(tmp_path / "flow").values())
     assert np.mean(losses[-10:]) < 0.9 * np.mean(losses[:5])
@@ -137,12 +142,27 @@ def test_the_head_alone_is_trained_and_packs(data: Path, plain: Path, tmp_path: 
 def test_another_precision_or_number_of_steps_keeps_its_weights(data: Path, plain: Path, tmp_path: Path) -> None:
     settings = {"precision": "ternary", "steps": 1, "learning_rate": 1e-9, **HEAD_ONLY}
     run("finetune", write_config(tmp_path, "", **settings), data, tmp_path / "full", init=plain)
-    for name, changes, kept in (("ternary", {"ternary": True, "steps": 7}, True), ("deeper", {"num_layers": 3}, False)):
-        config = write_config(tmp_path, "", **{**settings, "flow": {**FLOW, **changes}})
-        run("finetune", config, data, tmp_path / name, init=tmp_path / "full")
-        ours, others = (load_file(tmp_path / which / "model.safetensors") for which in ("full", name))
-        one, other = (state["action_head.layers.0.mlp.fc1.weight"] for state in (ours, others))
-        assert torch.allclose(one, other, atol=1e-6) == kept
+    config = write_config(tmp_path, "", **{**settings, "flow": {**FLOW, "precision": "ternary", "steps": 7}})
+    run("finetune", config, data, tmp_path / "ternary", init=tmp_path / "full")
+    full, ternary = (load_file(tmp_path / which / "model.safetensors") for which in ("full", "ternary"))
+    assert full.keys() == ternary.keys()
+    for name in full:  # the noise as well
+        torch.testing.assert_close(full[name], ternary[name], atol=1e-6, rtol=0)
+    other = write_config(tmp_path, "", **{**settings, "flow": {**FLOW, "hidden_size": 32}})
+    with pytest.raises(BitvlaError, match=r"action_head.noise|action_head.*is \[.*16\], it must be \[.*32\]"):
+        run("finetune", other, data, tmp_path / "wider", init=tmp_path / "full")
+
+
+def test_a_new_policy_may_be_described_with_it(data: Path, plain: Path, tmp_path: Path) -> None:
+    """Its backbone is that of a checkpoint then, also of one that regresses; adapters leave it whole."""
+    config = write_config(tmp_path, FLOWING, precision="ternary", steps=1, learning_rate=1e-9, lora_rank=2)
+    run("finetune", config, data, tmp_path / "flow", init=plain)
+    kept = load_file(tmp_path / "flow" / "model.safetensors")
+    assert {"action_head.noise", "action_head.layers.3.mlp.fc1.weight"} <= kept.keys()
+    assert not any("lora" in name for name in kept if name.startswith("action_head."))
+    start, now = open_start(plain), open_start(tmp_path / "flow")
+    for name in tensor_specs(start.config).keys() & tensor_specs(now.config).keys():
+        np.testing.assert_allclose(now.tensor(name), start.tensor(name), atol=1e-6)
 
 
 def test_its_noise_is_of_the_seed_and_stays(tmp_path: Path) -> None:
@@ -160,12 +180,25 @@ def test_its_noise_is_of_the_seed_and_stays(tmp_path: Path) -> None:
     np.testing.assert_array_equal(policy.act(seen), first)
 
 
-@pytest.mark.parametrize("ternary", [False, True])
-def test_it_is_verified_on_every_instruction_set(tmp_path: Path, ternary: bool) -> None:
-    action = msgspec.structs.replace(flow_config(ternary=ternary).action, max_prefix=3)
-    path = pack_random(tmp_path, tiny_config(action=action), matrix_dtype="BF16")
-    result = verify(path)
+@pytest.mark.parametrize("expert", ["bfloat16", "int8", "ternary"])
+def test_its_layers_alone_are_rounded_and_verified_on_every_instruction_set(tmp_path: Path, expert: Any) -> None:
+    config = tiny_config(action=msgspec.structs.replace(flow_config().action, max_prefix=3))
+    exact, rounded = (
+        pack_random(tmp_path / name, config, expert=chosen) for name, chosen in (("exact", None), ("rounded", expert))
+    )
+    before, after = read(exact).tensors, read(rounded).tensors
+    changed = {
+        name.removesuffix("_scale")
+        for name in after
+        if before.get(name) is None or after[name].dtype != before[name].dtype
+    }
+    layers = {name for name, spec in tensor_specs(config).items() if spec.kind == "matrix" and ".layers." in name}
+    assert changed == {name for name in layers if name.startswith("action_head.")}
+    assert {after[name].dtype for name in changed} == {np.dtype(DTYPES[expert])}
+    result = verify(rounded)
     assert result["passed"], result
+    one, other = (bitvla.load(path).act(observation(config)) for path in (exact, rounded))
+    assert not np.array_equal(one, other)
 
 
 def test_work_is_what_a_step_of_the_network_takes() -> None:
@@ -187,10 +220,7 @@ def test_a_plan_counts_what_is_trained(plain: Path, tmp_path: Path) -> None:
 
 
 def _head_sizes(checkpoint: Path):
-    from bitvla.config import FlowConfig
-    from bitvla.model.checkpoint import load_config
-
-    config = load_config(checkpoint)
+    config = read_config(checkpoint)
     return config.action, FlowConfig(**FLOW), config.language
 
 
@@ -211,6 +241,13 @@ def test_impossible_sizes_are_named(changes: dict, message: str) -> None:
         flow_config(**changes)
 
 
+def test_what_is_no_expert_in_full_precision_is_not_rounded(tmp_path: Path) -> None:
+    with pytest.raises(BitvlaError, match="has no flow-matching expert to store in int8; leave out --expert"):
+        pack_random(tmp_path / "plain", tiny_config(), expert="int8")
+    with pytest.raises(BitvlaError, match="was trained ternary, it cannot be int8"):
+        pack_random(tmp_path / "ternary", flow_config(precision="ternary"), expert="int8")
+
+
 def test_one_head_only() -> None:
     flow = flow_config().action.flow
     with pytest.raises(BitvlaError, match=r"head_hidden_size is 56; it must be 0, as action\.flow takes the place"):
@@ -226,8 +263,8 @@ def test_one_head_only() -> None:
         ({"flow": {"stepz": 3}}, "unknown field `stepz`.*; did you mean 'steps'"),
         ({"flow": {**FLOW, "num_heads": 3}}, "num_heads 3"),
         ({"flow_samples": 0}, "flow_samples must be positive"),
-        ({"train_head_only": True}, "needs auxiliary_weight and keypoint_weight 0"),
-        (HEAD_ONLY, "trains on top of a policy: give one with --init"),
+        ({"flow": {**FLOW, "precision": "int4"}}, "Invalid enum value 'int4'"),
+        (HEAD_ONLY, "learning_parts leaves out vision_tower.*, which no --init gives: it would stay random"),
     ],
 )
 def test_what_is_wrong_in_a_run_is_named(data: Path, tmp_path: Path, changes: dict, message: str) -> None:
@@ -235,8 +272,11 @@ def test_what_is_wrong_in_a_run_is_named(data: Path, tmp_path: Path, changes: di
         run("finetune", write_config(tmp_path, **changes), data, tmp_path / "out")
 
 
-def test_only_a_finetuned_head_is_trained_alone(data: Path, plain: Path, tmp_path: Path) -> None:
-    with pytest.raises(BitvlaError, match=r"leave the projector of max_prefix untrained, which .*plain does not have"):
-        run("finetune", write_config(tmp_path, "", **HEAD_ONLY, max_prefix=1), data, tmp_path / "out", init=plain)
-    with pytest.raises(BitvlaError, match="stage 'distill' trains more than the action head"):
-        plan("distill", write_config(tmp_path, "", **HEAD_ONLY), init=plain)
+def test_what_learns_is_checked(data: Path, plain: Path, tmp_path: Path) -> None:
+    prefixed = write_config(tmp_path, "", **HEAD_ONLY, max_prefix=1)
+    with pytest.raises(BitvlaError, match=r"leaves out prefix_projector.weight, which .*plain does not have"):
+        run("finetune", prefixed, data, tmp_path / "out", init=plain)
+    with pytest.raises(BitvlaError, match=r"learning_parts = \['head'\] leaves nothing to learn in stage 'localize'"):
+        plan("localize", write_config(tmp_path, "", **HEAD_ONLY), init=plain)
+    with pytest.raises(BitvlaError, match="lora_rank and learning_parts both say what learns"):
+        run("finetune", write_config(tmp_path, "", **HEAD_ONLY, lora_rank=2), data, tmp_path / "out", init=plain)

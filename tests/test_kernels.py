@@ -268,6 +268,13 @@ def test_attention(isa: str, tokens: int, keys: int, heads: int, kv_heads: int, 
     exact = exact_attention(q, k, v, heads, kv_heads, scale, causal)
     assert np.abs(out[:, : heads * dim] - exact).max() <= bound
     assert np.all(out[:, heads * dim :] == 7)
+    packed_k = np.zeros((kv_heads * (keys // 16 + 2), dim * 16), np.float32)
+    packed_v = np.zeros((kv_heads * (keys + 3), -(-dim // 16) * 16), np.float32)
+    for part in (slice(0, keys // 3), slice(keys // 3, keys)):
+        native.append(k[part], v[part], part.start, kv_heads, packed_k, packed_v)
+    again = np.empty_like(q)
+    native.attention(q, packed_k, packed_v, heads, kv_heads, scale, causal, again, packed=keys)
+    np.testing.assert_array_equal(again, out[:, : heads * dim])
     native.attention(q, k, v, heads, kv_heads, scale, causal, q)  # in place
     np.testing.assert_array_equal(q, out[:, : heads * dim])
 
@@ -436,6 +443,21 @@ def test_wrong_arguments_are_named() -> None:
     refused("k: shape (4, 20), expected (any, 10)", native.attention, x, x, x, 2, 1, 1.0, False, x)
     refused("v: shape (3, 20), expected (4, 20)", native.attention, x, x, x[:3], 2, 2, 1.0, False, x)
     refused("k: 3 keys, expected at least the 4 queries", native.attention, x, x[:3], x[:3], 2, 2, 1.0, True, x)
+    packed_k, packed_v = np.zeros((4, 160), np.float32), np.zeros((36, 16), np.float32)  # of 2 heads, for 18 keys
+    refused(
+        "packed_k, packed_v: room for 18 packed keys, expected at least 19",
+        native.append,
+        x,
+        x,
+        15,
+        2,
+        packed_k,
+        packed_v,
+    )
+    refused("packed_k: shape (4, 160), expected (4, 320)", native.append, x, x, 0, 1, packed_k, packed_v)
+    refused("kv_heads: 3, expected a divisor of 20", native.append, x, x, 0, 3, packed_k, packed_v)
+    packed = partial(native.attention, packed=19)
+    refused("k, v: room for 18 packed keys, expected at least 19", packed, x, packed_k, packed_v, 2, 2, 1.0, True, x)
     table = np.zeros((5, 5), np.float32)
     refused("x: shape (4, 20), expected (4, 30)", native.rope, x, table, table, 0, 3)
     refused("cos: 5 positions, expected at least 6", native.rope, x, table, table, 2, 2)

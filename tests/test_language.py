@@ -113,7 +113,7 @@ def test_logits_are_those_of_transformers(tmp_path: Path, seed: int) -> None:
     make_checkpoint(tmp_path / "checkpoint", kind="language-bf16", reduced=True, seed=seed)
     pack(tmp_path / "checkpoint", tmp_path / "model.safetensors")
     model = LanguageModel.load(tmp_path / "model.safetensors")
-    ids = model.encode(model.config.chat.begin + model.config.chat.turn.replace("{prompt}", PROMPT))
+    ids = model.chat.encode(model.config.chat.begin + model.config.chat.turn.replace("{prompt}", PROMPT))
     expected, cache = transformers_logits(tmp_path / "checkpoint", ids), Cache(model.config.language, len(ids))
     actual = np.stack([model.logits([token], cache).copy() for token in ids])
     errors = np.abs(actual - expected).max(-1) / np.abs(expected).max(-1)
@@ -159,8 +159,10 @@ def test_bench_measures_writing(model_file: Path) -> None:
     for row in result["latency"]:
         assert 0 < row["p50_ms"] <= row["p99_ms"]
         assert row["share"] == pytest.approx(row["gb_per_s"] / row["bandwidth"])
-    with pytest.raises(BitvlaError, match="has no views"):
+    with pytest.raises(BitvlaError, match="neither views nor batches"):
         bench(model_file, views=2)
+    with pytest.raises(BitvlaError, match="neither views nor batches"):
+        bench(model_file, batch=2)
 
 
 # What is written.
@@ -194,7 +196,7 @@ def test_greedy_takes_the_likeliest_token(model: LanguageModel) -> None:
     conversation = Conversation(model)
     text = "".join(conversation.say(PROMPT, max_tokens=5))
     written = conversation.ids[-5:]
-    assert model.tokenizer.decode(written) == text
+    assert model.chat.tokenizer.decode(written) == text
     prompt = conversation.ids[:-5]
     for index, token in enumerate(written):
         cache = Cache(model.config.language, len(conversation.ids))
@@ -208,7 +210,7 @@ def test_a_conversation_goes_on_from_its_cache(model: LanguageModel) -> None:
     assert not conversation.ended
     before = list(conversation.ids)
     list(conversation.say("Open it", max_tokens=1))
-    turn = model.encode("<|eot_id|>User: Open it<|eot_id|>Assistant: ")
+    turn = model.chat.encode("<|eot_id|>User: Open it<|eot_id|>Assistant: ")
     assert conversation.ids[:-1] == before + turn
     cache = Cache(model.config.language, len(conversation.ids))
     assert conversation.ids[-1] == int(np.argmax(model.logits(conversation.ids[:-1], cache)))
@@ -224,7 +226,7 @@ def test_a_stop_token_ends_the_answer(model: LanguageModel) -> None:
 
 def test_an_answer_ends_with_the_context(model_file: Path) -> None:
     model = LanguageModel.load(model_file)
-    size = len(model.encode(model.config.chat.begin + model.config.chat.turn.replace("{prompt}", PROMPT)))
+    size = len(model.chat.encode(model.config.chat.begin + model.config.chat.turn.replace("{prompt}", PROMPT)))
     language = msgspec.structs.replace(model.config.language, max_positions=size + 3)
     model.config = msgspec.structs.replace(model.config, language=language)
     conversation = Conversation(model)

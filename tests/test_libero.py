@@ -20,6 +20,7 @@ from rich.console import Console
 from bitvla.config import ActionConfig, Statistics
 from bitvla.convert import conventions
 from bitvla.errors import BitvlaError
+from bitvla.evaluate.failures import Watch
 from bitvla.evaluate.rollout import evaluate
 from bitvla.sim import libero
 from bitvla.sim.base import TRAINING_SEEDS, make_simulator
@@ -54,12 +55,16 @@ class World:
     def reset(self, suite, number, episode, listed, wait_steps, seed):
         if suite == "libero_broken":
             1 / 0
-        self.asked = [number, episode, int(listed), wait_steps, seed]
+        self.swapped = suite.endswith("_swap")
+        self.asked = [number + 100 * self.swapped, episode, int(listed), wait_steps, seed]
         self.state = [0.0] * 8
         return {{"state": self.state}}
     def step(self, action):
         self.state[0] += action[0]
-        return {{"state": self.state, "success": self.state[0] > 2.5}}
+        return {{"state": self.state, "success": self.state[0] > 2.5 and not self.swapped}}
+    def moment(self):
+        bowl = {{"at": {{"bowl": [0, 0, 0]}}, "wanted": {{"bowl": True}}, "named": ["bowl"]}}
+        return {{"hand": self.state[:3], "touched": [], "held": [], **bowl}}
     def scene(self):
         goal = {{"predicate": "on", "thing": "bowl", "place": "plate"}}
         done = {{**goal, "holds": True, "at": [9.0, 9.0, 9.0]}}
@@ -285,6 +290,26 @@ def test_a_simulator_that_dies_costs_no_episode_and_counts_none_twice(tmp_path):
     assert written["versions"]["libero/world"] == "1"
 
 
+def test_a_suite_is_measured_with_its_perturbed_versions(tmp_path):
+    script = tmp_path / "world.py"
+    script.write_text(WORLD)
+    env = partial(Libero, python=Path(sys.executable), server=script)
+    result = evaluate(
+        Ahead, env=env, suite="libero_object_pro/1", episodes=2, processes=1, max_steps=8, console=Console(quiet=True)
+    )
+    names = [f"libero_object{change}/1" for change in ("", "_lan", "_object", "_swap", "_task")]
+    assert list(result.tasks) == names
+    assert {drop.suite: drop.difference for drop in result.drops} == {
+        "libero_object_lan": 0.0,
+        "libero_object_object": 0.0,
+        "libero_object_swap": -1.0,
+        "libero_object_task": 0.0,
+    }
+    # The hand of this world begins at the bowl, closed.
+    assert result.failures == {"spatial localisation": 2}
+    assert [e.failure for e in result.episodes if not e.success] == ["spatial localisation"] * 2
+
+
 def installed():
     try:
         return libero.find_python()
@@ -316,6 +341,39 @@ def test_the_real_benchmark_follows_the_conventions():
         assert np.array_equal(simulator.environment_state(), objects)
         again = simulator.observe()
         assert all(np.array_equal(again["images"][name], first["images"][name]) for name in simulator.cameras)
+
+
+@pytest.mark.libero
+@pytest.mark.slow
+@pytest.mark.skipif(installed() is None, reason="LIBERO is not installed: make libero")
+def test_a_perturbed_sentence_is_the_one_that_is_said():
+    with Libero() as simulator:
+        said = {
+            change: simulator.sentence(f"libero_object{change}/2", None) for change in ("", "_lan", "_swap", "_task")
+        }
+    assert said[""] == said["_swap"] != said["_lan"]
+    assert said["_lan"] == "grab salad dressing and put into basket"
+    assert said["_task"] == "pick the tomato sauce and place it in the basket"
+
+
+@pytest.mark.libero
+@pytest.mark.slow
+@pytest.mark.skipif(installed() is None, reason="LIBERO is not installed: make libero")
+def test_the_real_things_are_seen_to_be_held_and_wanted():
+    with Libero() as simulator:
+        simulator.reset("libero_object/0", 0)
+        first, act = simulator.moment(), simulator.expert()
+        watch = Watch(first)
+        while not first.at["alphabet_soup_1"][2] + 0.05 < simulator.moment().at["alphabet_soup_1"][2]:
+            simulator.step(act())
+            watch.see(simulator.moment())
+        now = simulator.moment()
+    assert first.wanted == now.wanted == {"alphabet_soup_1": True}
+    assert first.named == {"alphabet_soup_1", "basket_1", "basket_1_contain_region"}
+    assert first.held == first.touched == set()
+    assert now.held == now.touched == {"alphabet_soup_1"}
+    assert first.opening > 0.9 > now.opening
+    assert watch.failure() == "trajectory planning"
 
 
 @pytest.mark.libero

@@ -27,7 +27,7 @@ from bitvla.runtime.bench import bench
 from bitvla.runtime.inspect import inspect
 from bitvla.runtime.verify import verify
 from bitvla.runtime.work import Work, estimated_joules, processor_joules, work
-from checkpoints import observation, pack_random, random_weights, tiny_config
+from checkpoints import observation, pack_random, random_weights, tiny_config, token_config, with_prompt
 
 Q_PROJ = "language_model.model.layers.0.self_attn.q_proj.weight"
 
@@ -197,6 +197,16 @@ def test_bench_measures_every_part(path: Path) -> None:
     assert all(seconds > 0 for seconds in result["startup"].values())
 
 
+def test_bench_measures_batches(path: Path) -> None:
+    result = bench(path, threads=1, repeats=2, batch=5)
+    assert [row["observations"] for row in result["batches"]] == [1, 2, 4, 5]
+    assert result["batches"][0]["gain"] == 1
+    for row in result["batches"]:
+        assert row["observations_per_s"] == pytest.approx(1e3 * row["observations"] / row["p50_ms"])
+    assert result["batch_memory"]["peak"] >= result["memory"]["peak"]
+    assert "batches" not in bench(path, threads=1, repeats=1)
+
+
 def test_bench_measures_other_numbers_of_views(path: Path) -> None:
     results = [bench(path, threads=1, repeats=1, views=views) for views in (1, 3)]
     assert [result["views"] for result in results] == [1, 3]
@@ -204,7 +214,17 @@ def test_bench_measures_other_numbers_of_views(path: Path) -> None:
     assert results[0]["tokens"]["decoder"] + 32 == results[1]["tokens"]["decoder"]
 
 
-def test_multiply_adds_are_those_that_kernels_do(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bench_measures_a_pruned_policy(path: Path) -> None:
+    whole, pruned = (bench(path, threads=1, repeats=1, prune=share) for share in (0, 0.5))
+    assert (whole["prune"], pruned["prune"]) == (0, 0.5)
+    assert pruned["tokens"] == whole["tokens"] | {"decoder": whole["tokens"]["decoder"] - 16}
+    before, after = ({row["part"]: row for row in result["million_multiply_adds"]} for result in (whole, pruned))
+    assert after["decoder"]["ternary"] < before["decoder"]["ternary"]
+    assert (after["vision"], after["head"]) == (before["vision"], before["head"])
+
+
+def kernels_work(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
+    """Multiply-adds by kind, counted from now on."""
     done = dict.fromkeys(Work._fields, 0)
 
     class Counting:
@@ -222,12 +242,30 @@ def test_multiply_adds_are_those_that_kernels_do(path: Path, monkeypatch: pytest
 
             return call
 
-    policy = bitvla.load(path)
     monkeypatch.setattr(network_module, "native", Counting())
+    return done
+
+
+def test_multiply_adds_are_those_that_kernels_do(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    policy = bitvla.load(path)
+    done = kernels_work(monkeypatch)
     seen = observation(policy.config)
     policy.act(seen)
     parts = work(policy.config, policy.plan(seen["instruction"]).length)
     assert {kind: sum(getattr(part, kind) for part in parts.values()) for kind in Work._fields} == done
+
+
+def test_what_was_read_before_costs_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The prompt of a policy that writes its actions as tokens begins alike in every call."""
+    config = with_prompt(token_config(), "<|begin_of_text|>look {images}{instruction}")
+    policy = bitvla.load(pack_random(tmp_path, config))
+    seen = observation(policy.config)
+    policy.act(seen)
+    done = kernels_work(monkeypatch)
+    policy.act(seen)
+    plan = policy.plan(seen["instruction"])
+    assert plan.fixed > 0
+    assert done["ternary"] == sum(part.ternary for part in work(policy.config, plan.length, plan.fixed).values())
 
 
 def test_estimated_energy_is_that_of_the_bitnet_report() -> None:

@@ -89,6 +89,14 @@ def test_it_packs_verifies_loads_and_acts(checkpoint: Path, tmp_path: Path, view
         policy.act(observe(views % 3 + 1))
 
 
+def test_a_batch_answers_what_each_observation_gets_alone(policy_file: Path) -> None:
+    policy = bitvla.load(policy_file)
+    seen = [observe(2, seed) | {"instruction": text} for seed, text in enumerate((INSTRUCTION, "open the drawer"))]
+    alone = [policy.act(one).tobytes() for one in seen]
+    assert [chunk.tobytes() for chunk in policy.act_batch(seen)] == alone
+    assert [chunk.tobytes() for chunk in policy.act_batch(seen[::-1])] == alone[::-1]
+
+
 def test_the_scalar_kernels_replay_small_policies_only(policy_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def replayed() -> set[str]:
         names = {check["check"] for check in verify(policy_file)["checks"]}

@@ -10,12 +10,10 @@ hold an int8 code at a border that fell to the other side, and what follows from
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 from parity import KINDS, parity
@@ -37,12 +35,7 @@ def agrees(result: dict[str, Any]) -> None:
         assert 10 * row["packed"] < row["bfloat16"], row
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_torch_thread")
 
 
 def test_reduced(tmp_path: Path) -> None:

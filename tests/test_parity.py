@@ -14,7 +14,6 @@ from pathlib import Path
 import msgspec
 import numpy as np
 import pytest
-import torch
 
 import bitvla
 from bitvla.config import Camera, ImageProcessing, PolicyConfig
@@ -39,17 +38,16 @@ CONFIGS = {
     "decided actions": changed("action", max_prefix=3),
     "flow": flow_config(),
     "ternary flow, decided actions": tiny_config(
-        action=msgspec.structs.replace(flow_config(ternary=True).action, max_prefix=3)
+        action=msgspec.structs.replace(flow_config(precision="ternary").action, max_prefix=3)
     ),
     "one camera": tiny_config(processing=processing_config((Camera(name="top", height=28, width=28),), 3, 4, 5)),
 }
 
 
+@pytest.mark.usefixtures("one_torch_thread")
 @pytest.mark.parametrize("name", CONFIGS)
 def test_packed_equals_pytorch(tmp_path: Path, name: str) -> None:
     config, errors, random = CONFIGS[name], [], np.random.default_rng(0)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     for seed in range(4):
         checkpoint = write_random_checkpoint(tmp_path / str(seed), config, seed=seed)
         pack(checkpoint, tmp_path / "policy.safetensors", matrix_dtype="F32")
@@ -62,7 +60,6 @@ def test_packed_equals_pytorch(tmp_path: Path, name: str) -> None:
             assert not given or np.abs(packed.act(seen) - chunks[1])[given:].max() > 1e-3
             one, other = (normalize(chunk, config.processing.action) for chunk in chunks)
             errors.append(np.abs(one - other)[given:].mean())
-    torch.set_num_threads(threads)
     print(name, np.sort(errors))
     assert np.max(errors) < PARITY_BOUND
     assert np.sum(np.array(errors) < 1e-5) >= 5

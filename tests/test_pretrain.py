@@ -99,7 +99,7 @@ def test_targets_are_the_actions_of_the_frames(cart, tmp_path):
     dataset = LeRobotDataset(cart)
     config = windows._parts[0]._config
     expected = normalize(dataset.action, config.processing.action)
-    tokens = np.stack([windows._parts[0].example(place, np.zeros((2, 5)))[2] for place in np.linspace(0, 0.999, 40)])
+    tokens = np.stack([windows._parts[0].example(0, place, np.zeros((2, 5)))[2] for place in np.linspace(0, 0.999, 40)])
     frames = windows._parts[0]._frames[(np.linspace(0, 0.999, 40) * windows.num_frames).astype(int)]
     assert np.abs(token_values(tokens, 16) - expected[frames]).max() <= 1 / 15 + 1e-6
 
@@ -108,11 +108,11 @@ def test_datasets_are_seen_by_their_weights(arm, cart, tmp_path):
     frames = {"arm": mixture([arm], tmp_path, {}).num_frames, "cart": mixture([cart], tmp_path, {}).num_frames}
     for weights in ({}, {"arm": 1.0, "cart": 3.0}):
         windows = mixture([arm, cart], tmp_path, weights)
-        names = [part.name for step in range(200) for part, _, _ in windows._chosen(step)]
+        names = [part.name for step in range(200) for part, *_ in windows._chosen(step)]
         share = names.count("cart") / len(names)
         wanted = weights or frames
         assert share == pytest.approx(wanted["cart"] / sum(wanted.values()), abs=0.05)
-    episodes = {windows._parts[0].origin(place) for step in range(200) for _, place, _ in windows._chosen(step)}
+    episodes = {windows._parts[0].origin(0, place) for step in range(200) for _, _, place, _ in windows._chosen(step)}
     assert len(episodes) > 25  # all of the robot's
 
 
@@ -138,7 +138,8 @@ def test_pretrained_actions_are_written_alike_in_pytorch_and_packed(arm, cart, t
 
 
 def test_a_policy_is_finetuned_from_a_pretrained_one(arm, cart, tmp_path):
-    with pytest.raises(BitvlaError, match="action statistics hold"):  # the first dataset is what the policy is for
+    # The first dataset is what the policy is for.
+    with pytest.raises(BitvlaError, match=r"cart has vectors of 2, policy\.action\.dim is 3"):
         run("pretrain", write_config(tmp_path, TOKENS), [cart, arm], tmp_path / "x")
     run("pretrain", write_config(tmp_path, TOKENS, steps=2), [arm, cart], tmp_path / "base")
     config = write_config(tmp_path, steps=1, learning_rate=1e-9)

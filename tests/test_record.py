@@ -1,6 +1,7 @@
 """Recording real Meta-World demonstrations: reproducible, resumable, and safe against interruption."""
 
 import errno
+import json
 import os
 import signal
 import subprocess
@@ -10,7 +11,7 @@ import time
 import numpy as np
 import pytest
 
-from bitvla.data.lerobot import LeRobotDataset
+from bitvla.data.lerobot import LeRobotDataset, claim
 from bitvla.errors import BitvlaError
 from bitvla.sim import record as recorder
 from bitvla.sim.base import TRAINING_SEEDS, make_simulator
@@ -158,6 +159,12 @@ def test_a_full_disk_is_named_and_loses_nothing(whole, tmp_path, monkeypatch):
     monkeypatch.setattr(recorder.LeRobotWriter, "append", append)
     record("metaworld", TASK, 3, out, image_size=32, processes=1)
     assert same(out, whole)
+
+
+def test_a_second_recording_into_the_same_folder_is_refused(whole):
+    settings = json.loads((whole / "meta" / "recording.json").read_text())
+    with claim(whole, "recording", settings), pytest.raises(BitvlaError, match="another recording is writing"):
+        record("metaworld", TASK, 3, whole, image_size=32, processes=1)
 
 
 def test_a_folder_of_something_else_is_refused(whole, tmp_path):

@@ -10,6 +10,7 @@ import logging
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -29,8 +30,11 @@ from bitvla.quantization import STEPS, Packing, quantize_activations, unpack
 from bitvla.runtime import network as network_module
 from bitvla.runtime import selftest
 from bitvla.runtime.policy import PARTS, Policy
-from checkpoints import flow_config, observation, pack_random, random_weights, tiny_config, token_config
+from bitvla.runtime.pruning import most_different
+from checkpoints import flow_config, observation, pack_random, random_weights, tiny_config, token_config, with_prompt
 from reference_network import ReferenceNetwork, attention, gelu, gelu_tanh
+from serving import NANO
+from serving import observation as serving_observation
 
 
 def changed(**sections: dict[str, Any]) -> PolicyConfig:
@@ -48,6 +52,8 @@ CONFIGS = {
     "no blocks, one layer": changed(language={"num_layers": 1, "num_kv_heads": 4}, action={"head_blocks": 0}),
     "flow": flow_config(),
 }
+
+BEGINS_ALIKE = "<|begin_of_text|>look {images}{instruction}"
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +81,7 @@ def test_layers_match_the_reference(tmp_path: Path, name: str, seed: int) -> Non
     policy.network.record = states.__setitem__
     policy.act(seen)
     reference = ReferenceNetwork(config, random_weights(config, seed))
-    patches, plan, state = policy._preprocess(seen)
+    patches, (plan,), (state,), _ = policy._preprocess([seen], [None])
     ids = policy._prompt.ids(seen["instruction"])
     vision, decoder = config.vision.num_layers, config.language.num_layers
     expected = {"vision.0": reference.patch_embedding(patches), "connector": reference.connector(states["vision.2"])}
@@ -90,7 +96,9 @@ def test_layers_match_the_reference(tmp_path: Path, name: str, seed: int) -> Non
         error = np.abs(states[key] - value) / np.abs(value).max()
         assert np.median(error) < 1e-5, key
         assert error.max() < 0.05, key
-    np.testing.assert_allclose(policy.network.act(states["answers"]), reference.head(states["answers"]), atol=1e-5)
+    np.testing.assert_allclose(
+        policy.network.act(states["answers"]), reference.head(states["answers"])[None], atol=1e-5
+    )
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -101,7 +109,7 @@ def test_chunk_matches_the_reference(tmp_path: Path, name: str) -> None:
     reference = ReferenceNetwork(config, random_weights(config))
     for seed in range(4):
         seen = observation(config, seed)
-        patches, plan, state = policy._preprocess(seen)
+        patches, (plan,), (state,), _ = policy._preprocess([seen], [None])
         ids = policy._prompt.ids(seen["instruction"])
         special = policy._prompt.image_id, policy._prompt.proprio_id
         expected = reference.run(patches, ids, *special, plan.answers, state)["actions"]
@@ -211,12 +219,25 @@ class CheckedNative:
         assert (np.abs(out - (x @ w.T + bias)) <= 2.0**-23 * steps * bound).all()
 
     @staticmethod
-    def check_attention(args: Any, before: Any) -> None:
+    def check_attention(args: Any, before: Any, packed: int | None = None) -> None:
         q, k, v, heads, kv_heads, scale, causal, out = args
         assert scale == (q.shape[1] // heads) ** -0.5
         q, k, v = (part.astype(np.float64) for part in before[:3])  # the answers may lie where the queries were
+        if packed is not None:
+            dim = q.shape[1] // heads
+            k = k.reshape(kv_heads, -1, dim, 16).transpose(1, 3, 0, 2).reshape(-1, kv_heads * dim)[:packed]
+            v = v.reshape(kv_heads, -1, v.shape[1])[:, :packed, :dim].transpose(1, 0, 2).reshape(packed, -1)
         expected = attention(q, k, v, heads, kv_heads, causal)
         np.testing.assert_allclose(out, expected, rtol=1e-4, atol=1e-5 * np.abs(v).max())
+
+    @staticmethod
+    def check_append(args: Any, before: Any) -> None:
+        k, v, start, kv_heads, packed_k, packed_v = args
+        dim = k.shape[1] // kv_heads
+        keys = packed_k.reshape(kv_heads, -1, dim, 16).transpose(1, 3, 0, 2).reshape(-1, kv_heads * dim)
+        values = packed_v.reshape(kv_heads, -1, packed_v.shape[1])[:, :, :dim].transpose(1, 0, 2)
+        np.testing.assert_array_equal(keys[start : start + len(k)], k)
+        np.testing.assert_array_equal(values[start : start + len(k)].reshape(len(k), -1), v)
 
     @staticmethod
     def check_rope(args: Any, before: Any) -> None:
@@ -248,6 +269,102 @@ def test_every_kernel_call_matches_numpy(
     policy.act(observation(CONFIGS[name], 3))
     tower = policy.config.vision.num_layers * 6 if policy.config.vision.ternary else 0
     assert checked.calls["ternary_linear"] == tower + policy.config.language.num_layers * 7
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_pruned_sequence_matches_the_reference(tmp_path: Path, name: str) -> None:
+    """Of each image a quarter of the tokens is left out, those that the others resemble; the rest keeps its places."""
+    config = CONFIGS[name]
+    policy = bitvla.load(pack_random(tmp_path, config, matrix_dtype="F32"), prune=0.25)
+    seen = observation(config, 1)
+    states: dict[str, NDArray[np.float32]] = {}
+    policy.network.record = states.__setitem__
+    policy.act(seen)
+    reference = ReferenceNetwork(config, random_weights(config))
+    _, (plan,), (state,), _ = policy._preprocess([seen], [None])
+    kept = np.concatenate([most_different(image, 12) for image in np.split(states["connector"], 2)])
+    assert kept.sum() == 24
+    places = np.setdiff1d(np.arange(plan.length), plan.image_positions[~kept])
+    special = policy._prompt.image_id, policy._prompt.proprio_id
+    whole = reference.embed(policy._prompt.ids(seen["instruction"]), *special, states["connector"], state)
+    np.testing.assert_allclose(states["decoder.0"], whole[places], rtol=1e-5, atol=1e-6)
+    layers = config.language.num_layers
+    for index in range(layers):
+        expected = reference.decoder_layer(index, states[f"decoder.{index}"], places)
+        if index == layers - 1:
+            expected = expected[np.isin(places, np.arange(plan.length)[plan.answers])]
+        error = np.abs(states[f"decoder.{index + 1}"] - expected) / np.abs(expected).max()
+        assert np.median(error) < 1e-5
+        assert error.max() < 0.05
+
+
+def test_no_token_left_out_is_far_from_those_kept() -> None:
+    random = np.random.default_rng(0)
+    groups = random.permutation(np.repeat(np.arange(6), [1, 2, 3, 4, 5, 6]))
+    tokens = (10 * np.eye(6, 40)[groups] + 0.1 * random.standard_normal((21, 40))).astype(np.float32)
+    for count in range(1, 22):
+        kept = most_different(tokens, count)
+        assert kept.sum() == count
+        assert len(set(groups[kept])) == min(count, 6)
+    assert most_different(np.zeros((4, 8), np.float32), 3).sum() == 3
+
+
+def test_every_machine_prunes_alike(policy_file: Path) -> None:
+    policy = bitvla.load(policy_file, prune=0.5)
+    chunks = set()
+    for isa in native.available():
+        for threads in (1, 2):
+            native.set_isa(isa)
+            native.set_num_threads(threads)
+            chunks.add(policy.act(observation(policy.config, 5)).tobytes())
+    assert len(chunks) == 1
+    assert bitvla.load(policy_file).act(observation(policy.config, 5)).tobytes() not in chunks
+
+
+def test_a_prompt_may_end_with_its_images(tmp_path: Path) -> None:
+    """The first action slot is read one place before it, at the last image token: that one stays."""
+    config = with_prompt(tiny_config(), "{instruction}<proprio_pad>{images}")
+    policy = bitvla.load(pack_random(tmp_path, config), prune=0.9)
+    seen = observation(config)
+    patches, (plan,), _, _ = policy._preprocess([seen], [None])
+    pruned, features = policy.network._prune(plan, policy.network.see(patches))
+    assert pruned.rotary_positions[pruned.answers.start] == plan.answers.start == plan.image_positions[-1]
+    assert len(features) == len(pruned.image_positions) in (4, 5)  # two of 16 of each image, and the last
+    assert np.isfinite(policy.act(seen)).all()
+
+
+@pytest.mark.parametrize("share", [-0.1, 1, float("nan")])
+def test_what_cannot_be_pruned_is_refused(policy_file: Path, tmp_path: Path, share: float) -> None:
+    with pytest.raises(BitvlaError, match="give the share of image tokens to leave out"):
+        bitvla.load(policy_file, prune=share)
+    with pytest.raises(BitvlaError, match="this one writes its actions as tokens"):
+        bitvla.load(pack_random(tmp_path, token_config()), prune=0.5)
+
+
+def test_what_every_prompt_begins_with_is_read_once(tmp_path: Path) -> None:
+    """Only where nothing that changes stands before it; logits are those of a policy that reads everything."""
+    for name, template, fixed in (
+        ("alike", BEGINS_ALIKE, True),
+        ("not", "{instruction}{images}<|end_of_text|>", False),
+    ):
+        config = with_prompt(token_config(), template)
+        path = pack_random(tmp_path / name, config)
+        policy, states, logits = bitvla.load(path), {}, []
+        policy.network.record = states.__setitem__
+        seen = [observation(config, seed) for seed in (0, 1, 0)]
+        plans = [policy.plan(one["instruction"]) for one in seen]
+        for index, (one, plan) in enumerate(zip(seen, plans, strict=True)):
+            assert (plan.fixed > 0) == fixed
+            everything, expected = bitvla.load(path), {}
+            everything.network.record = expected.__setitem__
+            np.testing.assert_array_equal(policy.act(one), everything.act(one))
+            np.testing.assert_array_equal(states["logits.3"], expected["logits.3"])
+            assert len(states["decoder.0"]) == plan.length - (plan.fixed if index else 0)
+            logits.append(expected["logits.3"])
+        for unread in (2, 0):  # caches of the batch that have read nothing yet
+            policy.act_batch(seen)
+            np.testing.assert_array_equal(states["logits.3"], np.concatenate(logits))
+            assert len(states["decoder.0"]) == sum(plan.length - plan.fixed for plan in plans) + unread * plan.fixed
 
 
 @pytest.mark.parametrize("seed", [1, 2])
@@ -317,13 +434,60 @@ def test_calls_do_not_disturb_each_other(policy: Policy, policy_file: Path) -> N
     assert len({chunk.tobytes() for chunk in first}) == 4
 
 
+BATCHED = CONFIGS | {"action tokens": token_config(), "decided actions": changed(action={"max_prefix": 3})}
+BATCHED["flow, decided actions"] = tiny_config(action=msgspec.structs.replace(flow_config().action, max_prefix=3))
+BATCHED["a prompt that begins alike"] = with_prompt(token_config(), BEGINS_ALIKE)
+TEXTS = ["open the drawer", "a", "push the red button and then the other one", "reach", "open it"]
+
+
+@pytest.mark.parametrize(
+    ("name", "prune"), [*((name, 0.0) for name in BATCHED), ("causal", 0.4), ("decided actions", 0.4)]
+)
+def test_a_batch_answers_what_each_observation_gets_alone(tmp_path: Path, name: str, prune: float) -> None:
+    """Bit for bit, instructions of different lengths, whatever else is in the batch, on one thread and on several."""
+    config = BATCHED[name]
+    load = partial(bitvla.load, pack_random(tmp_path, config), prune=prune)
+    policy, random = load(), np.random.default_rng(0)
+    seen = [observation(config, seed) | {"instruction": text} for seed, text in enumerate(TEXTS)]
+    dim, most = config.action.dim, config.action.max_prefix
+    prefixes = [random.normal(size=(count, dim)) if count else None for count in np.arange(len(seen)) % (most + 1)]
+    native.set_num_threads(1)
+    alone = [load().act(*given).tobytes() for given in zip(seen, prefixes, strict=True)]
+    assert len(set(alone)) >= 4  # action tokens may be the same by chance
+    for threads, order in [(1, [0]), (1, [4, 3, 2, 1, 0]), (3, [0, 1, 2, 3, 4]), (1, [1, 1]), (1, [2, 0, 3]), (1, [3])]:
+        native.set_num_threads(threads)
+        chunks = policy.act_batch([seen[i] for i in order], [prefixes[i] for i in order])
+        assert chunks.shape == (len(order), config.action.horizon, dim)
+        assert [chunk.tobytes() for chunk in chunks] == [alone[i] for i in order]
+
+
+def test_a_batch_of_the_shipped_policy() -> None:
+    policy = bitvla.load(NANO, threads=1)
+    seen = [serving_observation(seed) for seed in range(3)]
+    prefixes = [None, policy.act(seen[0])[:3], policy.act(seen[0])[:1]]
+    alone = [policy.act(*given).tobytes() for given in zip(seen, prefixes, strict=True)]
+    assert [chunk.tobytes() for chunk in policy.act_batch(seen, prefixes)] == alone
+
+
+def test_a_batch_that_cannot_be_answered_is_refused(policy: Policy) -> None:
+    good = observation(policy.config)
+    with pytest.raises(BitvlaError, match="observation 1 of the batch: the observation lacks the entry 'state'"):
+        policy.act_batch([good, without(good, "state"), good])
+    with pytest.raises(BitvlaError, match=r"observation 2 of the batch: .* was not trained to continue"):
+        policy.act_batch([good] * 3, [None, None, np.zeros((1, 4))])
+    for wrong in (([],), ([], []), ([good], [None, None])):
+        with pytest.raises(BitvlaError, match="at least one observation, and a prefix or None for each"):
+            policy.act_batch(*wrong)
+    assert policy.act_batch([good])[0].tobytes() == policy.act(good).tobytes()
+
+
 def test_steady_state_allocates_nothing_large(policy: Policy) -> None:
-    seen = observation(policy.config)
-    patches, plan, state = policy._preprocess(seen)
-    for _ in range(2):
-        policy.network.think(plan, policy.network.see(patches), state)
+    """Buffers are those of the largest batch so far."""
+    seen = [observation(policy.config, seed) for seed in range(3)]
+    policy.act_batch(seen)
     before = {name: flat.ctypes.data for name, flat in policy.network.workspace._flat.items()}
-    policy.network.think(plan, policy.network.see(patches), state)
+    for count in (1, 3, 2):
+        policy.act_batch(seen[:count])
     assert {name: flat.ctypes.data for name, flat in policy.network.workspace._flat.items()} == before
 
 
@@ -400,7 +564,7 @@ def test_a_sequence_beyond_the_rotary_table_is_refused(tmp_path: Path) -> None:
 
 
 def test_an_answer_that_is_not_finite_is_refused(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(policy.network, "act", lambda *_: np.full((5, 4), np.nan, np.float32))
+    monkeypatch.setattr(policy.network, "act", lambda *_: np.full((1, 5, 4), np.nan, np.float32))
     with pytest.raises(BitvlaError, match="not finite"):
         policy.act(observation(policy.config))
 

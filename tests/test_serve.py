@@ -31,7 +31,7 @@ import bitvla
 from bitvla.config import Camera, PolicyConfig
 from bitvla.errors import BitvlaError
 from bitvla.serve.arrays import pack, unpack
-from bitvla.serve.core import Answer, Engine, SupersededError, UnavailableError
+from bitvla.serve.core import Answer, Engine, SupersededError, UnavailableError, _warm_up
 from bitvla.serve.mapping import KeyMap
 from bitvla.serve.openpi import NAMING
 from checkpoints import observation as tiny_observation
@@ -160,6 +160,63 @@ def test_sixteen_robots_at_once_each_get_their_own_answers(served: Served) -> No
     wait_until(lambda: served.metric("bitvla_sessions") == 0)
 
 
+# Batches.
+
+
+def test_what_waits_when_the_policy_is_free_is_computed_together() -> None:
+    held = Held(going=True)
+    with serving(lambda: held, max_batch=3) as server, contextlib.ExitStack() as stack:
+        robots = [stack.enter_context(websocket(server)) for _ in range(5)]
+        held.going.clear()
+        robots[0].send(pack(observation(0)))
+        wait_until(lambda: held.batches == [1])
+        for seed, robot in enumerate(robots[1:], 1):
+            robot.send(pack(observation(seed)))
+        wait_until(lambda: server.server.engine._turns.qsize() == 4)
+        held.going.set()
+        for seed, robot in enumerate(robots):
+            assert unpack(robot.recv(10))["actions"].tobytes() == expected(seed).tobytes()
+        assert held.batches == [1, 3, 1]
+        assert server.metric("bitvla_batch_count") == 3
+        assert server.metric("bitvla_batch_sum") == 5
+
+
+def test_a_bad_observation_fails_alone() -> None:
+    """The others of its batch are answered; so are the next ones, together."""
+    held = Held(going=True)
+    bad = observation(1) | {"instruction": "open the drawer " * 99}
+    with serving(lambda: held) as server, contextlib.ExitStack() as stack:
+        robots = [stack.enter_context(websocket(server)) for _ in range(4)]
+        for second in (bad, observation(1)):
+            held.batches.clear()
+            held.going.clear()
+            for seed, robot in enumerate(robots):
+                robot.send(pack(second if seed == 1 else observation(seed)))
+                wait_until(lambda: held.batches == [1])
+            wait_until(lambda: server.server.engine._turns.qsize() == 3)
+            held.going.set()
+            for seed, robot in enumerate(robots):
+                reply = robot.recv(10)
+                if second is bad and seed == 1:
+                    assert isinstance(reply, str)
+                    assert "shorten it" in reply
+                else:
+                    assert unpack(reply)["actions"].tobytes() == expected(seed).tobytes()
+            assert held.batches == ([1, 3, 1, 1, 1] if second is bad else [1, 3])
+        assert server.metric("bitvla_requests_total", outcome="refused") == 1
+
+
+@pytest.mark.parametrize(
+    ("call", "each", "most", "batch"), [(0.02, 0, 8, 8), (0, 0.02, 8, 1), (0.02, 0, 1, 1), (0.3, 0, 8, 1)]
+)
+def test_batches_are_computed_where_that_is_faster(call: float, each: float, most: int, batch: int) -> None:
+    class Timed(Held):
+        def act_batch(self, observations: Any, prefixes: Any = None) -> Any:
+            time.sleep(call + each * len(observations))
+
+    assert _warm_up(Timed(), most) == batch
+
+
 # Names.
 
 
@@ -229,7 +286,7 @@ def test_the_latest_observation_wins() -> None:
         robot, other = engine.open("robot"), engine.open("other")
         held.going.clear()
         running = asyncio.create_task(other.act(observation(0)))
-        while held.calls < 2:
+        while not held.batches:
             await asyncio.sleep(0.001)
         waiting = [asyncio.create_task(robot.act(observation(seed))) for seed in (1, 2, 3)]
         await asyncio.sleep(0.01)
@@ -237,7 +294,7 @@ def test_the_latest_observation_wins() -> None:
         results = await asyncio.gather(*waiting, running, return_exceptions=True)
         assert [type(result) for result in results] == [SupersededError, SupersededError, Answer, Answer]
         assert results[2].chunk.tobytes() == expected(3).tobytes()
-        assert held.calls == 3, "what nobody waits for is not computed"
+        assert held.batches == [1, 1], "what nobody waits for is not computed"
         held.going.clear()
         running = asyncio.create_task(other.act(observation(0)))
         await asyncio.sleep(0.01)
@@ -281,7 +338,7 @@ def test_a_reset_is_of_one_session_alone() -> None:
     with serving(lambda: held) as server, websocket(server) as waiting, websocket(server) as other:
         held.going.clear()
         waiting.send(pack(observation(1)))
-        wait_until(lambda: held.calls == 2)
+        wait_until(lambda: held.batches == [1])
         other.send(pack({"bitvla": "reset"}))
         assert unpack(other.recv(10)) == {"bitvla": "reset"}
         held.going.set()
@@ -346,7 +403,7 @@ def test_ready_only_after_the_warm_up() -> None:
 
 def test_a_warm_up_that_fails_ends_the_server() -> None:
     class Broken(Held):
-        def act(self, observation: Any) -> Any:
+        def act_batch(self, observations: Any, prefixes: Any = None) -> Any:
             raise BitvlaError("the kernels are on strike")
 
     with pytest.raises(BitvlaError, match="on strike"), serving(Broken, ready=False) as server:
@@ -358,7 +415,7 @@ def test_stop_finishes_what_runs_and_refuses_what_waits() -> None:
     with serving(lambda: held) as server, websocket(server) as running, websocket(server) as waiting:
         held.going.clear()
         running.send(pack(observation(1)))
-        wait_until(lambda: held.calls == 2)
+        wait_until(lambda: held.batches == [1])
         waiting.send(pack(observation(2)))
         wait_until(lambda: server.server.engine._in_flight == 2)
         server.stop()
@@ -372,10 +429,10 @@ def test_stop_finishes_what_runs_and_refuses_what_waits() -> None:
 
 def test_a_policy_that_fails_is_no_end() -> None:
     class Moody(Held):
-        def act(self, observation: Any) -> Any:
-            if observation["instruction"] == "fail":
+        def act_batch(self, observations: Any, prefixes: Any = None) -> Any:
+            if observations[0]["instruction"] == "fail":
                 raise ZeroDivisionError("secret detail")
-            return super().act(observation)
+            return super().act_batch(observations, prefixes)
 
     with serving(lambda: Moody(going=True)) as server, bitvla.connect(server.url) as policy:
         with pytest.raises(BitvlaError, match="its log has the reason") as told:

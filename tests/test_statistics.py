@@ -2,7 +2,7 @@
 
 import pytest
 
-from bitvla.evaluate.statistics import latency, paired, rate_of, wilson
+from bitvla.evaluate.statistics import independent, latency, paired, rate_of, wilson
 
 
 @pytest.mark.parametrize(
@@ -30,6 +30,11 @@ def test_newcombe_interval_of_his_first_example():
     assert result.high == pytest.approx(0.3404, abs=1e-4)
     # Exact McNemar: twice the probability of at most 2 of 14.
     assert result.p_value == pytest.approx(2 * (1 + 14 + 91) / 2**14)
+
+
+def test_newcombe_interval_of_independent_rates():
+    """Newcombe, Statistics in Medicine 17 (1998) 873, the data 56/70 and 48/80 with method 10."""
+    assert independent(wilson(56, 70), wilson(48, 80)) == pytest.approx((0.0524, 0.3339), abs=1e-4)
 
 
 def test_the_difference_changes_sign_with_the_order():

@@ -25,7 +25,7 @@ from bitvla.evaluate import vqa
 from bitvla.evaluate.questions import chosen_letter, count_questions, read_questions
 from bitvla.evaluate.statistics import wilson
 from bitvla.evaluate.vqa import VqaResult, evaluate
-from bitvla.runtime.language import LanguageModel
+from bitvla.runtime.language import Conversation
 
 LETTERS = "Answer with the option's letter from the given choices directly"
 
@@ -135,7 +135,7 @@ class Writes:
     def __init__(self, monkeypatch: pytest.MonkeyPatch, *answers: str | BaseException) -> None:
         self.asked: list[tuple[str, int]] = []
         self._answers = iter(answers)
-        monkeypatch.setattr(LanguageModel, "generate", self)
+        monkeypatch.setattr(Conversation, "say", self)
 
     def __call__(self, prompt: str, *, images: list[np.ndarray], max_tokens: int) -> Iterator[str]:
         self.asked.append((prompt, len(images)))

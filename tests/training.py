@@ -4,6 +4,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
+
+from bitvla.data.lerobot import LeRobotDataset
+from bitvla.processing.prompt import Prompt
+from bitvla.train.batches import Windows
+from bitvla.train.config import Augmentation, load, policy_config
+from bitvla.train.loop import new_tokenizer
 
 POLICY = """
 [policy]
@@ -43,6 +50,39 @@ TOKENS = (
     .replace("<proprio_pad>", "")
 )  # fmt: skip
 
+# A vision-language model with the tower of POLICY.
+MODEL = """
+[model]
+name = "test"
+image = { crop_area = 0.9 }
+
+[model.vision]
+image_size = 16
+patch_size = 8
+hidden_size = 16
+intermediate_size = 32
+num_layers = 2
+num_heads = 2
+ternary = false
+
+[model.language]
+vocab_size = 400
+hidden_size = 32
+intermediate_size = 32
+num_layers = 2
+num_heads = 2
+num_kv_heads = 1
+max_positions = 256
+bidirectional = false
+
+[model.chat]
+begin = "<|begin_of_text|>"
+turn = "{prompt}<|eot_id|>"
+turn_with_images = "{images}{prompt}<|eot_id|>"
+stop_tokens = ["<|end_of_text|>"]
+image_token = "<|image_pad|>"
+"""
+
 
 def write_config(folder: Path, policy: str = POLICY, **changes: object) -> Path:
     """A configuration of 8 steps that saves after 4 and logs every step, with `changes`."""
@@ -75,3 +115,13 @@ def losses_of(out: Path) -> dict[int, float]:
     """Training loss by step, as logged."""
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     return {row["step"]: row["loss"] for row in rows if "loss" in row}
+
+
+def windows(data: Path | LeRobotDataset, folder: Path, policy: str = POLICY, **options: Any) -> Windows:
+    """Windows of 8 over `data` as a new policy would see them."""
+    settings = load(write_config(folder, policy))
+    dataset = data if isinstance(data, LeRobotDataset) else LeRobotDataset(data)
+    config = policy_config(settings.policy, dataset, "full")
+    prompt = Prompt(config, new_tokenizer(config, dataset.task_strings))
+    options = {"augmentation": Augmentation(), **options}
+    return Windows(dataset, config, prompt, batch_size=8, seed=3, **options)

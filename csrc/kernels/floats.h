@@ -232,7 +232,11 @@ BITVLA_APART void linear_tile(const LinearJob& job, const W* weight, size_t m0, 
   const auto step = [&](size_t k, size_t count) __attribute__((always_inline)) {
     F row[kRows];
 #pragma GCC unroll 8
-    for (int n = 0; n < kRows; ++n) row[n] = get<F>(w + n * job.cols + k, count);
+    for (int n = 0; n < kRows; ++n) {
+      row[n] = get<F>(w + n * job.cols + k, count);
+      // A single token waits for memory, whose own prefetching stops where a row ends: ask for the rows that follow.
+      if (kTokens == 1) __builtin_prefetch(w + (n + kRows) * job.cols + k);
+    }
 #pragma GCC unroll 8
     for (int m = 0; m < kTokens; ++m) {
       const F v = get<F>(x + m * job.x_stride + k, count);
@@ -292,6 +296,7 @@ static void linear(const LinearJob& job, Range rows, Range tokens) {
 
 constexpr size_t kQueryStride = kMaxHeadDim + kLanes;  // not a power of two: rows must not share cache sets
 constexpr size_t kScoreStride = kKeyBlock + kLanes;
+constexpr size_t kFewRows = 4;  // a decoder's step: one query of a few heads
 
 struct AttentionScratch {
   float q[kQueryBlock][kQueryStride];
@@ -333,11 +338,11 @@ BITVLA_APART void panel(const float* a, const float* b, size_t b_stride, size_t 
   }
 }
 
-// panel() over `rows` rows, rounded up, and `vectors` vectors. A decoder's step has few rows: one query of a few heads.
+// panel() over `rows` rows, rounded up, and `vectors` vectors.
 template <class F, size_t kStrideA, size_t kStrideC, int kVectors>
 static void panels_of(size_t rows, const float* a, const float* b, size_t b_stride, size_t b_step, size_t depth,
                       float* c, const float* decay) {
-  constexpr int kR = F::kPanelRows, kFew = kR < 4 ? kR : 4;
+  constexpr int kR = F::kPanelRows, kFew = kR < int{kFewRows} ? kR : kFewRows;
   static_assert(kQueryBlock % kR == 0);
   for (size_t r = 0; r < rows; r += kR) {
     (rows - r <= kFew ? panel<F, kStrideA, kStrideC, kFew, kVectors> : panel<F, kStrideA, kStrideC, kR, kVectors>)(
@@ -356,12 +361,12 @@ static void panels(size_t rows, size_t vectors, const float* a, const float* b, 
   }
 }
 
-// Copies keys and values to where attention reads them in order; one task is 16 keys of one head.
+// Copies keys and values to where attention reads them in order; one task is 16 tokens of one head.
 static void attention_pack(const AttentionJob& job, Range groups) {
   const size_t per_head = tiles(job.keys), width = padded(job.dim);
   for (size_t group = groups.begin; group < groups.end; ++group) {
     const size_t head = group / per_head, first = group % per_head * kLanes;
-    float* packed_k = job.packed_k + group * job.dim * kLanes;
+    float* packed_k = job.packed_k + head * job.packed_k_stride + first * job.dim;
     for (size_t lane = 0; lane < kLanes; ++lane) {
       const size_t key = first + lane;
       if (key >= job.keys) {
@@ -372,7 +377,7 @@ static void attention_pack(const AttentionJob& job, Range groups) {
       for (size_t d = 0; d < job.dim; ++d) packed_k[d * kLanes + lane] = k[d];
       const float* v = job.v + key * job.v_stride + head * job.dim;
       if (!job.packed_v) continue;
-      float* packed_v = job.packed_v + (head * job.keys + key) * width;
+      float* packed_v = job.packed_v + head * job.packed_v_stride + key * width;
       for (size_t d = 0; d < width; ++d) packed_v[d] = d < job.dim ? v[d] : 0.0f;
     }
   }
@@ -383,8 +388,8 @@ static void attention_task(const AttentionJob& job, size_t task, AttentionScratc
   const size_t blocks = query_blocks(job), kv_head = task / blocks, first = task % blocks * kQueryBlock;
   const size_t group = job.heads / job.kv_heads, rows = smaller(kQueryBlock, group * job.queries - first);
   const size_t width = padded(job.dim);
-  const float* packed_k = job.packed_k + kv_head * padded(job.keys) * job.dim;
-  const float* v = job.packed_v ? job.packed_v + kv_head * job.keys * width : job.v + kv_head * job.dim;
+  const float* packed_k = job.packed_k + kv_head * job.packed_k_stride;
+  const float* v = job.packed_v ? job.packed_v + kv_head * job.packed_v_stride : job.v + kv_head * job.dim;
   const size_t v_stride = job.packed_v ? width : job.v_stride;
   const auto query = [&](size_t row) { return (first + row) % job.queries; };
   const auto column = [&](size_t row) { return (kv_head * group + (first + row) / job.queries) * job.dim; };
@@ -392,7 +397,7 @@ static void attention_task(const AttentionJob& job, size_t task, AttentionScratc
   size_t most = 0;
   for (size_t r = 0; r < rows; ++r) most = visible(r) > most ? visible(r) : most;
 
-  for (size_t r = 0; r < kQueryBlock; ++r) {
+  for (size_t r = 0; r < (rows <= kFewRows ? kFewRows : kQueryBlock); ++r) {  // what panels_of() touches
     const float* q = job.q + query(r) * job.q_stride + column(r);
     for (size_t d = 0; d < job.dim; ++d) s.q[r][d] = r < rows ? q[d] * job.scale : 0.0f;
     for (size_t d = 0; d < width; ++d) s.out[r][d] = 0.0f;

@@ -104,8 +104,10 @@ struct AttentionJob {
   bool causal;
   float* out;
   size_t out_stride;
-  float* packed_k;  // [kv_heads][key_groups(keys)][dim][16]: lanes are keys
+  // What attention reads in order; complete already where k and v are null. Strides are those from head to head.
+  float* packed_k;  // [kv_heads][tiles][dim][16]: lanes are keys
   float* packed_v;  // [kv_heads][keys][padded(dim)]; null where values are read in place, for which dim % 16 is 0
+  size_t packed_k_stride, packed_v_stride;
 };
 
 constexpr size_t kMaxColumns = size_t{1} << 18;  // of a ternary matrix: int32 sums of 64-fold codes stay exact
@@ -132,7 +134,7 @@ struct Kernels {
   void (*ternary)(const TernaryJob&, Range tiles, Range tokens, void* scratch);
   void (*linear)(const LinearJob&, Range rows, Range tokens);
   void (*rope)(const RopeJob&, Range tokens);
-  void (*attention_pack)(const AttentionJob&, Range groups);  // of 16 keys, kv_heads * tiles(keys) in all
+  void (*attention_pack)(const AttentionJob&, Range groups);  // of 16 tokens, kv_heads * tiles(keys) in all
   void (*attention)(const AttentionJob&, Range tasks, void* scratch);  // kv_heads * query_blocks in all
   uint64_t (*dot_peak)(uint64_t iterations);  // dot products on registers only; returns the multiply-adds done
 };

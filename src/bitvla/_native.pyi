@@ -82,9 +82,28 @@ def linear(
     """x @ weight.T + bias; `weight` (N, K) is float32, bfloat16 as uint16, or int8 with `row_scales` (N,)."""
 
 def attention(
-    q: _Floats, k: _Floats, v: _Floats, heads: int, kv_heads: int, scale: float, causal: bool, out: _Floats
+    q: _Floats,
+    k: _Floats,
+    v: _Floats,
+    heads: int,
+    kv_heads: int,
+    scale: float,
+    causal: bool,
+    out: _Floats,
+    *,
+    packed: int | None = None,
 ) -> None:
-    """softmax(scale * q @ k.T) @ v for each head, by blocks; causal means query i of M sees keys 0 .. S - M + i."""
+    """softmax(scale * q @ k.T) @ v for each head, by blocks; causal means query i of M sees keys 0 .. S - M + i.
+
+    k and v are (S, kv_heads * D), or the first `packed` of those that `append` packed.
+    """
+
+def append(k: _Floats, v: _Floats, start: int, kv_heads: int, packed_k: _Floats, packed_v: _Floats) -> None:
+    """Put keys and values (M, kv_heads * D) at places start .. start + M of packed ones, as attention reads them.
+
+    `packed_k` is (kv_heads * T, 16 * D), whose rows are 16 keys side by side; `packed_v` is (kv_heads * P, D rounded up
+    to 16). Both begin as zeros.
+    """
 
 def rope(x: _Floats, cos: _Floats, sin: _Floats, start: int, heads: int) -> None:
     """Rotate the halves of each head of x in place; token i takes row start + i of the tables (P, D / 2)."""

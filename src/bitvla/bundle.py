@@ -39,14 +39,16 @@ from bitvla.errors import BitvlaError, memory_for
 from bitvla.files import write_whole
 from bitvla.quantization import Packing, packed_shape
 
-FORMAT = 2
-_READABLE = (1, 2)  # format 1 had one packing of ternary weights, and no field for it
+FORMAT = 3
+# Format 1 had one packing of ternary weights, and no field for it; until format 2, `_LAST_LAYER` was a matrix.
+_READABLE = (1, 2, 3)
 # Files up to this size are read and hashed whenever they are loaded; larger ones are mapped, and hashed by `verify`.
 # A mapped file must not be written to while it is in use: that would end the process.
 READ_AT_LOAD = 64 << 20
 
 _ALIGNMENT = 64
 LANGUAGE_HEAD = "language_model.lm_head.weight"
+_LAST_LAYER = "action_head.model.fc2.weight"
 _MAX_HEADER = 100 << 20  # the limit of the safetensors format itself
 _DTYPES: dict[str, np.dtype[Any]] = {
     "U8": np.dtype(np.uint8),
@@ -58,7 +60,7 @@ _DTYPES: dict[str, np.dtype[Any]] = {
 MatrixDtype = Literal["F32", "BF16", "I8"]
 
 
-_Kind = Literal["ternary", "matrix", "embedding", "vector"]
+_Kind = Literal["ternary", "matrix", "bfloat16", "int8", "embedding", "vector"]
 
 
 class TensorSpec(NamedTuple):
@@ -66,12 +68,20 @@ class TensorSpec(NamedTuple):
 
     ternary: a quantised linear layer. matrix: a linear layer that training keeps in full precision (connector,
     projector, heads, at times the tower), stored by choice as float32, as bfloat16, or as int8 codes with a scale a
-    row. embedding: of tokens or patches, float32 with float32 matrices, else bfloat16. vector: norms, biases,
-    positions, always float32.
+    row. bfloat16, int8: one that is stored so whatever was chosen. embedding: of tokens or patches, and the layer that
+    writes actions: float32 with float32 matrices, else bfloat16. vector: norms, biases, positions, always float32.
     """
 
     kind: _Kind
     shape: tuple[int, ...]
+
+    def dtype(self, matrices: MatrixDtype) -> MatrixDtype:
+        """As what a tensor that is not ternary lies in a file with such `matrices`."""
+        if self.kind in ("bfloat16", "int8"):
+            return "BF16" if self.kind == "bfloat16" else "I8"
+        if self.kind == "embedding":
+            return "F32" if matrices == "F32" else "BF16"
+        return matrices if self.kind == "matrix" else "F32"
 
 
 class Stored(NamedTuple):
@@ -165,16 +175,15 @@ def vision_specs(vision: VisionConfig, hidden: int) -> dict[str, TensorSpec]:
         f"{tower}embeddings.patch_embedding.bias": TensorSpec("vector", (width,)),
         f"{tower}embeddings.position_embedding.weight": TensorSpec("vector", (vision.num_patches, width)),
     }
-    specs |= _encoder_specs(vision, f"{tower}encoder.layers.")
+    specs |= _encoder_specs(vision, f"{tower}encoder.layers.", "ternary" if vision.ternary else "matrix")
     specs |= _linear("multi_modal_projector.linear_1", hidden, width)
     specs |= _linear("multi_modal_projector.linear_2", hidden, hidden)
     return specs
 
 
-def _encoder_specs(encoder: VisionConfig | FlowConfig, layers: str) -> dict[str, TensorSpec]:
+def _encoder_specs(encoder: VisionConfig | FlowConfig, layers: str, kind: _Kind) -> dict[str, TensorSpec]:
     """The tensors of SigLIP's transformer layers, under names that begin with `layers`."""
     width, inner = encoder.hidden_size, encoder.intermediate_size
-    kind: _Kind = "ternary" if encoder.ternary else "matrix"
     specs: dict[str, TensorSpec] = {}
     for layer in (f"{layers}{index}." for index in range(encoder.num_layers)):
         specs |= _norm(f"{layer}layer_norm1", width)
@@ -227,7 +236,8 @@ def action_specs(action: ActionConfig, hidden: int) -> dict[str, TensorSpec]:
         block = f"action_head.model.mlp_resnet_blocks.{index}.ffn."
         specs |= _norm(f"{block}0", width) | _linear(f"{block}1", width, width)
     specs |= _norm("action_head.model.layer_norm2", width)
-    return specs | _linear("action_head.model.fc2", action.dim, width)
+    # Not a matrix: int8 would save a kilobyte and shift every action by a part of its error (docs/results.md).
+    return specs | _linear(_LAST_LAYER.removesuffix(".weight"), action.dim, width, "embedding")
 
 
 def _flow_specs(action: ActionConfig, flow: FlowConfig, slots: int) -> dict[str, TensorSpec]:
@@ -240,9 +250,9 @@ def _flow_specs(action: ActionConfig, flow: FlowConfig, slots: int) -> dict[str,
         **_linear(f"{head}condition", width, slots),
         **_linear(f"{head}action_in", width, action.dim),
         **_linear(f"{head}time_in", width, width),
-        **_encoder_specs(flow, f"{head}layers."),
+        **_encoder_specs(flow, f"{head}layers.", "matrix" if flow.precision == "full" else flow.precision),
         **_norm(f"{head}norm", width),
-        **_linear(f"{head}action_out", action.dim, width),
+        **_linear(f"{head}action_out", action.dim, width, "embedding"),  # as the last layer of the regression head
     }
 
 
@@ -264,10 +274,12 @@ def stored_tensors(document: Document[C]) -> dict[str, Stored]:
             rows, columns = spec.shape
             packed[name] = Stored("U8", packed_shape(rows, columns, document.packing))
             floats[f"{name}_scale"] = Stored("F32", (1,))
-        elif spec.kind == "matrix" and document.matrix_dtype == "I8":
+        elif spec.dtype(document.matrix_dtype) == "I8" or (
+            document.matrix_dtype == "I8" and document.format < 3 and name == _LAST_LAYER
+        ):
             codes[name] = Stored("I8", spec.shape)
             floats[f"{name}_scale"] = Stored("F32", spec.shape[:1])
-        elif spec.kind in ("matrix", "embedding") and document.matrix_dtype != "F32":
+        elif spec.dtype(document.matrix_dtype) == "BF16":
             halves[name] = Stored("BF16", spec.shape)
         else:
             floats[name] = Stored("F32", spec.shape)

@@ -22,8 +22,9 @@ from typing import Any, NoReturn
 from bitvla import __version__
 from bitvla.errors import BitvlaError, meant
 
-STAGES = ("localize", "pretrain", "finetune", "distill")
+STAGES = ("align", "instruct", "localize", "pretrain", "finetune", "distill")
 PACKINGS = ("2bit", "base3")
+EXPERTS = ("bfloat16", "int8", "ternary")
 MATRICES: dict[str, Any] = {"float32": "F32", "bfloat16": "BF16", "int8": "I8"}
 KINDS = ("libero", "vision-language", "vision-language-bf16-tower", "pretrained", "language", "language-bf16")
 PROTOCOLS = ("openpi", "lerobot", "gr00t")
@@ -56,7 +57,17 @@ def _record(args: argparse.Namespace) -> Any:
     )
 
 
-def _data(args: argparse.Namespace) -> Any:
+def _questions(args: argparse.Namespace) -> Any:
+    from bitvla import display
+    from bitvla.sim.questions import make_questions
+
+    with display.progress("asking") as progress:
+        return make_questions(
+            args.out, args.images, args.test_images, seed=args.seed, image_size=args.image_size, progress=progress
+        )
+
+
+def _data_check(args: argparse.Namespace) -> Any:
     import msgspec
 
     from bitvla import display
@@ -73,6 +84,28 @@ def _data(args: argparse.Namespace) -> Any:
     return msgspec.to_builtins(checkup) if args.json else display.checkup(checkup) | written
 
 
+def _data_convert(args: argparse.Namespace) -> Any:
+    from bitvla import display
+    from bitvla.data.convert import convert
+
+    with display.progress("converting") as progress:
+        return convert(
+            args.source,
+            args.out,
+            cameras=dict(args.camera),
+            fps=args.fps,
+            rotate180=args.rotate180,
+            drop_no_ops=args.drop_no_ops,
+            progress=progress,
+        )
+
+
+def _data_statistics(args: argparse.Namespace) -> Any:
+    from bitvla.data.lerobot import write_statistics
+
+    return write_statistics(args.dataset)
+
+
 def _train(args: argparse.Namespace) -> Any:
     if args.plan:
         from bitvla.train.plan import plan
@@ -84,7 +117,8 @@ def _train(args: argparse.Namespace) -> Any:
 
     if not args.data or args.out is None:
         raise BitvlaError("training needs --data and --out; --plan does without")
-    result = run(args.stage, args.config, args.data, args.out, init=args.init, teacher=args.teacher)
+    parents = {"init": args.init, "teacher": args.teacher}
+    result = run(args.stage, args.config, args.data, args.out, cache_bytes=args.cache_size, **parents)
     return result if os.environ.get("RANK", "0") == "0" else None  # one of several processes speaks
 
 
@@ -102,6 +136,7 @@ def _pack(args: argparse.Namespace) -> Any:
             packing=args.packing,
             control_hz=args.control_hz,
             matrix_dtype=MATRICES.get(args.matrices),
+            expert=args.expert,
             progress=progress,
         )
 
@@ -153,7 +188,14 @@ def _inspect(args: argparse.Namespace) -> Any:
 def _bench(args: argparse.Namespace) -> Any:
     from bitvla.runtime.bench import bench
 
-    return bench(args.policy, threads=args.threads, repeats=args.repeats, views=args.views)
+    return bench(
+        args.policy,
+        threads=args.threads,
+        repeats=args.repeats,
+        views=args.views,
+        prune=args.prune,
+        batch=args.batch,
+    )
 
 
 def _eval(args: argparse.Namespace) -> Any:
@@ -164,13 +206,20 @@ def _eval(args: argparse.Namespace) -> Any:
     if args.protocol and args.env != "libero":
         raise BitvlaError(f"--protocol is for --env libero: '{args.env}' has one protocol only")
     # A result is a record: it is always kept, and an interrupted evaluation goes on from it.
-    precision = "-full-precision" if args.full_precision else ""
+    if args.prune and args.full_precision:
+        raise BitvlaError("--prune is for policy files; --full-precision runs a checkpoint")
+    policy: Any = args.policy
+    if args.prune:
+        import bitvla
+
+        policy = partial(bitvla.load, args.policy, threads=1, prune=args.prune)
+    precision = "-full-precision" if args.full_precision else f"-pruned-{args.prune:g}" if args.prune else ""
     rules = f"-{args.protocol}" if args.protocol else ""
     suite = args.suite.replace("/", "-")
     default = Path("reports") / f"{args.policy.stem}-{suite}{rules}{precision}.json"
     out = args.json if isinstance(args.json, Path) else default
     result = evaluate(
-        args.policy,
+        policy,
         env=partial(make_simulator, args.env, protocol=args.protocol) if args.protocol else args.env,
         suite=args.suite,
         episodes=args.episodes,
@@ -178,6 +227,7 @@ def _eval(args: argparse.Namespace) -> Any:
         execute_horizon=args.execute_horizon,
         full_precision=args.full_precision,
         processes=args.processes,
+        ray=args.ray,
         resume=not args.restart,
         out=out,
     )
@@ -231,12 +281,13 @@ def _serve(args: argparse.Namespace) -> Any:
         token=args.token if args.token is not None else os.environ.get("BITVLA_TOKEN"),
         insecure=args.insecure,
         max_sessions=args.max_sessions,
+        max_batch=args.max_batch,
         max_message_mb=args.max_message_mb,
         map=tuple(args.map),
         preset=args.preset,
         allow_kill=args.allow_kill,
     )
-    return serve(args.policy, options, threads=args.threads, watch=args.watch)
+    return serve(args.policy, options, threads=args.threads, prune=args.prune, watch=args.watch)
 
 
 def _run(args: argparse.Namespace) -> Any:
@@ -266,6 +317,7 @@ def _run(args: argparse.Namespace) -> Any:
         timeout=args.timeout,
         token=args.token if args.token is not None else os.environ.get("BITVLA_TOKEN"),
         threads=args.threads,
+        prune=args.prune,
     )
     result = run(args.policy, robot, options)
     return result if args.json else display.run(result)
@@ -321,6 +373,22 @@ def _rate(text: str) -> float:
     return rate
 
 
+def _bytes(text: str) -> int:
+    number = text.upper().removesuffix("B")
+    factor = {"M": 10**6, "G": 10**9, "T": 10**12}.get(number[-1:], 1)
+    try:
+        return int(float(number.rstrip("MGT")) * factor)
+    except (ValueError, OverflowError):
+        raise argparse.ArgumentTypeError(f"'{text}' is not a size, as in 500MB or 20GB") from None
+
+
+def _pair(text: str) -> tuple[str, str]:
+    ours, equals, theirs = text.partition("=")
+    if not (ours and equals and theirs):
+        raise argparse.ArgumentTypeError(f"'{text}' is not NAME=KEY, as in wrist=eye_in_hand_rgb")
+    return ours, theirs
+
+
 def _seed(text: str) -> int:
     if not text.isdecimal():
         raise argparse.ArgumentTypeError(f"'{text}' is not a whole number of at least 0")
@@ -337,6 +405,12 @@ def _amount(text: str) -> float:
     return value
 
 
+def _share(text: str) -> float:
+    if not 0 <= (share := _amount(text)) < 1:
+        raise argparse.ArgumentTypeError(f"'{text}' is not a share from 0 to below 1")
+    return share
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The whole command line; the help of every command carries an example."""
     parser = _Parser(
@@ -349,10 +423,14 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
 
     def add(
-        run: Callable[[argparse.Namespace], Any], summary: str, example: str, interrupted: str = NOTHING_LEFT
+        run: Callable[[argparse.Namespace], Any],
+        summary: str,
+        example: str,
+        interrupted: str = NOTHING_LEFT,
+        group: Any = commands,
     ) -> argparse.ArgumentParser:
-        command: argparse.ArgumentParser = commands.add_parser(
-            run.__name__.removeprefix("_").replace("_", "-"),
+        command: argparse.ArgumentParser = group.add_parser(
+            run.__name__.rpartition("data_")[2].removeprefix("_").replace("_", "-"),
             help=summary,
             description=f"{summary[0].upper()}{summary[1:]}.",
             epilog=f"example: bitvla {example}",
@@ -364,7 +442,7 @@ def build_parser() -> argparse.ArgumentParser:
         command.set_defaults(run=run, parser=command, interrupted=interrupted)
         return command
 
-    _add_making(add)
+    _add_making(add, commands)
     _add_running(add)
     _add_writing(add)
     _add_serving(add)
@@ -375,7 +453,7 @@ def build_parser() -> argparse.ArgumentParser:
 _Add = Callable[..., argparse.ArgumentParser]
 
 
-def _add_making(add: _Add) -> None:
+def _add_making(add: _Add, commands: Any) -> None:
     """From a simulator to a policy file."""
     record = add(
         _record,
@@ -389,16 +467,21 @@ def _add_making(add: _Add) -> None:
     record.add_argument("--image-size", type=_count, default=128, metavar="PX", help="width and height (default: 128)")
     record.add_argument("--seed", type=_seed, default=0, help="another number, other initial states (default: 0)")
 
-    data = add(
-        _data,
-        "check a dataset before training on it",
-        "data check datasets/mt10 --out reports/mt10-data.html --split reports/mt10-split.json",
+    questions = add(
+        _questions,
+        "make pictures of Meta-World's scenes with captions, instructions and a test for a vision-language model",
+        "questions --images 12000 --test-images 600 datasets/scenes",
+        GO_ON,
     )
-    data.add_argument("action", choices=("check",), metavar="check", help="measure the dataset and grade what is wrong")
-    data.add_argument("dataset", type=Path, metavar="DATASET", help="folder of a LeRobot dataset (v3); only read")
-    data.add_argument("--out", type=Path, metavar="OUT.html", help="draw the report, one file with everything in it")
-    data.add_argument("--split", type=Path, metavar="OUT.json", help="write the proposed held-out split by region")
-    data.add_argument("--horizon", type=_count, default=8, metavar="N", help="actions of a chunk (default: 8)")
+    questions.add_argument("out", type=Path, metavar="OUT", help="folder of the images and conversations")
+    questions.add_argument("--images", type=_count, required=True, metavar="N", help="to train on")
+    questions.add_argument("--test-images", type=_count, required=True, metavar="N", help="to test with")
+    questions.add_argument(
+        "--image-size", type=_count, default=128, metavar="PX", help="width and height (default: 128)"
+    )
+    questions.add_argument("--seed", type=_seed, default=0, help="another number, other scenes (default: 0)")
+
+    _add_data(add, commands)
 
     train = add(
         _train,
@@ -409,10 +492,22 @@ def _add_making(add: _Add) -> None:
     train.add_argument("stage", choices=STAGES, metavar="STAGE", help=" | ".join(STAGES))
     train.add_argument("--config", type=Path, required=True, metavar="FILE", help="TOML file of the run")
     train.add_argument(
-        "--data", type=Path, action="append", metavar="D", help="folder of the dataset; pretrain takes several"
+        "--data",
+        action="append",
+        metavar="D",
+        help="dataset: folder, address (s3://bucket/data) or id on the Hugging Face Hub; pretrain takes several; align "
+        "and instruct a JSON file of conversations",
+    )
+    train.add_argument(
+        "--cache-size", type=_bytes, metavar="SIZE", help="disk for decoded pictures, as in 20GB (default: all of them)"
     )
     train.add_argument("--out", type=Path, metavar="OUT", help="folder of the checkpoint")
-    train.add_argument("--init", type=Path, metavar="CKPT", help="checkpoint whose weights to start from")
+    train.add_argument(
+        "--init",
+        type=Path,
+        metavar="CKPT",
+        help="checkpoint whose weights to start from, also a published one, or its Hugging Face id",
+    )
     train.add_argument("--teacher", type=Path, metavar="CKPT", help="checkpoint to align with (distill)")
     train.add_argument("--plan", action="store_true", help="say what it takes, without weights or data, and end")
     train.add_argument("--devices", type=_count, default=1, metavar="N", help="of a --plan (default: 1)")
@@ -455,6 +550,11 @@ def _add_making(add: _Add) -> None:
         choices=MATRICES,
         help="how connector, projector and action head are stored (default: as the checkpoint has them)",
     )
+    pack.add_argument(
+        "--expert",
+        choices=EXPERTS,
+        help="round the layers of a flow-matching expert trained in full precision, and nothing else of it",
+    )
 
     make_checkpoint = add(
         _make_checkpoint,
@@ -476,6 +576,55 @@ def _add_making(add: _Add) -> None:
     make_checkpoint.add_argument(
         "--statistics", type=Path, metavar="FILE", help="dataset_statistics.json (default: LIBERO-Spatial's)"
     )
+
+
+def _add_data(add: _Add, commands: Any) -> None:
+    """Before training: what a dataset is worth, and what is none yet."""
+    example = "data check datasets/mt10 --out reports/mt10-data.html --split reports/mt10-split.json"
+    summary = "check a dataset before training on it, or make one of other files"
+    data = commands.add_parser(
+        "data",
+        help=summary,
+        description=f"{summary[0].upper()}{summary[1:]}.",
+        epilog=f"example: bitvla {example}",
+        allow_abbrev=False,
+    )
+    group = data.add_subparsers(dest="action", metavar="ACTION", required=True)
+    check = add(_data_check, "measure a dataset and grade what is wrong", example, group=group)
+    check.add_argument("--out", type=Path, metavar="OUT.html", help="draw the report, one file with everything in it")
+    check.add_argument("--split", type=Path, metavar="OUT.json", help="write the proposed held-out split by region")
+    check.add_argument("--horizon", type=_count, default=8, metavar="N", help="actions of a chunk (default: 8)")
+
+    statistics = add(
+        _data_statistics,
+        "compute the statistics of a dataset again, over every frame, and write them into it",
+        "data statistics datasets/mine",
+        group=group,
+    )
+    where = "LeRobot dataset (v3): folder, address (s3://bucket/data) or id on the Hugging Face Hub"
+    for command in (check, statistics):
+        command.add_argument("dataset", metavar="DATASET", help=where)
+
+    convert = add(
+        _data_convert,
+        "write LIBERO's HDF5, or RLDS episodes in TFRecords, as a LeRobot dataset (v3)",
+        "data convert libero_spatial datasets/libero-spatial --drop-no-ops",
+        GO_ON,
+        group=group,
+    )
+    convert.add_argument("source", type=Path, metavar="SOURCE", help="file, or folder with *.hdf5 or *.tfrecord* files")
+    convert.add_argument("out", type=Path, metavar="OUT", help="folder of the dataset")
+    convert.add_argument(
+        "--camera",
+        type=_pair,
+        action="append",
+        default=[],
+        metavar="NAME=KEY",
+        help="the source's camera KEY gets this NAME (default: LIBERO's, as full and wrist)",
+    )
+    convert.add_argument("--fps", type=_rate, default=20.0, metavar="F", help="actions a second (default: LIBERO's 20)")
+    convert.add_argument("--rotate180", action="store_true", help="turn the pictures: the source has them turned")
+    convert.add_argument("--drop-no-ops", action="store_true", help="leave out steps without motion, as OpenVLA-OFT")
 
 
 def _add_running(add: _Add) -> None:
@@ -500,11 +649,19 @@ def _add_running(add: _Add) -> None:
     _add_record(evaluate)
     evaluate.add_argument("--processes", type=_count, metavar="N", help="simulators side by side (default: all cores)")
     evaluate.add_argument(
+        "--ray",
+        nargs="?",
+        const="",
+        metavar="ADDRESS",
+        help="on the machines of a Ray cluster (default: the one that this machine belongs to)",
+    )
+    evaluate.add_argument(
         "--full-precision", action="store_true", help="run the PyTorch network of a checkpoint, same protocol"
     )
     evaluate.add_argument(
         "--execute-horizon", type=_count, metavar="N", help="actions of a chunk to play (default: the policy's)"
     )
+    _add_prune(evaluate)
     evaluate.add_argument("--first-seed", type=_seed, default=0, metavar="N", help="initial state of the first episode")
     evaluate.add_argument("--protocol", metavar="P", help="LIBERO's: official (default), lerobot or vla.cpp")
     evaluate.add_argument("--restart", action="store_true", help="do not go on from an interrupted evaluation")
@@ -610,6 +767,13 @@ def _add_serving(add: _Add) -> None:
     serve.add_argument("--token", metavar="T", help="what robots must know (default: $BITVLA_TOKEN)")
     serve.add_argument("--insecure", action="store_true", help="let other machines in without a token")
     serve.add_argument("--max-sessions", type=_count, default=16, metavar="N", help="robots at once (default: 16)")
+    serve.add_argument(
+        "--max-batch",
+        type=_count,
+        default=8,
+        metavar="N",
+        help="observations of several robots computed together, where that is faster (default: up to 8)",
+    )
     serve.add_argument("--max-message-mb", type=_count, default=16, metavar="MB", help="largest message (default: 16)")
     serve.add_argument(
         "--map",
@@ -620,6 +784,7 @@ def _add_serving(add: _Add) -> None:
     )
     serve.add_argument("--preset", metavar="NAME", help="names and conventions of a known client: libero")
     serve.add_argument("--threads", type=_count, metavar="N", help="threads of the kernels (default: all cores)")
+    _add_prune(serve)
     serve.add_argument("--watch", action="store_true", help="load the policy again when its file changes")
     serve.add_argument("--allow-kill", action="store_true", help="let a robot stop the server (gr00t's 'kill')")
 
@@ -649,6 +814,7 @@ def _add_serving(add: _Add) -> None:
     run.add_argument("--timeout", type=_amount, default=5.0, metavar="S", help="of a call to a server (default: 5)")
     run.add_argument("--token", metavar="T", help="of the server (default: $BITVLA_TOKEN)")
     run.add_argument("--threads", type=_count, metavar="N", help="threads of the kernels (default: all cores)")
+    _add_prune(run)
 
     replay = add(
         _replay,
@@ -672,7 +838,11 @@ def _add_measuring(add: _Add) -> None:
     bench.add_argument(
         "--repeats", type=_count, default=50, metavar="N", help="calls, or tokens, to measure (default: 50)"
     )
+    _add_prune(bench)
     bench.add_argument("--views", type=_count, metavar="N", help="measure as if it had N cameras (default: as it has)")
+    bench.add_argument(
+        "--batch", type=_count, default=1, metavar="N", help="measure calls of up to N observations too (default: 1)"
+    )
     add(_doctor, "show what this machine has: instruction set, rendering, simulators, extras", "doctor")
 
 
@@ -684,6 +854,16 @@ def _add_record(command: argparse.ArgumentParser) -> None:
         const=True,
         metavar="OUT",
         help="write the record to OUT (default: a name under reports/); without OUT, print it too",
+    )
+
+
+def _add_prune(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--prune",
+        type=_share,
+        default=0.0,
+        metavar="SHARE",
+        help="leave out this share of the image tokens before the decoder: faster, other actions (default: 0)",
     )
 
 

@@ -18,6 +18,7 @@ import msgspec
 from bitvla.errors import BitvlaError, meant
 
 T = TypeVar("T")
+Precision = Literal["full", "bfloat16", "int8", "ternary"]  # of the layers of a flow-matching expert
 Model = TypeVar("Model", bound="PolicyConfig | LanguageModelConfig")
 
 
@@ -66,7 +67,8 @@ class FlowConfig(Record, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """A flow-matching action expert (pi0, arXiv 2410.24164): a transformer over the steps of the chunk that turns noise
     into actions, in `steps` steps of Euler's method.
 
-    `ternary`: its layers are, in a ternary policy; otherwise they stay in full precision.
+    `precision` of its layers in a ternary policy: trained and stored ternary, or trained in full precision and stored
+    as all full-precision matrices are, or in bfloat16 or int8 whatever those are.
     """
 
     hidden_size: int = 256
@@ -75,7 +77,11 @@ class FlowConfig(Record, frozen=True, kw_only=True, forbid_unknown_fields=True):
     num_heads: int = 4
     layer_norm_eps: float = 1e-6
     steps: int = 10
-    ternary: bool = False
+    precision: Precision = "full"
+
+    @property
+    def ternary(self) -> bool:
+        return self.precision == "ternary"
 
     @property
     def frequencies(self) -> list[float]:
@@ -209,7 +215,8 @@ class ChatConfig(Record, frozen=True, kw_only=True, forbid_unknown_fields=True):
 class LanguageModelConfig(Record, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """A BitNet language model. Its head is its embedding, or with `tied` False a matrix of its own.
 
-    With a vision tower it answers questions about images; `image` says how they become pixels.
+    With a vision tower it answers questions about images; `image` says how they become pixels. `precision` is that of
+    its linear layers in training: "ternary" without those of a tower whose `ternary` is False.
     """
 
     name: str
@@ -218,7 +225,7 @@ class LanguageModelConfig(Record, frozen=True, kw_only=True, forbid_unknown_fiel
     tied: bool = True
     vision: VisionConfig | None = None
     image: ImageProcessing | None = None
-    precision: Literal["ternary"] = "ternary"
+    precision: Literal["full", "ternary"] = "ternary"
 
 
 def check(config: Model) -> Model:

@@ -17,7 +17,7 @@ from rich.table import Table
 
 if TYPE_CHECKING:
     from bitvla.data.check import Checkup
-    from bitvla.evaluate.result import Comparison, Result
+    from bitvla.evaluate.result import Comparison, Drop, Result
     from bitvla.evaluate.statistics import Paired, Rate
     from bitvla.evaluate.vqa import VqaResult
 
@@ -57,6 +57,8 @@ def evaluation(result: Result) -> dict[str, Any]:
             }
             for task, rate in rates.items()
         ],
+        **({"failures": result.failures} if result.failures else {}),
+        **({"against the unperturbed suite": [_drop(drop) for drop in result.drops]} if result.drops else {}),
         "milliseconds a chunk (median)": result.latency and result.latency.p50,
         "policy process MB (peak)": result.policy_peak_bytes / 1e6,
     }
@@ -98,7 +100,17 @@ def comparison(result: Comparison) -> dict[str, Any]:
         }
         for task, pair in pairs.items()
     ]
-    return {"a": result.a, "b": result.b, "same initial states": rows}
+    kinds = [{"failure": kind, "a": a, "b": b} for kind, (a, b) in result.failures.items()]
+    return {"a": result.a, "b": result.b, "same initial states": rows} | ({"failures": kinds} if kinds else {})
+
+
+def _drop(drop: Drop) -> dict[str, Any]:
+    return {
+        "suite": drop.suite,
+        "success": f"{drop.rate.successes}/{drop.rate.total}",
+        "difference": f"{100 * drop.difference:+.1f}",
+        "95 % interval": _interval(drop),
+    }
 
 
 def run(result: dict[str, Any]) -> dict[str, Any]:
@@ -132,7 +144,7 @@ def checkup(result: Checkup) -> dict[str, Any]:
     }
 
 
-def _interval(value: Rate | Paired) -> str:
+def _interval(value: Rate | Paired | Drop) -> str:
     return f"{100 * value.low:.1f} .. {100 * value.high:.1f}"
 
 

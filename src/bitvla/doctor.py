@@ -16,9 +16,10 @@ from bitvla.errors import BitvlaError
 EXTRAS = {
     "sim": ("metaworld", "mujoco", "gymnasium", "OpenGL", "packaging"),
     "train": ("torch", "transformers", "accelerate"),
-    "data": ("pandas", "pyarrow", "av"),
+    "data": ("pandas", "pyarrow", "av", "fsspec", "upath", "h5py", "google_crc32c"),
     "serve": ("websockets", "msgpack", "prometheus_client", "grpc", "google.protobuf", "zmq"),
     "report": ("scipy", "matplotlib", "jinja2"),
+    "ray": ("ray",),
 }
 """Which packages each extra of `pip install bitvla[...]` brings, by the name that is imported."""
 

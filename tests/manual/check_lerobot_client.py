@@ -1,4 +1,4 @@
-"""Drive a fake robot with the real robot client of `lerobot` (0.4.4) against a running server.
+"""Drive a fake robot with the real robot client of `lerobot` (0.4.4, or 0.6.1 on Python 3.12) against a running server.
 
 Not part of the test suite: lerobot pins an older PyTorch than training uses. In an environment of its own:
 

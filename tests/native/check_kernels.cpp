@@ -352,7 +352,8 @@ void check_attention(size_t queries, size_t keys, size_t kv_heads, size_t group,
   const size_t heads = kv_heads * group, width = kv_heads * dim, gap = rng() % 3;
   const auto q = random_floats(queries * (heads * dim + gap)), k = random_floats(keys * (width + gap)),
              v = random_floats(keys * (width + gap));
-  const auto run = [&](const Kernels& kernels) {
+  std::vector<float> packed_k, packed_v;
+  const auto run = [&](const Kernels& kernels, bool packed) {
     Guarded<float> out(queries * heads * dim);
     AttentionJob job{};
     job.q = q.data();
@@ -370,12 +371,23 @@ void check_attention(size_t queries, size_t keys, size_t kv_heads, size_t group,
     job.out = out.data();
     job.out_stride = heads * dim;
     set_active(kernels);
+    if (packed) {
+      job.packed_k_stride = padded(keys) * dim;
+      job.packed_v_stride = keys * padded(dim);
+      packed_k.assign(kv_heads * job.packed_k_stride, 0.0f);
+      packed_v.assign(kv_heads * job.packed_v_stride, 0.0f);
+      job.packed_k = packed_k.data();
+      job.packed_v = packed_v.data();
+      run_append(job, 0);
+      job.k = job.v = nullptr;
+    }
     run_attention(job);
     return out;
   };
-  const auto expected = run(kScalar);
+  const auto expected = run(kScalar, false);
+  report(expected == run(kScalar, true), kScalar, "attention of packed keys and values");
   for (const Kernels* kernels : others()) {
-    report(expected == run(*kernels), *kernels,
+    report(expected == run(*kernels, keys % 2), *kernels,
            "attention of " + std::to_string(queries) + " queries, " + std::to_string(keys) + " keys, dim " +
                std::to_string(dim));
   }

@@ -1,4 +1,4 @@
-"""Published BitVLA and BitNet checkpoints, opened for packing: their kinds, names, shapes and conventions.
+"""Published BitVLA and BitNet checkpoints, opened for packing or training: kinds, names, shapes and conventions.
 
 A LIBERO fine-tune (`hongyuw/ft-bitvla-bitsiglipL-224px-libero_*-bf16`) is a folder with
 
@@ -14,6 +14,7 @@ tokens; its config.json may hold statistics under `norm_stats`.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -194,12 +195,7 @@ def open_official(
     the same layout with one data set; `control_hz`, which no file says, is that robot's control rate. What a kind of
     checkpoint knows or has no use for is refused.
     """
-    origin = backbone_folder(folder) / "config.json"
-    raw, weights = read_json(origin), find_weights(folder)
-    kind = kind_of(weights, raw)
-    vision, language = _read_sizes(origin, raw, kind)
-    _check_vocabulary(weights, kind, language)
-    checkpoint = _Checkpoint(folder, raw, vision, language, weights)
+    kind, checkpoint = _open(folder)
     if kind in ("language", "vision-language"):
         if views or statistics or control_hz:
             raise BitvlaError(f"{folder} does not act: it has no views, statistics or control rate; leave them out")
@@ -210,7 +206,34 @@ def open_official(
         return _pretrained(checkpoint, statistics, control_hz)
     if control_hz:
         raise BitvlaError(f"{folder} is a fine-tune on LIBERO, whose control rate is known; leave out --control-hz")
-    return _fine_tune(checkpoint, statistics, _views(folder, raw, views))
+    return _fine_tune(checkpoint, statistics, _views(folder, checkpoint.raw, views))
+
+
+def open_start(folder: Path) -> Source:
+    """Open a published checkpoint as the start of training.
+
+    A LIBERO fine-tune is its policy. A base model, pre-trained on robots or not, is a tower and a decoder; its
+    tokenizer gets the tokens that a policy needs.
+    """
+    kind, checkpoint = _open(folder)
+    if kind == "language":
+        raise BitvlaError(f"{folder} is a language model without a vision tower; a policy starts from one that sees")
+    packed = next((place.key for place in checkpoint.weights.places.values() if place.dtype == "U8"), None)
+    if packed is not None:
+        raise BitvlaError(f"{folder} is packed ({packed}); training needs the latent weights, as in its -bf16 variant")
+    if kind == "libero":
+        return _fine_tune(checkpoint, None, _views(folder, checkpoint.raw, None))
+    source = _vision_language_model(checkpoint)
+    return dataclasses.replace(source, tokenizer=_with_policy_tokens(source.tokenizer))
+
+
+def _open(folder: Path) -> tuple[Kind, _Checkpoint]:
+    origin = backbone_folder(folder) / "config.json"
+    raw, weights = read_json(origin), find_weights(folder)
+    kind = kind_of(weights, raw)
+    vision, language = _read_sizes(origin, raw, kind)
+    _check_vocabulary(weights, kind, language)
+    return kind, _Checkpoint(folder, raw, vision, language, weights)
 
 
 def _fine_tune(checkpoint: _Checkpoint, statistics: str | None, views: int) -> Source:
@@ -297,6 +320,16 @@ def _vision_language_model(checkpoint: _Checkpoint) -> Source:
     return _source(folder, weights, config, text, {"kind": "vision-language"})
 
 
+def _with_policy_tokens(tokenizer: str) -> str:
+    """The text of a tokenizer that names reserved tokens of Llama 3 as the official `convert_ckpt.py` does."""
+    content = msgspec.json.decode(tokenizer)
+    known = {token["content"] for token in content["added_tokens"]}
+    names = {token_id: token for token, token_id in conventions.TOKEN_IDS.items() if token not in known}
+    for token in content["added_tokens"]:
+        token["content"] = names.get(token["id"], token["content"])
+    return msgspec.json.encode(content).decode()
+
+
 def _image_token(folder: Path, raw: Mapping[str, Any], tokenizer: Tokenizer) -> str:
     """What stands for a patch in the text; its embedding is never used. The official code renames it for actions."""
     token = "<|image_pad|>"
@@ -331,6 +364,7 @@ def _source(
         return values
 
     return Source(
+        folder=folder,
         config=config,
         tokenizer=tokenizer,
         golden=_golden(config) if isinstance(config, PolicyConfig) else Golden([], []),

@@ -1,4 +1,4 @@
-"""What packing needs of a checkpoint, whatever its layout, and reading the files of which checkpoints are made."""
+"""A checkpoint, whatever its layout, as packing and training read it, and the files of which checkpoints are made."""
 
 from __future__ import annotations
 
@@ -33,13 +33,14 @@ class Golden(msgspec.Struct):
 
 @dataclass(frozen=True)
 class Source:
-    """An open checkpoint. `config.precision` says what its linear layers were trained with.
+    """The open checkpoint in `folder`. `config.precision` says what its linear layers were trained with.
 
     `tensor` reads one tensor by its name in `bitvla.bundle.tensor_specs`, as float32, or as bfloat16 seen as uint16;
     `ternary` the codes and the scale of a ternary weight. `matrix_dtype` is how full-precision matrices should be
     stored, None for the choice by size. `sha256` is over the weights.
     """
 
+    folder: Path
     config: PolicyConfig | LanguageModelConfig
     tokenizer: str
     golden: Golden

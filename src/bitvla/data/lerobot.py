@@ -7,14 +7,18 @@
     videos/<camera key>/chunk-000/file-000.mp4   the same frames, in the same order
 
 Every batch adds one file of each kind. Files that `info.json` does not count are leftovers of an interrupted batch.
+Pictures may also be in the tables, as PNG or JPEG (`"dtype": "image"`). What is read may lie wherever fsspec reaches.
 """
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import hashlib
+import io
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import cached_property
@@ -22,14 +26,21 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import av
+import msgspec
 import numpy as np
 import pandas as pd
-from numpy.lib.format import open_memmap
+import pyarrow.parquet as pq
 from numpy.typing import NDArray
-from rich.console import Console
-from rich.progress import track
+from PIL import Image
+from upath import UPath
 
-from bitvla.errors import BitvlaError
+import bitvla
+from bitvla.config import Record
+from bitvla.data.pictures import Images, Pictures
+from bitvla.errors import BitvlaError, meant
+from bitvla.files import write_whole
+
+Place = Path | UPath  # on this machine, or wherever fsspec reaches
 
 VERSION = "v3.0"
 IMAGE_PREFIX = "observation.images."
@@ -61,6 +72,27 @@ class Episode:
     @property
     def length(self) -> int:
         return len(self.vectors["action"])
+
+
+@contextlib.contextmanager
+def claim(root: Path, work: str, settings: Mapping[str, Any]) -> Iterator[None]:
+    """Have `root` for this `work` ("recording") alone; BitvlaError where it holds another, or something else."""
+    root.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(root, os.O_RDONLY)  # the folder itself is locked: no file to be left behind
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        path = root / "meta" / f"{work}.json"
+        if not path.exists():
+            if any(root.iterdir()):
+                raise BitvlaError(f"{root} is not empty and holds no {work} of bitvla; choose another folder")
+            write_whole(path, json.dumps(settings).encode())
+        elif json.loads(path.read_text()) != settings:
+            raise BitvlaError(f"{root} holds a {work} with other settings ({path.read_text()}); choose another folder")
+        yield
+    except BlockingIOError:
+        raise BitvlaError(f"another {work} is writing {root} now; wait for it or choose another folder") from None
+    finally:
+        os.close(descriptor)
 
 
 class LeRobotWriter:
@@ -199,8 +231,26 @@ class LeRobotWriter:
         return rows
 
 
+class Conventions(Record, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Where a dataset is stored otherwise than its robot has it; nothing of it can be read from the data.
+
+    `cameras`: the names of the robot's cameras, and of the same ones in the data; the others are not seen. `rotate180`:
+    the pictures were turned after they were taken. `control_hz`: the rate of the actions, where `fps` is not it.
+    """
+
+    cameras: dict[str, str] = msgspec.field(default_factory=dict)
+    rotate180: bool = False
+    control_hz: float | None = None
+
+
+AS_STORED = Conventions()
+
+
 class LeRobotDataset:
     """A LeRobotDataset v3.0 as arrays; checked when it is opened.
+
+    `source` is a folder, an address of any file system that fsspec knows, or an id on the Hugging Face Hub.
+    Decoded pictures take up to `cache_bytes` of disk, or as much as they need.
 
     Attributes (N frames): state (N, S), action (N, A) and environment_state (N, E) or None, float32; keypoints
     (N, cameras, things, 2) or None, float32, shares of the image's width and height; episode_index, frame_index (N,)
@@ -209,12 +259,21 @@ class LeRobotDataset:
     Raises BitvlaError, naming the file or the episode, for anything that would silently spoil a training.
     """
 
-    def __init__(self, root: Path) -> None:
-        self.root = Path(root)
+    def __init__(
+        self, source: str | os.PathLike[str], conventions: Conventions = AS_STORED, cache_bytes: int | None = None
+    ) -> None:
+        self.name, self.root, self._source = name_of(source), locate(source), os.fspath(source)
         self.info = read_info(self.root)
         self.features: dict[str, Any] = self.info["features"]
-        self.fps = float(self.info["fps"])
-        self.cameras = [key.removeprefix(IMAGE_PREFIX) for key in self.features if key.startswith(IMAGE_PREFIX)]
+        self.fps = float(conventions.control_hz or self.info["fps"])
+        stored = cameras_of(self.features)
+        # The name of each camera here, and in the data.
+        self._cameras = conventions.cameras or {camera: camera for camera in stored}
+        for camera in self._cameras.values():
+            if camera not in stored:
+                raise BitvlaError(f"data.{self.name}.cameras names '{camera}', the dataset {self.root} has "
+                                  f"{', '.join(stored) or 'no camera'}{meant(camera, stored)}")  # fmt: skip
+        self.cameras = list(self._cameras)
         self.num_episodes, self.num_frames = int(self.info["total_episodes"]), int(self.info["total_frames"])
         if self.num_episodes == 0:
             raise BitvlaError(f"the dataset {self.root} holds no episode")
@@ -224,7 +283,7 @@ class LeRobotDataset:
         self.action = self.vectors("action")
         key = "observation.environment_state"
         self.environment_state = self.vectors(key) if key in self.features else None
-        self.keypoints = self._keypoints("observation.keypoints")
+        self.keypoints = self._keypoints("observation.keypoints", stored, conventions.rotate180)
         self.episode_index = self._frames["episode_index"].to_numpy()
         self.frame_index = self._frames["frame_index"].to_numpy()
         self.episode_ranges = list(
@@ -235,6 +294,14 @@ class LeRobotDataset:
         names = dict(zip(tasks["task_index"], tasks.index, strict=True))
         first = self._frames["task_index"].to_numpy()[[begin for begin, _ in self.episode_ranges]]
         self.task_strings = [str(names[i]) for i in first]
+        self._turned = conventions.rotate180
+        self.pictures = Pictures(
+            self._decode,
+            folder=self._cache_folder(),
+            shapes={camera: self.shape(camera) for camera in self.cameras},
+            lengths=[end - begin for begin, end in self.episode_ranges],
+            limit=cache_bytes,
+        )
 
     @cached_property
     def stats(self) -> dict[str, dict[str, list[float]]]:
@@ -245,10 +312,12 @@ class LeRobotDataset:
         except (OSError, ValueError) as error:
             raise BitvlaError(f"{path} cannot be read ({error}): the dataset has no statistics") from None
         for key in ("observation.state", "action"):
-            names = self.features[key]["names"]
+            names = names_of(self.features[key])
             low, high = (stats.get(key, {}).get(bound) for bound in ("q01", "q99"))
             if low is None or high is None or len(low) != len(names) or len(high) != len(names):
-                raise BitvlaError(f"{path} lacks the quantiles q01 and q99 of '{key}'; compute the statistics again")
+                raise BitvlaError(
+                    f"{path} lacks the quantiles q01 and q99 of '{key}'; run: bitvla data statistics {self.root}"
+                )
             for name, a, b in zip(names, low, high, strict=True):
                 if not (np.isfinite(a) and np.isfinite(b) and b - a > 1e-6):
                     raise BitvlaError(
@@ -256,43 +325,41 @@ class LeRobotDataset:
                     )
         return stats
 
-    def images(self, camera: str) -> NDArray[np.uint8]:
-        """All frames of `camera`, uint8 (N, H, W, 3), mapped from a cache that is decoded once."""
-        if camera not in self.cameras:
+    def shape(self, camera: str) -> tuple[int, int, int]:
+        """Height, width and 3 of the pictures of `camera`; BitvlaError where there is no such camera."""
+        if camera not in self._cameras:
             raise BitvlaError(f"the dataset has no camera '{camera}', it has {', '.join(self.cameras)}")
-        path = self.root / ".cache" / f"{camera}-{_digest(self.info)}.npy"
-        if not path.exists():
-            self._decode(camera, path)
-        return np.load(path, mmap_mode="r")
+        return shape_of(self.features[IMAGE_PREFIX + self._cameras[camera]])
 
-    def _decode(self, camera: str, path: Path) -> None:
-        path.parent.mkdir(exist_ok=True)
-        temporary = path.with_suffix(".tmp")
-        shape = (self.num_frames, *self.features[IMAGE_PREFIX + camera]["shape"])
-        cache = open_memmap(temporary, mode="w+", dtype=np.uint8, shape=shape)
-        key = f"videos/{IMAGE_PREFIX}{camera}"
-        files = list(self.episodes.groupby([f"{key}/chunk_index", f"{key}/file_index"], sort=True))
-        console = Console(stderr=True)
-        for (chunk, file), episodes in track(files, description=f"decoding {camera}", console=console):
-            video = self.root / self.info["video_path"].format(
-                video_key=IMAGE_PREFIX + camera, chunk_index=chunk, file_index=file
-            )
-            begin, end = int(episodes["dataset_from_index"].min()), int(episodes["dataset_to_index"].max())
-            count = 0
-            for frame in read_video(video):
-                if begin + count < end:
-                    cache[begin + count] = frame
-                count += 1
-            if count != end - begin:
-                raise BitvlaError(f"{video} has {count} frames, its episodes have {end - begin}: it is truncated")
-        cache.flush()
-        del cache
-        os.replace(temporary, path)
+    def images(self, camera: str) -> Sequence[NDArray[np.uint8]]:
+        """All frames of `camera`, each uint8 (H, W, 3); an episode is decoded when one of its frames is needed."""
+        self.shape(camera)
+        return Images(self.pictures, camera)
+
+    def _decode(self, camera: str, episode: int) -> Iterator[NDArray[np.uint8]]:
+        # A new one of a far root: connections do not survive the fork of a loader's worker.
+        root = self.root if isinstance(self.root, Path) else UPath(self._source)
+        frames = read_pictures(root, self.info, self.episodes.iloc[episode], self._cameras[camera])
+        return (frame[::-1, ::-1] for frame in frames) if self._turned else frames
+
+    def _cache_folder(self) -> Path:
+        """Of a dataset here, in it; of one that is far away, among this user's caches. Other data have another name."""
+        stats = self.root / "meta" / "stats.json"
+        here = self.root / ".cache" if isinstance(self.root, Path) else None
+        user = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "bitvla"
+        parts = (
+            "" if here else self._source,
+            json.dumps(self.info, sort_keys=True),
+            stats.read_text() if stats.exists() else "",
+            f"{self._cameras} {self._turned}",
+        )
+        return (here or user) / hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
 
     def _frame_table(self) -> pd.DataFrame:
         places = self.episodes[["data/chunk_index", "data/file_index"]].drop_duplicates()
+        pictures = {key for key, feature in self.features.items() if feature["dtype"] == "image"}
         tables = [
-            read_table(self.root / self.info["data_path"].format(chunk_index=chunk, file_index=file))
+            read_table(self.root / self.info["data_path"].format(chunk_index=chunk, file_index=file), without=pictures)
             for chunk, file in places.itertuples(index=False)
         ]
         table = pd.concat(tables, ignore_index=True)
@@ -313,16 +380,18 @@ class LeRobotDataset:
             raise BitvlaError(f"'{key}' of episode {episode} in {self.root} is not finite (frame {frame})")
         return values
 
-    def _keypoints(self, key: str) -> NDArray[np.float32] | None:
+    def _keypoints(self, key: str, stored: list[str], turned: bool) -> NDArray[np.float32] | None:
         if key not in self.features:
             return None
         values = self.vectors(key)
-        if values.shape[1] % (2 * len(self.cameras)):
+        if values.shape[1] % (2 * len(stored)):
             raise BitvlaError(
                 f"'{key}' of {self.root} has {values.shape[1]} values; it must hold u and v of the same things in each "
-                f"of the {len(self.cameras)} cameras"
+                f"of the {len(stored)} cameras"
             )
-        return values.reshape(len(values), len(self.cameras), -1, 2)
+        seen = [stored.index(camera) for camera in self._cameras.values()]
+        points = values.reshape(len(values), len(stored), -1, 2)[:, seen]
+        return 1 - points if turned else points
 
     def _check_episodes(self) -> None:
         expected = 0
@@ -378,15 +447,77 @@ def _write_video(path: Path, frames: Iterator[NDArray[np.uint8]], fps: float, co
     os.replace(temporary, path)
 
 
-def read_video(path: Path, pixels: str = "rgb24") -> Iterator[NDArray[np.uint8]]:
-    """Frame after frame, uint8 (H, W, 3), or (H, W) with `pixels` "gray". BitvlaError when it cannot be decoded."""
+def read_pictures(
+    root: Place, info: Mapping[str, Any], episode: pd.Series[Any], camera: str, pixels: str = "rgb24"
+) -> Iterator[NDArray[np.uint8]]:
+    """The frames of a camera in one episode (a row of the episode table), uint8 (H, W, 3), or (H, W) with "gray".
+
+    Raises BitvlaError where the file cannot be decoded, or has fewer of them, or another rate.
+    """
+    key, path, number = IMAGE_PREFIX + camera, pictures_file(root, info, episode, camera), episode["episode_index"]
+    length, count = int(episode["length"]), 0
+    if info["features"][key]["dtype"] == "video":
+        frames = _read_video(path, float(episode[f"videos/{key}/from_timestamp"]), length, float(info["fps"]), pixels)
+    else:
+        frames = _read_stored(path, key, int(number), "L" if pixels == "gray" else "RGB")
+    for frame in frames:
+        yield frame
+        count += 1
+    if count != length:
+        raise BitvlaError(
+            f"{path} has {count} of the {length} frames of episode {number}: it is truncated; copy or record it again"
+        )
+
+
+def pictures_file(root: Place, info: Mapping[str, Any], episode: pd.Series[Any], camera: str) -> Place:
+    """The file that holds a camera's frames of an episode: a video, or the table of its frames."""
+    key = IMAGE_PREFIX + camera
+    is_video = info["features"][key]["dtype"] == "video"
+    kind, folder = ("video_path", f"videos/{key}") if is_video else ("data_path", "data")
+    place = {name: int(episode[f"{folder}/{name}"]) for name in ("chunk_index", "file_index")}
+    return root / info[kind].format(video_key=key, **place)
+
+
+def _read_video(path: Place, begin: float, length: int, fps: float, pixels: str) -> Iterator[NDArray[np.uint8]]:
+    """Up to `length` frames from `begin` seconds on."""
+    first = last = begin
+    count = 0
     try:
-        with av.open(str(path)) as container:
-            container.streams.video[0].thread_type = "AUTO"
-            for frame in container.decode(video=0):
+        with path.open("rb") as file, av.open(file, "r") as container:
+            stream = container.streams.video[0]
+            stream.thread_type = "AUTO"
+            if begin > 0:
+                # To a key frame before; some frames early, as frames are stored in another order than they are shown.
+                container.seek(int(max(0.0, begin - 8 / fps) * av.time_base))
+            for frame in container.decode(stream):
+                if frame.time < begin - 0.5 / fps:
+                    continue
+                if not count and frame.time > begin + 0.5 / fps:
+                    raise BitvlaError(f"{path} has no frame at {begin:g} s, where an episode begins; copy it again")
+                first, last, count = first if count else frame.time, frame.time, count + 1
                 yield frame.to_ndarray(format=pixels).astype(np.uint8, copy=False)
+                if count == length:
+                    break
     except (av.FFmpegError, OSError) as error:
         raise BitvlaError(f"{path} cannot be decoded: {error}") from None
+    if abs(last - first - (count - 1) / fps) > 0.5 / fps and count > 1:
+        raise BitvlaError(f"{path} runs at {(count - 1) / (last - first):.4g} frames a second, info.json says {fps:g}")
+
+
+def _read_stored(path: Place, key: str, episode: int, mode: str) -> Iterator[NDArray[np.uint8]]:
+    """The encoded pictures in the column `key` of a table, read a row group at a time."""
+    try:
+        with path.open("rb") as file:
+            table = pq.ParquetFile(file)
+            for group in range(table.num_row_groups):
+                own = np.asarray(table.read_row_group(group, columns=["episode_index"])["episode_index"]) == episode
+                if not own.any():
+                    continue
+                stored = table.read_row_group(group, columns=[key])[key].to_pylist()
+                for row in np.flatnonzero(own):
+                    yield np.asarray(Image.open(io.BytesIO(stored[row]["bytes"])).convert(mode))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise BitvlaError(f"'{key}' in {path} cannot be decoded: {str(error).splitlines()[0]}") from None
 
 
 def _write_table(path: Path, table: pd.DataFrame, index: bool = False) -> None:
@@ -396,9 +527,13 @@ def _write_table(path: Path, table: pd.DataFrame, index: bool = False) -> None:
     os.replace(temporary, path)
 
 
-def read_table(path: Path) -> pd.DataFrame:
+def read_table(path: Place, without: Collection[str] = ()) -> pd.DataFrame:
+    """A Parquet file but for the columns `without`."""
     try:
-        return pd.read_parquet(path)
+        with path.open("rb") as file:
+            table = pq.ParquetFile(file)
+            names = [name for name in table.schema_arrow.names if name not in without]
+            return table.read(columns=names).to_pandas()
     except (OSError, ValueError) as error:
         raise BitvlaError(f"{path} cannot be read: {str(error).splitlines()[0]}") from None
 
@@ -410,7 +545,68 @@ def _write_json(path: Path, value: Any) -> None:
     os.replace(temporary, path)
 
 
-def read_info(root: Path) -> dict[str, Any]:
+def name_of(source: str | os.PathLike[str]) -> str:
+    """What a dataset is called: the last part of its path, address or id."""
+    text = os.fspath(source)
+    return text.rstrip("/").rpartition("/")[2] if "://" in text else os.path.basename(os.path.abspath(text))
+
+
+def locate(source: str | os.PathLike[str]) -> Place:
+    """The folder of a dataset: on this machine, on a file system that fsspec knows, or fetched from the Hub by its id.
+
+    What is far away behaves like a path of this machine, to read from.
+    """
+    text = os.fspath(source)
+    if "://" in text:
+        try:
+            root = UPath(text)
+            root.exists()
+        except Exception as error:  # a package that is missing, an unknown protocol, and whatever a service says
+            raise BitvlaError(f"{text} cannot be reached: {' '.join(str(error).split())}") from None
+        return Path(root.path) if root.protocol in ("file", "local") else root
+    path = Path(text)
+    if path.exists() or not bitvla.HUB_ID.fullmatch(text):
+        return path
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError:
+        raise BitvlaError(
+            f"{text} is not a folder here; to fetch a dataset from the Hugging Face Hub: pip install huggingface_hub"
+        ) from None
+    try:
+        return Path(snapshot_download(text, repo_type="dataset"))
+    except Exception as error:  # the hub's errors have no common base that promises a readable text
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise BitvlaError(f"{text} is neither a folder here nor a dataset on the Hugging Face Hub ({reason})") from None
+
+
+def cameras_of(features: Mapping[str, Any]) -> list[str]:
+    """The names of the cameras, in the order of the dataset."""
+    return [
+        key.removeprefix(IMAGE_PREFIX)
+        for key, feature in features.items()
+        if key.startswith(IMAGE_PREFIX) and feature["dtype"] in ("video", "image")
+    ]
+
+
+def shape_of(feature: Mapping[str, Any]) -> tuple[int, int, int]:
+    """Height, width and channels of a camera; some write the channels first."""
+    sizes = [int(size) for size in feature["shape"]]
+    if sizes[0] == 3 and sizes[2] != 3:
+        sizes = [*sizes[1:], sizes[0]]
+    return sizes[0], sizes[1], sizes[2]
+
+
+def names_of(feature: Mapping[str, Any]) -> list[str]:
+    """The name of each dimension of a vector; its number where the stored ones are not one a dimension."""
+    stored, size = feature.get("names") or [], int(feature["shape"][0])
+    if isinstance(stored, dict):  # by group of motors
+        stored = [name for names in stored.values() for name in (names if isinstance(names, list) else [names])]
+    return [str(name) for name in stored] if len(stored) == size else [str(i) for i in range(size)]
+
+
+def read_info(root: Place) -> dict[str, Any]:
+    """What is in the dataset; BitvlaError where there is none, or one of another version."""
     path = root / "meta" / "info.json"
     try:
         info = json.loads(path.read_text())
@@ -425,9 +621,9 @@ def read_info(root: Path) -> dict[str, Any]:
     return dict(info)
 
 
-def read_episodes(root: Path, info: Mapping[str, Any]) -> pd.DataFrame:
+def read_episodes(root: Place, info: Mapping[str, Any]) -> pd.DataFrame:
     """Rows of the committed episodes, in order."""
-    paths = sorted((root / "meta" / "episodes").glob("chunk-*/file-*.parquet"))
+    paths: list[Place] = sorted((root / "meta" / "episodes").glob("chunk-*/file-*.parquet"), key=str)
     if not paths:
         raise BitvlaError(f"{root} has no episode table (meta/episodes)")
     table = pd.concat([read_table(path) for path in paths], ignore_index=True).sort_values("episode_index")
@@ -470,8 +666,7 @@ def _dataset_stats(root: Path, info: Mapping[str, Any]) -> dict[str, Any]:
         read_table(root / _DATA_PATH.format(chunk_index=chunk, file_index=file))
         for chunk, file in places.itertuples(index=False)
     ]
-    frames = pd.concat(tables, ignore_index=True)
-    stats: dict[str, Any] = {}
+    stats = _table_stats(pd.concat(tables, ignore_index=True), info["features"])
     for key, feature in info["features"].items():
         if feature["dtype"] == "video":
             columns = {name: episodes[f"stats/{key}/{name}"] for name in ("min", "max", "mean", "std", "count")}
@@ -483,11 +678,34 @@ def _dataset_stats(root: Path, info: Mapping[str, Any]) -> dict[str, Any]:
                 "std": arrays["std"].mean(0).tolist(),
                 "count": [int(arrays["count"].sum())],
             }
-        else:
-            values = frames[key].to_numpy()
-            vectors = np.stack(values) if len(feature["names"] or []) else values[:, None]
-            stats[key] = _vector_stats(vectors)
     return stats
+
+
+def _table_stats(frames: pd.DataFrame, features: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        key: _vector_stats(np.array(frames[key].tolist()).reshape(len(frames), -1))
+        for key, feature in features.items()
+        if key in frames and feature["dtype"].startswith(("float", "int"))
+    }
+
+
+def write_statistics(source: str | os.PathLike[str]) -> dict[str, Any]:
+    """Compute the statistics of all numbers in a dataset exactly, and write them into it; those of pictures stay.
+
+    Raises BitvlaError where the dataset is broken, or cannot be written to.
+    """
+    dataset = LeRobotDataset(source)
+    path = dataset.root / "meta" / "stats.json"
+    stored = json.loads(path.read_text()) if path.exists() else {}
+    stats = _table_stats(dataset._frames, dataset.features)
+    try:
+        if isinstance(path, Path):
+            _write_json(path, stored | stats)
+        else:
+            path.write_text(json.dumps(stored | stats, indent=2))  # an object appears whole
+    except OSError as error:
+        raise BitvlaError(f"{path} cannot be written: {error}") from None
+    return {"written": str(path), "frames": dataset.num_frames, "of": list(stats)}
 
 
 def _nested(value: Any) -> NDArray[np.float64]:
@@ -495,7 +713,3 @@ def _nested(value: Any) -> NDArray[np.float64]:
     if isinstance(value, np.ndarray) and value.dtype == object:
         return np.stack([_nested(item) for item in value])
     return np.asarray(value, dtype=np.float64)
-
-
-def _digest(info: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(info, sort_keys=True).encode()).hexdigest()[:16]

@@ -38,8 +38,8 @@ class PolicyHost:
     def __init__(self, source: PolicySource, threads: int, full_precision: bool) -> None:
         start = time.perf_counter()
         self._threads = threads
-        self._source = Path() if callable(source) else Path(source)
         self._policy = _load(source, threads, full_precision)
+        self._source = Path(self._policy.info().get("path") or "" if callable(source) else source)
         self._load_seconds = time.perf_counter() - start
 
     def facts(self) -> PolicyFacts:
@@ -51,6 +51,7 @@ class PolicyHost:
             source=self._source.name,
             digest=info.get("sha256") or _digest(self._source),
             precision=config.precision,
+            prune=info.get("prune", 0.0),
             isa=info["instruction_set"],
             threads=self._threads,
             parameters=parameters,

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import deque
 from collections.abc import Collection, Iterator, Sequence
-from multiprocessing.connection import Connection, wait
+from multiprocessing.connection import wait
 from types import TracebackType
 from typing import Any, NamedTuple
 
@@ -24,17 +25,20 @@ class _Task(NamedTuple):
 class Pool:
     """Up to `size` workers made by `Worker(*spec)`; a context manager that leaves no process behind."""
 
+    start_attempts = 1  # here, a worker that dies as it starts has found no memory
+
     def __init__(self, spec: tuple[Any, ...], size: int, threads: int) -> None:
         self._spec, self.size, self._threads = spec, size, threads
-        self._idle: list[Remote] = []
-        self._busy: dict[Connection, tuple[Remote, _Task | None]] = {}  # None: the worker is starting
+        self._failed_starts = 0
+        self._idle: list[Any] = []
+        self._busy: dict[Any, tuple[Any, _Task | None]] = {}  # by what is waited for; None: the worker is starting
 
     def describe(self) -> tuple[PolicyFacts, SimulatorFacts]:
         """Start the first worker and ask it what it runs. BitvlaError when it cannot run."""
-        worker = self._start()
-        self._finish_start(worker)
+        while not self._idle:
+            self._finish_start(self._start())
         try:
-            facts: tuple[PolicyFacts, SimulatorFacts] = worker.call("facts")
+            facts: tuple[PolicyFacts, SimulatorFacts] = self._idle[0].call("facts")
         except ProcessError as error:
             raise BitvlaError(f"the simulator could not be started: {error}") from None
         return facts
@@ -46,22 +50,20 @@ class Pool:
         queue = deque(_Task(job, 1) for job in jobs)
         while queue or any(task for _, task in self._busy.values()):
             self._employ(queue, protocol, filmed)
-            for connection in wait(list(self._busy)):
-                yield from self._collect(connection, queue)  # type: ignore[arg-type]
+            for connection in self._wait():
+                yield from self._collect(connection, queue)
 
     def _employ(self, queue: deque[_Task], protocol: Protocol, filmed: Collection[Job]) -> None:
         while queue and self._idle:
             worker, task = self._idle.pop(), queue.popleft()
-            self._busy[worker.connection] = (worker, task)
-            try:
+            with contextlib.suppress(ProcessError):  # its closed connection is collected next
                 worker.send("run", task.job, protocol, task.job in filmed)
-            except ProcessError:
-                continue  # its closed connection is collected next
+            self._busy[worker.connection] = (worker, task)
         starting = sum(task is None for _, task in self._busy.values())
         for _ in range(min(len(queue) - starting, self.size - len(self._busy))):
             self._start()
 
-    def _collect(self, connection: Connection, queue: deque[_Task]) -> Iterator[tuple[Episode, bytes | None]]:
+    def _collect(self, connection: Any, queue: deque[_Task]) -> Iterator[tuple[Episode, bytes | None]]:
         worker, task = self._busy[connection]
         if task is None:
             self._finish_start(worker)
@@ -80,16 +82,29 @@ class Pool:
         self._idle.append(worker)
         yield episode, film
 
-    def _start(self) -> Remote:
-        worker = Remote(Worker, *self._spec, threads=self._threads)
+    def _start(self) -> Any:
+        worker = self._make()
         self._busy[worker.connection] = (worker, None)
         return worker
 
-    def _finish_start(self, worker: Remote) -> None:
+    def _make(self) -> Any:
+        """Something used like `Remote`, in which a worker starts."""
+        return Remote(Worker, *self._spec, threads=self._threads)
+
+    def _wait(self) -> Sequence[Any]:
+        """Those of the busy workers' connections that have something to say; waits for the first."""
+        return wait(list(self._busy))
+
+    def _finish_start(self, worker: Any) -> None:
         try:
             worker.receive()
         except ProcessError as error:
-            raise BitvlaError(f"a worker could not start ({error}); try fewer processes") from None
+            self._failed_starts += 1
+            if self._failed_starts == self.start_attempts:
+                raise BitvlaError(f"a worker could not start ({error}); try fewer processes") from None
+            del self._busy[worker.connection]
+            worker.close(grace=0)
+            return
         del self._busy[worker.connection]
         self._idle.append(worker)
 

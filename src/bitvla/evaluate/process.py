@@ -22,6 +22,8 @@ from typing import Any
 
 from bitvla.errors import BitvlaError
 
+THREAD_POOLS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "LP_NUM_THREADS")
+
 _BOOT = (
     "import json, sys; fd, sys.path[:] = json.loads(sys.argv[1]);from bitvla.evaluate.process import _host; _host(fd)"
 )
@@ -42,7 +44,6 @@ class Remote:
     def __init__(self, factory: Callable[..., Any], *args: Any, threads: int = 1) -> None:
         ours, theirs = socket.socketpair()
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115 -- lives as long as the child
-        pools = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "LP_NUM_THREADS")
         boot = json.dumps([theirs.fileno(), [entry or os.getcwd() for entry in sys.path]])
         with theirs:
             self._process = subprocess.Popen(
@@ -51,7 +52,7 @@ class Remote:
                 stdin=subprocess.DEVNULL,
                 stdout=self._errors,  # the parent's standard output is for results alone
                 stderr=self._errors,
-                env=os.environ | dict.fromkeys(pools, str(threads)),
+                env=os.environ | dict.fromkeys(THREAD_POOLS, str(threads)),
                 start_new_session=True,  # Ctrl-C is for the parent, who decides what happens to the children
             )
         self.connection: Connection = Connection(ours.detach())

@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from bitvla.errors import BitvlaError
+from bitvla.processing.prompt import ASK_FOR_A_LETTER
 
-_ASK = "\nAnswer with the option's letter from the given choices directly."
+_ASK = f"{ASK_FOR_A_LETTER}."
 _BATCH = 16  # rows of a Parquet file in memory, with their images
 
 
@@ -89,7 +90,7 @@ def _seed_bench(row: Mapping[str, Any], image: Callable[[Any], Path | bytes]) ->
 
 
 def _mmstar(row: Mapping[str, Any], image: Callable[[Any], Path | bytes]) -> Question:
-    text = f"{row['question'].strip()}{_ASK.rstrip('.')}"  # its choices are in the question
+    text = f"{row['question'].strip()}{ASK_FOR_A_LETTER}"  # its choices are in the question
     return Question(row["category"], text, (image(row["image"]),), 4, row["answer"].strip().upper())
 
 

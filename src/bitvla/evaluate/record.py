@@ -10,6 +10,7 @@ from typing import Any, Literal
 import msgspec
 
 from bitvla.config import Camera
+from bitvla.evaluate.failures import Failure
 
 
 class Record(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -48,6 +49,7 @@ class Header(Record, frozen=True, kw_only=True):
     protocol: Protocol
     policy: str
     precision: str
+    prune: float = 0.0
     versions: dict[str, str]
 
 
@@ -74,8 +76,8 @@ class Episode(Record, frozen=True, kw_only=True):
 
     `initial` is the state at the start: proprio, then the simulator's object positions. `chunk_ms` are the durations
     of the policy's calls, `policy_peak_bytes` the peak memory of its process so far. `outcome` holds the simulator's
-    own measurements at the end, `done` the first task of the group that was done (None: nothing). `video` is a path
-    relative to the result's file.
+    own measurements at the end, `done` the first task of the group that was done (None: nothing). `failure` is the kind
+    of a failure, where the simulator knows enough to tell. `video` is a path relative to the result's file.
     """
 
     task: str
@@ -89,6 +91,7 @@ class Episode(Record, frozen=True, kw_only=True):
     initial: tuple[float, ...] = ()
     outcome: dict[str, Any] = {}
     done: str | None = None
+    failure: Failure | None = None
     policy_peak_bytes: int = 0
     attempts: int = 1
     error: str | None = None
@@ -100,12 +103,14 @@ class Episode(Record, frozen=True, kw_only=True):
 
 
 class PolicyFacts(Record, frozen=True, kw_only=True):
-    """The policy that ran. Sizes in bytes; `bf16_bytes` is what the same parameters take in bfloat16."""
+    """The policy that ran. Sizes in bytes; `bf16_bytes` is what the same parameters take in bfloat16; `prune` the share
+    of image tokens that it did without."""
 
     name: str
     source: str
     digest: str
     precision: str
+    prune: float = 0.0
     isa: str
     threads: int
     parameters: int
@@ -118,6 +123,11 @@ class PolicyFacts(Record, frozen=True, kw_only=True):
     execute_horizon: int
     control_hz: float
     load_seconds: float
+
+    @property
+    def title(self) -> str:
+        pruned = f", {self.prune:.0%} of the image tokens left out" if self.prune else ""
+        return f"{self.name} ({self.precision}{pruned})"
 
 
 class Machine(Record, frozen=True, kw_only=True):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,7 +10,7 @@ import msgspec
 
 from bitvla.errors import BitvlaError
 from bitvla.evaluate.record import Episode, Machine, PolicyFacts, Protocol, Record, jobs
-from bitvla.evaluate.statistics import Latency, Paired, Rate, latency, paired, rate_of
+from bitvla.evaluate.statistics import Latency, Paired, Rate, independent, latency, paired, rate_of
 
 FORMAT = 1
 INITIAL_STATE_TOLERANCE = 1e-4  # metres; two machines may settle a scene in different last bits
@@ -31,8 +32,25 @@ class Obedience(Record, frozen=True, kw_only=True):
     all_obeyed: Rate
 
 
+class Drop(Record, frozen=True, kw_only=True):
+    """What a perturbed suite costs: `difference` = its rate - the rate of the suite that it was made from.
+
+    The 95 % interval is that of two independent rates: LIBERO-PRO lists other initial states even where it changes
+    nothing but the sentence.
+    """
+
+    suite: str
+    rate: Rate
+    difference: float
+    low: float
+    high: float
+
+
 class Result(Record, frozen=True, kw_only=True):
-    """A whole evaluation. `wall_seconds` is the time of the call that completed it."""
+    """A whole evaluation. `wall_seconds` is the time of the call that completed it.
+
+    `failures` counts the failed episodes by kind; `drops` are those of a suite's perturbed versions, if it has any.
+    """
 
     format: int = FORMAT
     date: str
@@ -46,8 +64,10 @@ class Result(Record, frozen=True, kw_only=True):
     total: Rate
     tasks: dict[str, Rate]
     errors: int
+    failures: dict[str, int] = msgspec.field(default_factory=dict)
     latency: Latency | None
     obedience: tuple[Obedience, ...]
+    drops: tuple[Drop, ...] = ()
     episodes: tuple[Episode, ...]
 
 
@@ -78,8 +98,10 @@ def summarize(
         total=rate_of(episode.success for episode in episodes),
         tasks=tasks,
         errors=sum(episode.error is not None for episode in episodes),
+        failures=dict(Counter(e.failure for e in episodes if e.failure is not None).most_common()),
         latency=latency([ms for episode in episodes for ms in episode.chunk_ms]),
         obedience=tuple(_obedience(group, episodes) for group in protocol.groups),
+        drops=_drops(episodes),
         episodes=tuple(episodes),
     )
 
@@ -103,13 +125,31 @@ def _obedience(group: tuple[str, ...], episodes: Sequence[Episode]) -> Obedience
     )
 
 
+def _drops(episodes: Sequence[Episode]) -> tuple[Drop, ...]:
+    """Of every suite after the first, where tasks are called suite/number."""
+    suites: dict[str, list[Episode]] = {}
+    for episode in episodes:
+        suite, slash, _ = episode.task.partition("/")
+        if slash:
+            suites.setdefault(suite, []).append(episode)
+    base, *perturbed = suites or [""]
+    return tuple(_drop(suite, suites[suite], suites[base]) for suite in perturbed)
+
+
+def _drop(suite: str, perturbed: list[Episode], base: list[Episode]) -> Drop:
+    rate, before = rate_of(e.success for e in perturbed), rate_of(e.success for e in base)
+    low, high = independent(rate, before)
+    return Drop(suite=suite, rate=rate, difference=rate.rate - before.rate, low=low, high=high)
+
+
 class Comparison(Record, frozen=True, kw_only=True):
-    """Two results on the same initial states: overall and task by task."""
+    """Two results on the same initial states: overall and task by task, and their failures by kind."""
 
     a: str
     b: str
     total: Paired
     tasks: dict[str, Paired]
+    failures: dict[str, tuple[int, int]]
 
 
 def compare(a: Result, b: Result) -> Comparison:
@@ -131,10 +171,11 @@ def compare(a: Result, b: Result) -> Comparison:
             )
     by_task = {task: [(x.success, y.success) for x, y in pairs if x.task == task] for task in a.protocol.tasks}
     return Comparison(
-        a=f"{a.policy.name} ({a.policy.precision})",
-        b=f"{b.policy.name} ({b.policy.precision})",
+        a=a.policy.title,
+        b=b.policy.title,
         total=paired([x.success for x, _ in pairs], [y.success for _, y in pairs]),
         tasks={task: paired([x for x, _ in outcomes], [y for _, y in outcomes]) for task, outcomes in by_task.items()},
+        failures={kind: (a.failures.get(kind, 0), b.failures.get(kind, 0)) for kind in a.failures | b.failures},
     )
 
 

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import msgspec
 from rich.console import Console
@@ -39,6 +40,7 @@ def evaluate(
     full_precision: bool = False,
     processes: int | None = None,
     threads: int = 1,
+    ray: str | None = None,
     out: Path | None = None,
     resume: bool = True,
     films: Path | None = None,
@@ -57,6 +59,8 @@ def evaluate(
         execute_horizon, max_steps: override what the policy and the simulator ask for.
         processes: simulators side by side, each with a policy process of its own; default: one a core.
         threads: of each policy process.
+        ray: address of a Ray cluster on whose machines the simulators run (processes: default, one for each of its
+            CPUs); "" is the one that this machine belongs to, or else a new one here.
         out: write the result there (JSON). Until it is complete, its episodes lie beside it in OUT.partial.jsonl,
             and the same call goes on from them; `resume=False` starts anew.
         films: folder for a film (MP4) of each task's first episode.
@@ -72,7 +76,7 @@ def evaluate(
     source = policy if callable(policy) else str(policy)
     spec = (source, env, suite, threads, full_precision)
     start = time.perf_counter()
-    with Pool(spec, processes or available_cores(), threads) as pool:
+    with _pool(spec, processes, threads, ray) as pool:
         policy_facts, simulator = pool.describe()
         protocol = _protocol(policy_facts, simulator, suite, episodes, first_seed, execute_horizon, max_steps)
         with _journal(out, protocol, policy_facts, simulator, resume) as journal:
@@ -91,6 +95,14 @@ def evaluate(
                 save(result, out)
             journal.complete = True
     return result
+
+
+def _pool(spec: tuple[Any, ...], processes: int | None, threads: int, ray: str | None) -> Pool:
+    if ray is None:
+        return Pool(spec, processes or available_cores(), threads)
+    from bitvla.evaluate.cluster import RayPool
+
+    return RayPool(spec, processes, threads, ray)
 
 
 def _protocol(
@@ -125,7 +137,12 @@ def _journal(
     out: Path | None, protocol: Protocol, policy: PolicyFacts, simulator: SimulatorFacts, resume: bool
 ) -> Journal[Episode]:
     header = Header(
-        format=FORMAT, protocol=protocol, policy=policy.digest, precision=policy.precision, versions=simulator.versions
+        format=FORMAT,
+        protocol=protocol,
+        policy=policy.digest,
+        precision=policy.precision,
+        prune=policy.prune,
+        versions=simulator.versions,
     )
     return Journal(out and out.with_name(f"{out.name}.partial.jsonl"), header, Episode, resume)
 

@@ -99,13 +99,21 @@ def paired(a: Sequence[bool], b: Sequence[bool]) -> Paired:
     )
 
 
+def independent(a: Rate, b: Rate) -> tuple[float, float]:
+    """The 95 % interval of a's rate minus b's, of different initial states (Newcombe 1998, method 10, unpaired)."""
+    return _difference(a, b, 0.0)
+
+
 _CELLS = ((True, True), (True, False), (False, True), (False, False))
 
 
 def _newcombe(both: int, only_a: int, only_b: int, neither: int) -> tuple[float, float]:
     total = both + only_a + only_b + neither
     a, b = wilson(both + only_a, total), wilson(both + only_b, total)
-    phi = _correlation(both, only_a, only_b, neither)
+    return _difference(a, b, _correlation(both, only_a, only_b, neither))
+
+
+def _difference(a: Rate, b: Rate, phi: float) -> tuple[float, float]:
     below = _combine(a.rate - a.low, b.high - b.rate, phi)
     above = _combine(a.high - a.rate, b.rate - b.low, phi)
     difference = a.rate - b.rate

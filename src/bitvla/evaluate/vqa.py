@@ -23,7 +23,8 @@ from bitvla.evaluate.record import Machine, Record
 from bitvla.evaluate.rollout import ERRORS_IN_A_ROW, machine
 from bitvla.evaluate.statistics import Latency, Rate, latency, rate_of
 from bitvla.processing.images import read_image
-from bitvla.runtime.language import NO_TOWER, LanguageModel
+from bitvla.processing.prompt import NO_TOWER
+from bitvla.runtime.language import Conversation, LanguageModel
 
 FORMAT = 1
 MAX_TOKENS = 16  # of an answer, in lmms-eval
@@ -112,12 +113,15 @@ def evaluate(
         model=model.bundle.sha256,
     )
     skipped, path = 0, out and out.with_name(f"{out.name}.partial.jsonl")
+    conversation = None
     with Journal(path, rules, Answer, resume) as journal:
         for number, question in _first(questions, limit):
             if question is None:
                 skipped += 1
             elif number not in journal.entries:
-                journal.add(_ask(model, number, question, max_tokens))
+                # Questions about one image stand together: it is read once.
+                conversation = Conversation(model, after=conversation)
+                journal.add(_ask(conversation, number, question, max_tokens))
                 _stop_when_nothing_works(journal)
             if progress:
                 progress(number + 1, min(total, limit or total), "")
@@ -136,12 +140,12 @@ def _first(questions: Iterable[Question | None], limit: int | None) -> Iterable[
         yield number, question
 
 
-def _ask(model: LanguageModel, number: int, question: Question, max_tokens: int) -> Answer:
+def _ask(conversation: Conversation, number: int, question: Question, max_tokens: int) -> Answer:
     start = time.perf_counter()
     answer = Answer(number=number, category=question.category, expected=question.answer)
     try:
         images = [read_image(image, f"an image of question {number}") for image in question.images]
-        written = "".join(model.generate(question.text, images=images, max_tokens=max_tokens))
+        written = "".join(conversation.say(question.text, images=images, max_tokens=max_tokens))
     except BitvlaError as error:
         return msgspec.structs.replace(answer, error=str(error))
     return msgspec.structs.replace(

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 import bitvla
 from bitvla.errors import BitvlaError
+from bitvla.evaluate.failures import Failure, Watch
 from bitvla.evaluate.policy_host import PolicyHost, PolicySource
 from bitvla.evaluate.process import Remote
 from bitvla.evaluate.record import Episode, Job, PolicyFacts, Protocol, Record, Seconds
@@ -100,6 +101,7 @@ class _Run:
         self._steps = 0
         self._success = False
         self._done: str | None = None
+        self._moment: Any = getattr(simulator, "moment", None)
 
     def episode(self) -> tuple[Episode, bytes | None]:
         start = time.perf_counter()
@@ -108,6 +110,7 @@ class _Run:
         self._policy.call("reset")
         observation = self._timed("render", self._simulator.observe)
         initial = np.concatenate([observation["state"], self._simulator.environment_state()])
+        self._watch = Watch(self._moment()) if self._moment else None
         if self._film:
             self._film.add(observation["images"], 0)
         while not self._over():
@@ -129,6 +132,7 @@ class _Run:
             initial=tuple(round(float(value), 6) for value in initial),
             outcome=msgspec.to_builtins(self._simulator.outcome()),
             done=self._done,
+            failure=self._failure(),
             policy_peak_bytes=self._policy.call("peak_memory"),
         )
         return episode, film
@@ -158,6 +162,8 @@ class _Run:
             solved = self._timed("simulator", self._simulator.step, action)
             self._steps += 1
             self._judge(solved)
+            if self._watch:
+                self._watch.see(self._timed("simulator", self._moment))
             if self._film and (self._steps % FILM_EVERY == 0 or self._over()):
                 self._timed("film", self._picture)
             if self._over():
@@ -173,6 +179,13 @@ class _Run:
             # Two things done by one step: what was asked for counts.
             self._done = self._job.task if self._job.task in done else done[0]
             self._success = self._done == self._job.task
+
+    def _failure(self) -> Failure | None:
+        if self._success:
+            return None
+        if self._done is not None:
+            return "goal misunderstanding"  # it did another task of the scene
+        return self._watch.failure() if self._watch else None
 
     def _picture(self) -> None:
         if self._film:

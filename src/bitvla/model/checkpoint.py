@@ -1,106 +1,85 @@
-"""Training checkpoints: a folder with everything that `pack` needs."""
+"""Training checkpoints, a folder with everything that `pack` needs: the network from one, and one from the network."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from tokenizers import Tokenizer
 
-from bitvla.config import ActionConfig, FlowConfig, PolicyConfig, check, from_dict, to_dict
+from bitvla.bundle import LANGUAGE_HEAD, tensor_specs, to_float32
+from bitvla.config import LanguageModelConfig, PolicyConfig, to_dict
+from bitvla.convert.source import Source
 from bitvla.errors import BitvlaError
-from bitvla.model.network import BitVLA
-from bitvla.processing.prompt import Prompt
+from bitvla.model.lora import checkpoint_name, trained_state
+from bitvla.model.network import Backbone, BitVLA, VisionLanguageModel
+from bitvla.processing.prompt import Chat, Prompt
 
 
-def load_config(checkpoint: Path) -> PolicyConfig:
-    """The policy configuration of a checkpoint folder."""
-    path = checkpoint / "config.json"
-    stored = _read_json(path)
-    if isinstance(stored, dict) and "model_type" in stored:
-        raise BitvlaError(f"{checkpoint} is a published checkpoint; `bitvla pack` reads it, training does not")
-    return check(from_dict(PolicyConfig, stored, str(path)))
+def load_network(start: Source, config: PolicyConfig | None = None) -> tuple[BitVLA, Prompt]:
+    """The network of an open checkpoint, filled one tensor after the other, and its prompt builder.
 
-
-def load_tokenizer(checkpoint: Path) -> Tokenizer:
-    """The tokenizer of a checkpoint folder."""
-    path = checkpoint / "tokenizer.json"
-    if not path.is_file():
-        raise BitvlaError(f"{checkpoint} has no tokenizer.json: it is not a training checkpoint of bitvla")
-    return Tokenizer.from_file(str(path))
-
-
-def load_network(checkpoint: Path, config: PolicyConfig | None = None) -> tuple[BitVLA, Prompt]:
-    """The network of a checkpoint and its prompt builder.
-
-    With another `precision`, a larger `max_prefix`, or another action head if `config` says so; projectors and a head
-    that the checkpoint does not have begin at random.
+    `config`, by default the checkpoint's, may have another `precision`, a larger `max_prefix`, or other actions; what
+    the checkpoint does not have, as projectors and heads, begins at random.
     """
-    config = config or load_config(checkpoint)
-    prompt = Prompt(config, load_tokenizer(checkpoint))
-    network = BitVLA(config, prompt.image_id, prompt.proprio_id)
-    weights = checkpoint / "model.safetensors"
-    if not weights.is_file():
-        raise BitvlaError(f"{checkpoint} has no model.safetensors: the training run has not saved a checkpoint yet")
-    stored, action = load_file(weights), load_config(checkpoint).action
-    absent: tuple[str, ...] = () if action.max_prefix else ("prefix_projector.",)
-    if action.bins and not config.action.bins:
-        del stored["language_model.lm_head.weight"]
-        absent += ("proprio_projector.", "action_head.")
-    elif _flow_sizes(action) != _flow_sizes(config.action):
-        stored = {name: value for name, value in stored.items() if not name.startswith("action_head.")}
-        absent += ("action_head.",)
-    stored = {name: value for name, value in network.state_dict().items() if name.startswith(absent)} | stored
-    missing, unexpected = network.load_state_dict(stored, strict=False)
-    if missing or unexpected:
-        raise BitvlaError(
-            f"{weights} does not fit its configuration: missing {missing[:3]}, unexpected {unexpected[:3]}"
-        )
+    policy = config or start.config
+    if not isinstance(policy, PolicyConfig):
+        raise BitvlaError(f"{start.folder} is a base model, which does not act; finetune a policy from it")
+    prompt = Prompt(policy, Tokenizer.from_str(start.tokenizer))
+    network = BitVLA(policy, prompt.image_id, prompt.proprio_id)
+    fill(network, start)
     return network, prompt
 
 
-def _flow_sizes(action: ActionConfig) -> FlowConfig | None:
-    """The flow without what may change and keep its weights: how many steps it takes, and in which precision."""
-    return action.flow and msgspec.structs.replace(action.flow, steps=1, ternary=False)
+def load_language_network(start: Source, config: LanguageModelConfig | None = None) -> tuple[VisionLanguageModel, Chat]:
+    """The vision-language model of an open checkpoint, in another precision if `config` says so, and its chat."""
+    model = config or start.config
+    if not isinstance(model, LanguageModelConfig):
+        raise BitvlaError(f"{start.folder} is a policy, not a vision-language model")
+    chat = Chat(model, Tokenizer.from_str(start.tokenizer))
+    network = VisionLanguageModel(model, chat.image_id)
+    fill(network, start)
+    return network, chat
 
 
-def save_policy(
+def fill(network: Backbone, start: Source, part: str = "") -> None:
+    """Put the weights of an open checkpoint into `network`: those whose names begin with `part` and that both have."""
+    stored = tensor_specs(start.config)
+    for name, value in network.state_dict().items():
+        if name in stored and name.startswith(part):
+            values = torch.from_numpy(to_float32(start.tensor(name)))
+            if name == LANGUAGE_HEAD:  # a base model's is over all words; action tokens are the last ones
+                values = values[-len(value) :]
+            if values.shape != value.shape:
+                raise BitvlaError(f"{start.folder}: tensor {name} is {[*values.shape]}, it must be {[*value.shape]}")
+            value.copy_(values)
+
+
+def save_checkpoint(
     out: Path,
-    network: BitVLA,
+    network: BitVLA | VisionLanguageModel,
     tokenizer: Tokenizer,
-    golden: tuple[dict[str, torch.Tensor], list[str]],
+    golden: tuple[dict[str, torch.Tensor], list[str]] | None,
     provenance: dict[str, Any],
 ) -> None:
-    """Write everything that `pack` needs. Each file is whole or absent; the weights come last."""
+    """Write everything that `pack` needs. Each file is whole or absent; the weights come last.
+
+    `golden` is of policies alone.
+    """
     out.mkdir(parents=True, exist_ok=True)
     _write_text(out / "config.json", json.dumps(to_dict(network.config), indent=1))
     _write_text(out / "tokenizer.json", tokenizer.to_str())
     _write_text(out / "provenance.json", json.dumps(provenance, indent=1))
-    tensors, instructions = golden
-    _write_tensors(out / "golden.safetensors", tensors, {"instructions": json.dumps(instructions)})
-    _write_tensors(out / "model.safetensors", {k: v.detach().float() for k, v in network.state_dict().items()}, None)
-
-
-def digest(path: Path) -> str:
-    """SHA-256 of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _read_json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text())
-    except (FileNotFoundError, NotADirectoryError):
-        raise BitvlaError(f"{path} is missing: {path.parent} is not a training checkpoint of bitvla") from None
-    except (OSError, ValueError) as error:
-        raise BitvlaError(f"{path} cannot be read: {error}") from None
+    if golden is not None:
+        tensors, instructions = golden
+        _write_tensors(out / "golden.safetensors", tensors, {"instructions": json.dumps(instructions)})
+    trained = {checkpoint_name(name): value.detach().float() for name, value in trained_state(network).items()}
+    _write_tensors(out / "model.safetensors", trained, None)
 
 
 def _write_text(path: Path, text: str) -> None:

@@ -4,6 +4,8 @@
     instruction -> embeddings -----------+-> [text | images | proprio | text | slots | stop] -> decoder -> action head
     state -> proprio projector ----------'
 
+A vision-language model has a language head over the decoder instead, and neither state nor slots.
+
 Blocks are those of `transformers` (SigLIP, BitNet) with our ternary linear layers put in; parameter names are those of
 the published BitVLA checkpoints. Tensor letters: B batch, V views, P patches, S sequence, H hidden.
 """
@@ -21,7 +23,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.bitnet.modeling_bitnet import BitNetDecoderLayer, BitNetRMSNorm, BitNetRotaryEmbedding
 from transformers.models.siglip.modeling_siglip import SiglipEncoderLayer, SiglipVisionEmbeddings
 
-from bitvla.config import ActionConfig, FlowConfig, LanguageConfig, PolicyConfig, VisionConfig
+from bitvla.config import ActionConfig, FlowConfig, LanguageConfig, LanguageModelConfig, PolicyConfig, VisionConfig
 from bitvla.model.ternary import make_ternary
 
 # On a CPU the backward pass of PyTorch's fused attention is several times slower than plain products at these lengths.
@@ -45,8 +47,8 @@ class Batch(NamedTuple):
 class Output(NamedTuple):
     """What the policy answers, and the hidden states that distillation aligns."""
 
-    # Normalised (B, horizon, dim); where they are tokens, logits (B, S, bins) of the one that follows; where the batch
-    # has noisy ones, their velocities (B, K, horizon, dim).
+    # Normalised (B, horizon, dim); where tokens are written, logits (B, S, tokens) of what follows; where the batch has
+    # noisy actions, their velocities (B, K, horizon, dim).
     actions: Tensor
     vision_states: list[Tensor]  # each (B * V, P, H)
     decoder_states: list[Tensor]  # each (B, S, H)
@@ -185,7 +187,7 @@ class ActionHead(nn.Module):
 
 
 class FlowHead(nn.Module):
-    """Flow matching (Lipman et al., 2023) as an action expert: transformer layers over the steps of the chunk.
+    """Flow matching (arXiv 2210.02747) as an action expert: transformer layers over the steps of the chunk.
 
     What enters for a step is the sum of what the decoder says about it, its noisy action and its time. Decided actions
     stand at time 1 from the beginning, so that the others continue them (arXiv 2512.05964). The noise that chunks begin
@@ -233,25 +235,68 @@ class FlowHead(nn.Module):
         return chunk
 
 
-class BitVLA(nn.Module):
+class Backbone(nn.Module):
+    """What a policy and a vision-language model share. The embeddings of `image_id` are replaced by those of images."""
+
+    def __init__(self, vision: VisionConfig, language: LanguageConfig, image_id: int, attention: str) -> None:
+        super().__init__()
+        self.image_id = image_id
+        self.vision_tower = VisionTower(vision, attention)
+        self.multi_modal_projector = Connector(vision, language)
+        self.language_model = Decoder(language, attention)
+
+    def embed(self, batch: Batch) -> tuple[Tensor, list[Tensor]]:
+        """Embeddings (B, S, H) of tokens and images, and the states of the vision tower."""
+        vision_states = self.vision_tower(batch.pixels.flatten(0, 1))
+        images = self.multi_modal_projector(vision_states[-1])
+        embeddings = self.language_model.model.embed_tokens(batch.token_ids)
+        is_image = (batch.token_ids == self.image_id)[..., None]
+        return embeddings.masked_scatter(is_image, images.to(embeddings.dtype)), vision_states
+
+    def _begin(self, config: PolicyConfig | LanguageModelConfig, vision: VisionConfig) -> None:
+        """Once every part is there: random weights, and ternary layers where the configuration says so."""
+        self.apply(_initialize)
+        if config.precision == "ternary":
+            if vision.ternary:
+                make_ternary(self.vision_tower.vision_model.encoder)
+            make_ternary(self.language_model.model.layers)
+
+
+class VisionLanguageModel(Backbone):
+    """Answers questions about images; `actions` of its output are the logits of the next token."""
+
+    def __init__(self, config: LanguageModelConfig, image_id: int, attention: str = ATTENTION) -> None:
+        if config.vision is None:
+            raise ValueError(f"{config.name} sees no images")
+        super().__init__(config.vision, config.language, image_id, attention)
+        self.config = config
+        if not config.tied:
+            self.language_model.lm_head = nn.Linear(config.language.hidden_size, config.language.vocab_size, bias=False)
+        self._begin(config, config.vision)
+
+    def forward(self, batch: Batch) -> Output:
+        embeddings, vision_states = self.embed(batch)
+        states = self.language_model(embeddings, batch.padding)
+        head = self.language_model.model.embed_tokens if self.config.tied else self.language_model.lm_head
+        logits = nn.functional.linear(states[-1], head.weight)
+        return Output(logits, vision_states, states, proprio_state=states[-1][:, -1])
+
+
+class BitVLA(Backbone):
     """The whole policy. `image_id` and `proprio_id` are the token ids whose embeddings the inputs replace.
 
     A policy that writes its actions as tokens has a language head for those in place of projectors and action head.
     """
 
     def __init__(self, config: PolicyConfig, image_id: int, proprio_id: int, attention: str = ATTENTION) -> None:
-        super().__init__()
-        self.config = config
-        self.image_id, self.proprio_id = image_id, proprio_id
-        self.vision_tower = VisionTower(config.vision, attention)
-        self.multi_modal_projector = Connector(config.vision, config.language)
-        self.language_model = Decoder(config.language, attention)
+        super().__init__(config.vision, config.language, image_id, attention)
+        self.config, self.proprio_id = config, proprio_id
         if config.action.bins:
             self.language_model.lm_head = nn.Linear(config.language.hidden_size, config.action.bins, bias=False)
         else:
             self.proprio_projector = ProprioProjector(config.action, config.language)
             flow = config.action.flow
-            self.action_head = (
+            self.action_head: nn.Module = (
                 ActionHead(config.action, config.language)
                 if flow is None
                 else FlowHead(config.action, flow, config.language, attention)
@@ -260,22 +305,13 @@ class BitVLA(nn.Module):
             self.prefix_projector = nn.Linear(
                 config.action.dim, config.action.slots_per_step * config.language.hidden_size
             )
-        self.apply(_initialize)
-        if config.precision == "ternary":
-            if config.vision.ternary:
-                make_ternary(self.vision_tower.vision_model.encoder)
-            make_ternary(self.language_model.model.layers)
-            if config.action.flow and config.action.flow.ternary:
-                make_ternary(self.action_head.layers)
+        self._begin(config, config.vision)
+        if config.precision == "ternary" and config.action.flow and config.action.flow.ternary:
+            make_ternary(self.action_head.layers)
 
     def forward(self, batch: Batch) -> Output:
         action = self.config.action
-        vision_states = self.vision_tower(batch.pixels.flatten(0, 1))
-        images = self.multi_modal_projector(vision_states[-1])
-
-        embeddings = self.language_model.model.embed_tokens(batch.token_ids)
-        is_image = (batch.token_ids == self.image_id)[..., None]
-        embeddings = embeddings.masked_scatter(is_image, images.to(embeddings.dtype))
+        embeddings, vision_states = self.embed(batch)
         if action.bins:
             decoder_states = self.language_model(embeddings, batch.padding)
             logits = self.language_model.lm_head(decoder_states[-1])

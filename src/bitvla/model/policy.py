@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from bitvla.convert.training import open_start
 from bitvla.model.checkpoint import load_network
 from bitvla.model.network import Batch, BitVLA
 from bitvla.processing.images import crop_resized, to_pixels
@@ -26,10 +27,10 @@ class TorchPolicy:
 
     @classmethod
     def load(cls, checkpoint: Path, threads: int | None = None) -> TorchPolicy:
-        """The policy of a training checkpoint folder."""
+        """The policy of a training checkpoint folder, or of a published fine-tune."""
         if threads is not None:
             torch.set_num_threads(threads)
-        return cls(*load_network(Path(checkpoint)))
+        return cls(*load_network(open_start(checkpoint)))
 
     @property
     def max_prefix(self) -> int:

@@ -1,4 +1,4 @@
-"""An instruction -> token ids, with places for images, proprio and action slots."""
+"""An instruction, or a conversation, -> token ids, with places for images, proprio and action slots."""
 
 from __future__ import annotations
 
@@ -8,9 +8,11 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
-from bitvla.config import PolicyConfig
+from bitvla.config import LanguageModelConfig, PolicyConfig
 from bitvla.errors import BitvlaError
 
+ASK_FOR_A_LETTER = "\nAnswer with the option's letter from the given choices directly"  # as lmms-eval asks
+NO_TOWER = "the model has no vision tower, so it sees no images; give one that was packed from a vision-language model"
 SLOT_ID = 1  # what the reference feeds as an action placeholder; its embedding is replaced by zeros
 
 
@@ -27,10 +29,12 @@ class Prompt:
         self._num_slots = config.action.num_slots
         num_image_tokens = config.vision.num_patches * len(config.processing.cameras)
         self._images = self._prompt.image_token * num_image_tokens
-        self.image_id = self._special(self._prompt.image_token)
-        self.proprio_id = self._special(self._prompt.proprio_token)
-        self.stop_id = self._special(self._prompt.stop_token)
-        self.pad_id = self._special(self._prompt.pad_token)
+        before_images = self._prompt.template.partition("{images}")[0]
+        self.begins_alike = "{instruction}" not in before_images  # every sequence, up to its first image token
+        self.image_id = special_id(tokenizer, self._prompt.image_token)
+        self.proprio_id = special_id(tokenizer, self._prompt.proprio_token)
+        self.stop_id = special_id(tokenizer, self._prompt.stop_token)
+        self.pad_id = special_id(tokenizer, self._prompt.pad_token)
         self._reserved = set(tokenizer.get_added_tokens_decoder())
         if SLOT_ID in (self.image_id, self.proprio_id):
             raise BitvlaError(f"the tokenizer's image or proprio token has id {SLOT_ID}, which marks action slots")
@@ -40,12 +44,6 @@ class Prompt:
                 f"the tokenizer has {size} tokens, the policy's embedding only {config.language.vocab_size} rows: "
                 "this tokenizer belongs to another model"
             )
-
-    def _special(self, token: str) -> int:
-        token_id = self._tokenizer.token_to_id(token)
-        if token_id is None:
-            raise BitvlaError(f"the tokenizer lacks the special token {token}: it belongs to another model")
-        return int(token_id)
 
     def ids(self, instruction: str) -> NDArray[np.int64]:
         """Token ids (length,) of the whole sequence for `instruction`.
@@ -80,6 +78,67 @@ class Prompt:
         where it is written as tokens, the last one, which the first token follows."""
         first = self.slots(length).start
         return slice(first - 1, first - 1 + max(1, self._num_slots))
+
+
+class Chat:
+    """Builds the tokens of a conversation: `begin`, then a `turn` and its answer, which a stop token ends, and so on.
+
+    `stop_ids` are the tokens that end an answer; `image_id` stands for a patch of an image, -1 where none is seen.
+    """
+
+    def __init__(self, config: LanguageModelConfig, tokenizer: Tokenizer) -> None:
+        self._chat, self._vision, self.tokenizer = config.chat, config.vision, tokenizer
+        size, rows = tokenizer.get_vocab_size(with_added_tokens=True), config.language.vocab_size
+        if size > rows:
+            raise BitvlaError(
+                f"the tokenizer has {size} tokens, the embedding only {rows} rows: it is of another model"
+            )
+        self.stop_ids = [special_id(tokenizer, token) for token in config.chat.stop_tokens]
+        self.image_id = special_id(tokenizer, config.chat.image_token) if config.vision else -1
+        self._reserved = set(tokenizer.get_added_tokens_decoder())
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a text, whose special tokens count as such."""
+        ids: list[int] = self.tokenizer.encode(text, add_special_tokens=False).ids
+        return ids
+
+    def begin(self) -> list[int]:
+        """What every conversation begins with."""
+        return self.encode(self._chat.begin)
+
+    def turn(self, prompt: str, images: int = 0) -> list[int]:
+        """What the user says, with that many images, up to where the answer begins.
+
+        BitvlaError for a prompt that is empty or holds special tokens, and for images where the model sees none.
+        """
+        prompt = prompt.strip()
+        if not prompt:
+            raise BitvlaError("the prompt is empty; say something to the model")
+        self._check_reserved("prompt", prompt)
+        turn = self._chat.turn
+        if images:
+            if self._vision is None:
+                raise BitvlaError(NO_TOWER)
+            patches = " ".join([self._chat.image_token * self._vision.num_patches] * images)
+            turn = self._chat.turn_with_images.replace("{images}", patches)
+        return self.encode(turn.replace("{prompt}", prompt))
+
+    def answer(self, text: str) -> list[int]:
+        """An answer and its end, as a model learns to write it. BitvlaError for special tokens in it."""
+        self._check_reserved("answer", text.strip())
+        return [*self.encode(text.strip()), self.stop_ids[0]]
+
+    def _check_reserved(self, name: str, text: str) -> None:
+        if self._reserved & set(self.encode(text)):
+            raise BitvlaError(f"the {name} contains reserved tokens ({text[:60]!r}); remove them")
+
+
+def special_id(tokenizer: Tokenizer, token: str) -> int:
+    """The id of a special token; BitvlaError for a tokenizer without it."""
+    token_id = tokenizer.token_to_id(token)
+    if token_id is None:
+        raise BitvlaError(f"the tokenizer lacks the special token {token}: it belongs to another model")
+    return int(token_id)
 
 
 def train_tokenizer(sentences: Sequence[str], vocab_size: int, special_tokens: Sequence[str]) -> Tokenizer:

@@ -37,7 +37,7 @@ class Options(Record, frozen=True, kw_only=True):
     limits: file of the guard's limits; None: the range of the training actions.
     record: folder of the dataset that gets every episode. log: file of the executor's log; episodes after the first
         get a number.
-    timeout, token: of a remote policy.
+    timeout, token: of a remote policy. threads, prune: of a policy file; see `bitvla.load`.
     """
 
     seconds: float = 30.0
@@ -53,6 +53,7 @@ class Options(Record, frozen=True, kw_only=True):
     timeout: float = 5.0
     token: str | None = None
     threads: int | None = None
+    prune: float = 0.0
 
 
 def run(source: str, make_robot: Callable[[Mapping[str, Any]], Robot], options: Options) -> dict[str, Any]:
@@ -105,8 +106,10 @@ def run(source: str, make_robot: Callable[[Mapping[str, Any]], Robot], options: 
 @contextlib.contextmanager
 def _open(source: str, options: Options) -> Iterator[Any]:
     if "://" not in source:
-        yield bitvla.load(source, options.threads)
+        yield bitvla.load(source, options.threads, options.prune)
         return
+    if options.prune:
+        raise BitvlaError(f"{source} is a server: give --prune to its `bitvla serve`")
     with bitvla.connect(source, options.token, options.timeout) as policy:
         yield policy
 

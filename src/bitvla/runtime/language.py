@@ -3,13 +3,13 @@ only."""
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 
 import bitvla._native as native
@@ -17,12 +17,12 @@ from bitvla.bundle import Bundle, read_language_model
 from bitvla.config import LanguageModelConfig
 from bitvla.errors import BitvlaError
 from bitvla.processing.images import image_patches
-from bitvla.runtime.network import Cache, Decoder, Floats, Linear, VisionTower, Workspace, stored_linear
+from bitvla.processing.prompt import NO_TOWER, Chat
+from bitvla.runtime.network import Cache, Decoder, Floats, Linear, Span, VisionTower, Workspace, stored_linear
 from bitvla.runtime.policy import parse_tokenizer
 from bitvla.runtime.selftest import choose_isa
 
 Image = NDArray[np.uint8]
-NO_TOWER = "the model has no vision tower, so it sees no images; give one that was packed from a vision-language model"
 PREFILL_BLOCK = 512  # tokens of a prompt that pass the decoder together: a long prompt needs no more memory
 
 
@@ -59,12 +59,10 @@ class LanguageModel:
 
     def __init__(self, bundle: Bundle[LanguageModelConfig]) -> None:
         self.bundle, self.config = bundle, bundle.config
-        self.tokenizer = _read_tokenizer(bundle)
-        self.stop_ids = [self._special(token) for token in self.config.chat.stop_tokens]
+        self.chat = Chat(self.config, parse_tokenizer(bundle.tokenizer()))
         language, vision, workspace = self.config.language, self.config.vision, Workspace()
         self.decoder = Decoder(language, bundle, workspace)
         self.vision = VisionTower(vision, bundle, workspace) if vision else None
-        self.image_id = self._special(self.config.chat.image_token) if vision else -1
         self.isa = choose_isa(self.parts)
         head = "model.embed_tokens" if self.config.tied else "lm_head"
         self.head = stored_linear(bundle.tensors, f"language_model.{head}")
@@ -115,26 +113,15 @@ class LanguageModel:
             block = tokens[start : start + PREFILL_BLOCK]
             x = self.decoder.embedding_rows(block)
             if features is not None:
-                (places,) = np.nonzero(block == self.image_id)
+                (places,) = np.nonzero(block == self.chat.image_id)
                 x[places] = features[seen : seen + len(places)]
                 seen += len(places)
-            state = self.decoder.run(x, slice(len(block) - 1, len(block)), cache)
+            state = self.decoder.run(x, [Span(len(block), slice(len(block) - 1, len(block)), cache)])
         middle = time.perf_counter()
         logits = self.decoder.workspace.floats("logits", 1, len(self.head.weight))
         self.head.apply(state, logits)
         self.timings = {"decoder": 1e3 * (middle - begin), "head": 1e3 * (time.perf_counter() - middle)}
         return logits[0]
-
-    def encode(self, text: str) -> list[int]:
-        """Token ids of a text, whose special tokens count as such."""
-        ids: list[int] = self.tokenizer.encode(text, add_special_tokens=False).ids
-        return ids
-
-    def _special(self, token: str) -> int:
-        token_id = self.tokenizer.token_to_id(token)
-        if token_id is None:
-            raise BitvlaError(f"the tokenizer lacks the special token {token}: it belongs to another model")
-        return int(token_id)
 
 
 class Conversation:
@@ -144,17 +131,18 @@ class Conversation:
     last answer took; the first one has the reading of the prompt in it.
     """
 
-    def __init__(self, model: LanguageModel) -> None:
-        self._model = model
-        self.ids: list[int] = model.encode(model.config.chat.begin)
+    def __init__(self, model: LanguageModel, after: Conversation | None = None) -> None:
+        """`after` is one that has ended: what both begin with, images included, is not computed again."""
+        self._model, self._after = model, after
+        self.ids = model.chat.begin()
         self.milliseconds: list[float] = []
         self._cache = Cache(model.config.language, 0)
-        self._images: list[Image] = []  # whose tokens are not in the cache yet
+        self._images: list[Image] = []
 
     @property
     def ended(self) -> bool:
         """Did the model end its last answer itself? Otherwise it was cut short."""
-        return self.ids[-1] in self._model.stop_ids
+        return self.ids[-1] in self._model.chat.stop_ids
 
     def say(
         self, prompt: str, *, images: Sequence[Image] = (), max_tokens: int = 256, sampler: Sampler | None = None
@@ -164,31 +152,34 @@ class Conversation:
         Raises BitvlaError for a prompt that is empty, holds special tokens, or does not fit into the context, and for
         images where the model sees none.
         """
-        ids = self._turn(prompt, len(images))
-        if not self.ended:
-            ids.insert(0, self._model.stop_ids[0])
+        ids = self._model.chat.turn(prompt, len(images))
+        if self.ids != self._model.chat.begin() and not self.ended:
+            ids.insert(0, self._model.chat.stop_ids[0])
         most = self._model.config.language.max_positions
         needed = len(self.ids) + len(ids)
         if needed >= most:
             raise BitvlaError(f"the conversation has {needed} tokens, the model was built for {most}; begin a new one")
         self.ids += ids
         self._images += images
+        if self._after:
+            self._take_cache(self._after)
+            self._after = None
         self._cache = self._cache.grown(min(most, needed + max_tokens))
         return self._answer(max_tokens, sampler or Sampler())
 
-    def _turn(self, prompt: str, images: int) -> list[int]:
-        if not prompt.strip():
-            raise BitvlaError("the prompt is empty; say something to the model")
-        reserved = set(self._model.tokenizer.get_added_tokens_decoder())
-        if reserved & set(self._model.encode(prompt)):
-            raise BitvlaError(f"the prompt contains reserved tokens ({prompt.strip()[:60]!r}); remove them")
-        chat, vision = self._model.config.chat, self._model.config.vision
-        turn = chat.turn
-        if images:
-            if vision is None:
-                raise BitvlaError(NO_TOWER)
-            turn = chat.turn_with_images.replace("{images}", " ".join([chat.image_token * vision.num_patches] * images))
-        return self._model.encode(turn.replace("{prompt}", prompt.strip()))
+    def _take_cache(self, earlier: Conversation) -> None:
+        """Go on with the cache of `earlier`, up to the first token or image that differs."""
+        self._cache, earlier._cache = earlier._cache, self._cache
+        most = min(len(self.ids) - 1, self._cache.length)  # the last token is always read: the answer follows from it
+        ids, others = np.array(self.ids[:most]), np.array(earlier.ids[:most])
+        alike = [np.array_equal(one, other) for one, other in zip(self._images, earlier._images, strict=False)]
+        of_images = np.cumsum(ids == self._model.chat.image_id)
+        same = (ids == others) & (of_images <= [*alike, False].index(False) * self._patches)
+        self._cache.length = int(np.append(same, False).argmin())
+
+    @property
+    def _patches(self) -> int:
+        return self._model.config.vision.num_patches if self._model.config.vision else 0
 
     def _answer(self, max_tokens: int, sampler: Sampler) -> Iterator[str]:
         text = DecodeStream(skip_special_tokens=True)
@@ -198,21 +189,19 @@ class Conversation:
             chosen = sampler.choose(self._next_logits())
             self.milliseconds.append(1e3 * (time.perf_counter() - start))
             self.ids.append(chosen)
-            if chosen in self._model.stop_ids:
+            if chosen in self._model.chat.stop_ids:
                 return
-            if piece := text.step(self._model.tokenizer, chosen):  # None within a character of several bytes
+            if piece := text.step(self._model.chat.tokenizer, chosen):  # None within a character of several bytes
                 yield piece
 
     def _next_logits(self) -> Floats:
         ids = self.ids[self._cache.length :]
-        if not self._images:
+        unread = ids.count(self._model.chat.image_id)
+        if not unread:
             return self._model.logits(ids, self._cache)
-        features = self._model.see(self._images)
-        # Where an earlier reading was interrupted, the first of their tokens are in the cache already.
-        unread = ids.count(self._model.image_id)
-        logits = self._model.logits(ids, self._cache, features[len(features) - unread :])
-        self._images = []
-        return logits
+        # The last ones. Where a reading was interrupted, that may be a part of the first of them.
+        features = self._model.see(self._images[-math.ceil(unread / self._patches) :])
+        return self._model.logits(ids, self._cache, features[len(features) - unread :])
 
 
 def _likeliest(weights: NDArray[np.float64], share: float) -> NDArray[np.int64]:
@@ -220,11 +209,3 @@ def _likeliest(weights: NDArray[np.float64], share: float) -> NDArray[np.int64]:
     order = np.argsort(-weights, kind="stable")
     reached = np.cumsum(weights[order])
     return order[: 1 + int(np.searchsorted(reached, share * reached[-1]))]
-
-
-def _read_tokenizer(bundle: Bundle[LanguageModelConfig]) -> Tokenizer:
-    tokenizer = parse_tokenizer(bundle.tokenizer())
-    size, rows = tokenizer.get_vocab_size(with_added_tokens=True), bundle.config.language.vocab_size
-    if size > rows:
-        raise BitvlaError(f"the tokenizer has {size} tokens, the embedding only {rows} rows: it is of another model")
-    return tokenizer

@@ -1,13 +1,14 @@
 """The BitVLA network on the native kernels, without PyTorch. Its twin for training is `bitvla.model.network`.
 
 Every ternary layer takes activations that the step before it has already quantised: norms and activation functions
-write int8 codes directly, and layers with the same input share them. Buffers are made once for each sequence length
-and used again, so a call in steady state allocates nothing large. M rows (tokens), S sequence, H hidden.
+write int8 codes directly, and layers with the same input share them. Whatever goes token by token takes the tokens of
+several observations together; only attention keeps them apart, so that each comes out as if it were alone, bit for bit.
+Buffers are made once for the longest batch and used again, so a call in steady state allocates nothing large. M rows
+(tokens), H hidden.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -22,6 +23,7 @@ from bitvla.errors import BitvlaError, memory_for
 from bitvla.processing.prompt import Prompt
 from bitvla.processing.vectors import token_values
 from bitvla.quantization import Packing, code_columns
+from bitvla.runtime.pruning import most_different
 
 Floats = NDArray[np.float32]
 Record = Callable[[str, NDArray[Any]], None]  # sees hidden states by name
@@ -29,6 +31,7 @@ Record = Callable[[str, NDArray[Any]], None]  # sees hidden states by name
 # Tokens that pass the feed-forward part of a layer together: its two wide buffers are the largest of all. Unpacking the
 # weights anew for every block costs less than 2 %.
 FEED_FORWARD_BLOCK = 192
+TILE = 16  # width of the kernels' vectors
 HEAD_EPSILON = 1e-5  # of the action head's norms: PyTorch's default, which BitVLA uses
 
 
@@ -110,6 +113,27 @@ class Plan(NamedTuple):
     proprio_positions: NDArray[np.int64]
     slots: slice  # the action slots, which start as zeros
     answers: slice  # the positions whose final states the action head reads
+    fixed: int  # so many first tokens are the same for every instruction and every image
+    rotary_positions: NDArray[np.int64] | None = None  # where tokens were left out: where each one stood before
+
+    def keeping(self, stays: NDArray[np.bool_]) -> Plan:
+        """The plan of those tokens (length,) alone that stay; slots and answers do."""
+        place, left_out = np.cumsum(stays) - 1, int(np.count_nonzero(~stays))
+
+        def moved(positions: NDArray[np.int64]) -> NDArray[np.int64]:
+            return place[positions[stays[positions]]]
+
+        return Plan(
+            length=self.length - left_out,
+            text_positions=moved(self.text_positions),
+            text=self.text[stays[self.text_positions]],
+            image_positions=moved(self.image_positions),
+            proprio_positions=moved(self.proprio_positions),
+            slots=slice(self.slots.start - left_out, self.slots.stop - left_out),
+            answers=slice(self.answers.start - left_out, self.answers.stop - left_out),
+            fixed=int(np.count_nonzero(stays[: self.fixed])),
+            rotary_positions=np.flatnonzero(stays),
+        )
 
 
 class Workspace:
@@ -150,9 +174,11 @@ class Cache:
     """The keys and values that a causal decoder has computed for `length` of at most `capacity` tokens."""
 
     def __init__(self, language: LanguageConfig, capacity: int) -> None:
-        shape = (language.num_layers, capacity, language.num_kv_heads * language.head_dim)
-        with memory_for(f"the keys and values of {capacity} tokens", 8 * math.prod(shape)):
-            self.keys, self.values = (np.empty(shape, np.float32) for _ in range(2))
+        layers, heads, head_dim = language.num_layers, language.num_kv_heads, language.head_dim
+        with memory_for(f"the keys and values of {capacity} tokens", 8 * layers * capacity * heads * head_dim):
+            # As attention reads them: packing all of them again for every token took longer than attention itself.
+            self.keys = np.zeros((layers, heads * _tiles(capacity), head_dim * TILE), np.float32)
+            self.values = np.zeros((layers, heads * capacity, _tiles(head_dim) * TILE), np.float32)
         self.capacity, self.length = capacity, 0
         self._language = language
 
@@ -161,10 +187,29 @@ class Cache:
         if capacity <= self.capacity:
             return self
         grown = Cache(self._language, capacity)
-        grown.keys[:, : self.length] = self.keys[:, : self.length]
-        grown.values[:, : self.length] = self.values[:, : self.length]
+        for mine, copy, used in zip(self.by_head(), grown.by_head(), (_tiles(self.length), self.length), strict=True):
+            copy[:, :, :used] = mine[:, :, :used]
         grown.length = self.length
         return grown
+
+    def by_head(self) -> tuple[Floats, Floats]:
+        """Views: keys (layers, heads, tiles of TILE, TILE * head_dim), values (layers, heads, capacity, head_dim)."""
+        layers, heads = self._language.num_layers, self._language.num_kv_heads
+        keys, values = self.keys, self.values
+        return keys.reshape(layers, heads, -1, keys.shape[-1]), values.reshape(layers, heads, -1, values.shape[-1])
+
+
+class Span(NamedTuple):
+    """A sequence in a batch: `length` tokens, whose final states at `answers` are wanted.
+
+    With a cache the tokens follow those in it, and join them. `positions` (length,) are theirs in the rotary embedding,
+    where they do not simply follow each other.
+    """
+
+    length: int
+    answers: slice
+    cache: Cache | None = None
+    positions: NDArray[np.int64] | None = None
 
 
 class Decoder:
@@ -196,54 +241,69 @@ class Decoder:
         self.norm: Floats = tensors["language_model.model.norm.weight"]
         self.cos, self.sin = rotary_table(language.max_positions, language.head_dim, language.rope_theta)
 
-    def run(self, x: Floats, answers: slice, cache: Cache | None = None, record: Record | None = None) -> Floats:
-        """Embeddings (M, H), which are used up -> final hidden states (answers, H) of those of their rows.
-
-        With a cache the tokens follow those in it, and join them.
-        """
-        language, start = self.language, cache.length if cache else 0
-        length, head_dim, eps = len(x), language.head_dim, language.rms_norm_eps
-        scale, key_size = head_dim**-0.5, language.num_kv_heads * head_dim
-        q = self.workspace.floats("q", length, language.hidden_size)
-        narrow = self.workspace.quantized(length, language.hidden_size)
-        if cache is None:
-            k, v = (self.workspace.floats(name, length, key_size) for name in ("k", "v"))
+    def run(self, x: Floats, spans: Sequence[Span], record: Record | None = None) -> Floats:
+        """Embeddings (M, H) of all spans, one after the other, which are used up -> final hidden states (answers, H) of
+        those that are answers."""
+        language, eps = self.language, self.language.rms_norm_eps
+        q = self.workspace.floats("q", len(x), language.hidden_size)
+        k, v = (self.workspace.floats(name, len(x), language.num_kv_heads * language.head_dim) for name in ("k", "v"))
+        narrow = self.workspace.quantized(len(x), language.hidden_size)
 
         if record:
             record("decoder.0", x.copy())
-        rows = slice(0, length)
+        asked = [slice(0, span.length) for span in spans]
         for index, layer in enumerate(self.layers):
-            if cache:
-                k, v = cache.keys[index, : start + length], cache.values[index, : start + length]
             native.rms_norm_quantize(x, layer.input_layernorm, eps, *narrow)
-            _ternary(narrow, layer.k_proj, k[start:])
-            _ternary(narrow, layer.v_proj, v[start:])
-            native.rope(k[start:], self.cos, self.sin, start, language.num_kv_heads)
+            _ternary(narrow, layer.k_proj, k)
+            _ternary(narrow, layer.v_proj, v)
             if layer is self.layers[-1]:  # from here on only the answers are needed
-                rows = answers
-                x, q = x[rows], q[rows]
-            _ternary(narrow.rows(rows), layer.q_proj, q)
-            native.rope(q, self.cos, self.sin, start + rows.start, language.num_heads)
-            narrow = narrow.rows(slice(0, len(x)))
-            # A causal query is the last that its keys serve.
-            seen = length if language.bidirectional else start + rows.stop
-            native.attention(  # in place: every block of queries is copied before its answers are written
-                q, k[:seen], v[:seen], language.num_heads, language.num_kv_heads, scale,
-                not language.bidirectional, q,
-            )  # fmt: skip
+                asked = [span.answers for span in spans]
+                x, *codes = (_answers_first(part, spans) for part in (x, *narrow))
+                q, narrow = q[: len(x)], Quantized(*codes)
+            _ternary(narrow, layer.q_proj, q)
+            self._attend(index, q, k, v, spans, asked)
             native.rms_norm_quantize(q, layer.attn_sub_norm, eps, *narrow)
             _ternary(narrow, layer.o_proj, x, accumulate=True)
             for block in range(0, len(x), FEED_FORWARD_BLOCK):
                 self._feed_forward(x[block : block + FEED_FORWARD_BLOCK], layer)
             if record:
                 record(f"decoder.{index + 1}", x.copy())
-        if cache:
-            cache.length += length
+        for span in spans:
+            if span.cache:
+                span.cache.length += span.length
         out = self.workspace.floats("answers", len(x), language.hidden_size)
         native.rms_norm(x, self.norm, eps, out)
         if record:
             record("answers", out.copy())
         return out
+
+    def _attend(
+        self, layer: int, q: Floats, k: Floats, v: Floats, spans: Sequence[Span], asked: Sequence[slice]
+    ) -> None:
+        """Attention of each span to itself and what its cache holds; q, of the tokens `asked`, become the answers."""
+        language, query, key = self.language, 0, 0
+        for span, rows in zip(spans, asked, strict=True):
+            queries = q[query : query + rows.stop - rows.start]
+            keys, values = k[key : key + span.length], v[key : key + span.length]
+            packed: int | None = None
+            start = span.cache.length if span.cache else 0
+            at = slice(start, start + span.length) if span.positions is None else span.positions
+            cos, sin = self.cos[at], self.sin[at]
+            native.rope(keys, cos, sin, 0, language.num_kv_heads)
+            native.rope(queries, cos, sin, rows.start, language.num_heads)
+            # A causal query is the last that its keys serve.
+            seen = start + (span.length if language.bidirectional else rows.stop)
+            if span.cache:
+                past = span.cache.keys[layer], span.cache.values[layer]
+                native.append(keys, values, start, language.num_kv_heads, *past)
+                keys, values, packed = *past, seen
+            else:
+                keys, values = keys[:seen], values[:seen]
+            native.attention(  # in place: every block of queries is copied before its answers are written
+                queries, keys, values, language.num_heads, language.num_kv_heads, language.head_dim**-0.5,
+                not language.bidirectional, queries, packed=packed,
+            )  # fmt: skip
+            query, key = query + len(queries), key + span.length
 
     def _feed_forward(self, x: Floats, layer: DecoderLayer) -> None:
         """Add the feed-forward part of a decoder layer to a block of tokens (M, H)."""
@@ -378,21 +438,14 @@ class ActionHead:
             for index in range(action.head_blocks)
         ]
 
-    @property
-    def parts(self) -> list[Encoder | Linear]:
-        return [self.layers[0]]
-
-    def act(self, answers: Floats, prefix: Floats | None = None) -> Floats:
-        """Final hidden states (slots, H) -> normalised actions (horizon, dim), a new array.
-
-        What is decided already, `prefix`, the states know.
-        """
-        action = self.action
-        x = answers.reshape(action.horizon, -1)
-        width = action.head_hidden_size
-        first = self.workspace.floats("head.first", action.horizon, x.shape[1])
+    def act(self, answers: Floats) -> Floats:
+        """Final hidden states (N * slots, H) -> normalised actions (N, horizon, dim), a new array."""
+        action, width = self.action, self.action.head_hidden_size
+        x = answers.reshape(-1, action.slots_per_step * answers.shape[1])
+        steps = len(x)
+        first = self.workspace.floats("head.first", *x.shape)
         h, normed, change = (
-            self.workspace.floats(name, action.horizon, width) for name in ("head.h", "head.normed", "head.change")
+            self.workspace.floats(name, steps, width) for name in ("head.h", "head.normed", "head.change")
         )
         native.layer_norm(x, *self.norms[0], HEAD_EPSILON, first)
         self.layers[0].apply(first, h)
@@ -403,9 +456,9 @@ class ActionHead:
             native.relu(change, change)
             h += change
         native.layer_norm(h, *self.norms[1], HEAD_EPSILON, normed)
-        actions = np.empty((action.horizon, action.dim), dtype=np.float32)
+        actions = np.empty((steps, action.dim), dtype=np.float32)
         self.layers[1].apply(normed, actions)
-        return actions
+        return actions.reshape(-1, action.horizon, action.dim)
 
 
 class FlowHead(Encoder):
@@ -426,39 +479,39 @@ class FlowHead(Encoder):
         angles = times[:, None].astype(np.float64) * flow.frequencies
         self.waves = np.concatenate([np.sin(angles), np.cos(angles)], axis=1).astype(np.float32)
 
-    @property
-    def parts(self) -> list[Encoder | Linear]:
-        return [self, self.condition]
+    def act(self, answers: Floats, prefixes: Sequence[Floats] | None = None) -> Floats:
+        """Final hidden states (N * slots, H) -> normalised actions (N, horizon, dim), a new array.
 
-    def act(self, answers: Floats, prefix: Floats | None = None) -> Floats:
-        """Final hidden states (slots, H) -> normalised actions (horizon, dim), a new array; it begins with `prefix`."""
-        horizon, width, eps = self.action.horizon, self.flow.hidden_size, self.flow.layer_norm_eps
-        states = answers.reshape(horizon, -1)
+        The chunk of an observation begins with its prefix.
+        """
+        action, width, eps = self.action, self.flow.hidden_size, self.flow.layer_norm_eps
+        states = answers.reshape(-1, action.slots_per_step * answers.shape[1])
+        rows = len(states)
         first = self.workspace.floats("head.first", *states.shape)
         given, x, normed = (
-            self.workspace.floats(name, horizon, width) for name in ("head.given", "head.h", "head.normed")
+            self.workspace.floats(name, rows, width) for name in ("head.given", "head.h", "head.normed")
         )
         times = self.workspace.floats("head.times", *self.waves.shape)
-        velocity = self.workspace.floats("head.velocity", horizon, self.action.dim)
+        velocity = self.workspace.floats("head.velocity", rows, action.dim)
         native.layer_norm(states, *self.condition_norm, eps, first)
         self.condition.apply(first, given)
         given += self.position_embedding
         self.time_in.apply(self.waves, times)
 
-        decided = 0 if prefix is None else len(prefix)
-        chunk = self.noise.copy()
-        if prefix is not None:
-            chunk[:decided] = prefix
+        chunks = np.tile(self.noise, (rows // action.horizon, 1))
+        decided = np.zeros((rows, 1), np.bool_)
+        sequences = [slice(start, start + action.horizon) for start in range(0, rows, action.horizon)]
+        for sequence, prefix in zip(sequences, prefixes or (), strict=False):
+            chunks[sequence][: len(prefix)] = prefix
+            decided[sequence][: len(prefix)] = True
         for step in range(self.flow.steps):
-            x[:] = given
-            x[:decided] += times[-1]
-            x[decided:] += times[step]
-            self.action_in.apply(chunk, x, accumulate=True)
-            self.run(x, [slice(0, horizon)])
+            np.add(given, np.where(decided, times[-1], times[step]), out=x)
+            self.action_in.apply(chunks, x, accumulate=True)
+            self.run(x, sequences)
             native.layer_norm(x, *self.norm, eps, normed)
             self.action_out.apply(normed, velocity)
-            chunk[decided:] += velocity[decided:] / np.float32(self.flow.steps)
-        return chunk
+            chunks += np.where(decided, 0, velocity / np.float32(self.flow.steps))
+        return chunks.reshape(-1, action.horizon, action.dim)
 
 
 class ActionTokens:
@@ -467,41 +520,53 @@ class ActionTokens:
     def __init__(self, action: ActionConfig, bundle: Bundle[Any], decoder: Decoder) -> None:
         self.action, self.decoder = action, decoder
         self.rows = stored_linear(bundle.tensors, LANGUAGE_HEAD.removesuffix(".weight"))
-        self.cache = Cache(decoder.language, 0)
+        self._caches: list[Cache] = []
 
-    @property
-    def parts(self) -> list[Encoder | Linear]:
-        return [self.rows]
+    def unread(self, prompts: Sequence[Plan]) -> tuple[list[Plan], list[Cache]]:
+        """What of each prompt is to be read, and the cache of what stands before it, with room for an action too.
 
-    def read(self, x: Floats, answers: slice, record: Record | None = None) -> Floats:
-        """Embeddings of a prompt (M, H) -> the final hidden state (1, H) that the first token follows."""
-        self.cache = self.cache.grown(len(x) + self.action.dim)
-        self.cache.length = 0
-        return self.decoder.run(x, answers, self.cache, record)
+        No token of a causal decoder sees what follows, so a cache keeps what every prompt of this policy begins with.
+        """
+        self._caches += [Cache(self.decoder.language, 0) for _ in prompts[len(self._caches) :]]
+        rest = []
+        for index, prompt in enumerate(prompts):
+            cache = self._caches[index]
+            cache.length = min(cache.length, prompt.fixed)
+            self._caches[index] = cache.grown(prompt.length + self.action.dim)
+            rest.append(prompt.keeping(np.arange(prompt.length) >= cache.length))
+        return rest, self._caches[: len(prompts)]
 
-    def act(self, state: Floats, record: Record | None = None) -> Floats:
-        """The state that `read` gave -> normalised actions (1, dim), a new array."""
-        action = self.action
+    def act(self, states: Floats, record: Record | None = None) -> Floats:
+        """States (N, H) that the first token of each prompt follows -> normalised actions (N, 1, dim), a new array."""
+        action, count = self.action, len(states)
         first_id = self.decoder.language.vocab_size - action.bins
-        logits = self.decoder.workspace.floats("logits", 1, action.bins)
-        tokens = np.empty(action.dim, np.int64)
+        logits = self.decoder.workspace.floats("logits", count, action.bins)
+        tokens = np.empty((count, action.dim), np.int64)
+        spans = [Span(1, slice(0, 1), cache) for cache in self._caches[:count]]
         for index in range(action.dim):
             if index:
-                x = self.decoder.embedding_rows(first_id + tokens[index - 1 : index])
-                state = self.decoder.run(x, slice(0, 1), self.cache)
-            self.rows.apply(state, logits)
-            tokens[index] = np.argmax(logits)
+                states = self.decoder.run(self.decoder.embedding_rows(first_id + tokens[:, index - 1]), spans)
+            self.rows.apply(states, logits)
+            np.argmax(logits, axis=1, out=tokens[:, index])
             if record:
                 record(f"logits.{index}", logits.copy())
-        return token_values(tokens, action.bins)[None]
+        return token_values(tokens, action.bins)[:, None]
 
 
 class Network:
-    """From patches, a plan and a normalised state to normalised actions. `record`, when set, sees hidden states."""
+    """From patches, plans and normalised states of N observations to normalised actions.
 
-    def __init__(self, bundle: Bundle[PolicyConfig]) -> None:
+    `prune` is the share of each image's tokens that the decoder does without. `record`, when set, sees hidden states.
+    """
+
+    def __init__(self, bundle: Bundle[PolicyConfig], prune: float = 0.0) -> None:
         config = bundle.config
+        if not 0 <= prune < 1:
+            raise BitvlaError(f"prune is {prune}; give the share of image tokens to leave out, from 0 to below 1")
+        if prune and config.action.bins:
+            raise BitvlaError("prune is for policies with an action head; this one writes its actions as tokens")
         self.config = config
+        self.pruned = int(prune * config.vision.num_patches)  # tokens of each image
         self.workspace = Workspace()
         self.record: Record | None = None
         self.vision = VisionTower(config.vision, bundle, self.workspace)
@@ -523,7 +588,12 @@ class Network:
     @property
     def parts(self) -> list[Encoder | Decoder | Linear]:
         """One of each thing that uses kernels of its own."""
-        return [self.vision, self.decoder, *self.head.parts]
+        head: list[Encoder | Linear]
+        if isinstance(self.head, FlowHead):
+            head = [self.head, self.head.condition]
+        else:
+            head = [self.head.rows if isinstance(self.head, ActionTokens) else self.head.layers[0]]
+        return [self.vision, self.decoder, *head]
 
     def plan(self, prompt: Prompt, instruction: str) -> Plan:
         """The plan for `instruction`; BitvlaError where the instruction is unusable or the sequence too long."""
@@ -532,7 +602,7 @@ class Network:
         needed = length + (action.dim if action.bins else 0)
         if needed > most:
             raise BitvlaError(f"the sequence has {needed} tokens, the policy was built for {most}; shorten it")
-        slots = prompt.slots(length)
+        slots, images = prompt.slots(length), np.flatnonzero(ids == prompt.image_id)
         is_text = (ids != prompt.image_id) & (ids != prompt.proprio_id)
         is_text[slots] = False
         text = np.flatnonzero(is_text)
@@ -540,42 +610,73 @@ class Network:
             length=length,
             text_positions=text,
             text=self.decoder.embedding_rows(ids[text]),
-            image_positions=np.flatnonzero(ids == prompt.image_id),
+            image_positions=images,
             proprio_positions=np.flatnonzero(ids == prompt.proprio_id),
             slots=slots,
             answers=prompt.slot_states(length),
+            fixed=int(images[0]) if prompt.begins_alike else 0,
         )
 
     def see(self, patches: Floats) -> Floats:
-        """Patches of all cameras (cameras * P, 3 * patch**2) -> image tokens (cameras * P, language H)."""
+        """Patches of all cameras (N * cameras * P, 3 * patch**2) -> image tokens (N * cameras * P, language H)."""
         return self.vision.see(patches, self.record)
 
-    def think(self, sequence: Plan, features: Floats, state: Floats, prefix: Floats | None = None) -> Floats:
-        """Image tokens, a normalised state (state_dim,) and the normalised actions (n, dim) that are decided already
-        -> final hidden states at the answers (slots, H)."""
-        x = self._embed(sequence, features, state, prefix)
+    def think(
+        self, plans: Sequence[Plan], features: Floats, states: Floats, prefixes: Sequence[Floats] | None = None
+    ) -> Floats:
+        """Image tokens, normalised states (N, state_dim), and for each observation the normalised actions (n, dim) that
+        are decided already -> final hidden states at the answers (N * slots, H)."""
+        images: Sequence[Floats] = list(features.reshape(len(plans), -1, features.shape[1]))
+        caches: Sequence[Cache | None] = [None] * len(plans)
         if isinstance(self.head, ActionTokens):
-            return self.head.read(x, sequence.answers, self.record)
-        return self.decoder.run(x, sequence.answers, record=self.record)
+            plans, caches = self.head.unread(plans)
+        elif self.pruned:
+            plans, images = zip(*map(self._prune, plans, images), strict=True)
+        x = self._embed(plans, images, states, prefixes)
+        spans = [
+            Span(plan.length, plan.answers, cache, plan.rotary_positions)
+            for plan, cache in zip(plans, caches, strict=True)
+        ]
+        return self.decoder.run(x, spans, self.record)
 
-    def act(self, answers: Floats, prefix: Floats | None = None) -> Floats:
-        """What `think` gave, and the prefix it was given -> normalised actions (horizon, dim), a new array."""
+    def act(self, answers: Floats, prefixes: Sequence[Floats] | None = None) -> Floats:
+        """What `think` gave, and the prefixes it was given -> normalised actions (N, horizon, dim), a new array."""
         if isinstance(self.head, ActionTokens):
             return self.head.act(answers, self.record)
-        return self.head.act(answers, prefix)
+        if isinstance(self.head, FlowHead):
+            return self.head.act(answers, prefixes)
+        return self.head.act(answers)
 
-    def _embed(self, sequence: Plan, features: Floats, state: Floats, prefix: Floats | None) -> Floats:
-        x = self.workspace.floats("x", sequence.length, self.config.language.hidden_size)
-        x[sequence.text_positions] = sequence.text
-        x[sequence.image_positions] = features
+    def _prune(self, plan: Plan, features: Floats) -> tuple[Plan, Floats]:
+        """The plan without the image tokens that resemble others of their image; the features of those that stay."""
+        patches = self.config.vision.num_patches
+        images = features.reshape(-1, patches, features.shape[1])
+        kept = np.concatenate([most_different(image, patches - self.pruned) for image in images])
+        kept |= plan.image_positions >= plan.answers.start  # a prompt may end with its images
+        stays = np.ones(plan.length, np.bool_)
+        stays[plan.image_positions] = kept
+        return plan.keeping(stays), features[kept]
+
+    def _embed(
+        self, plans: Sequence[Plan], images: Sequence[Floats], states: Floats, prefixes: Sequence[Floats] | None
+    ) -> Floats:
+        x = self.workspace.floats("x", sum(plan.length for plan in plans), self.config.language.hidden_size)
         if self.proprio_projector:
-            projected = _gelu_mlp(state[None], self.proprio_projector, self.workspace, "proprio")
-            x[sequence.proprio_positions] = projected
-        slots = x[sequence.slots]
-        slots[:] = 0
-        if self.prefix_projector and prefix is not None and len(prefix):
-            # Decided actions stand in the slots of their steps.
-            self.prefix_projector.apply(prefix, slots.reshape(self.config.action.horizon, -1)[: len(prefix)])
+            states = _gelu_mlp(states, self.proprio_projector, self.workspace, "proprio")
+        start = 0
+        for index, plan in enumerate(plans):
+            tokens = x[start : start + plan.length]
+            tokens[plan.text_positions] = plan.text
+            tokens[plan.image_positions] = images[index]
+            if self.proprio_projector:
+                tokens[plan.proprio_positions] = states[index]
+            slots = tokens[plan.slots]
+            slots[:] = 0
+            if self.prefix_projector and prefixes is not None and len(prefixes[index]):
+                # Decided actions stand in the slots of their steps.
+                steps = slots.reshape(self.config.action.horizon, -1)
+                self.prefix_projector.apply(prefixes[index], steps[: len(prefixes[index])])
+            start += plan.length
         return x
 
 
@@ -594,6 +695,17 @@ def _stored_ternary(bundle: Bundle[Any], name: str, rows: int, columns: int) -> 
     tensors, packing = bundle.tensors, bundle.document.packing
     scale = float(tensors[f"{name}.weight_scale"][0])
     return Ternary(tensors[f"{name}.weight"], packing, rows, columns, scale, tensors.get(f"{name}.bias"))
+
+
+def _answers_first(rows: NDArray[Any], spans: Sequence[Span]) -> NDArray[Any]:
+    """Move the rows of all answers to the front, in place -> those rows."""
+    end = start = 0
+    for span in spans:
+        count = span.answers.stop - span.answers.start
+        first = start + span.answers.start
+        rows[end : end + count] = rows[first : first + count]
+        end, start = end + count, start + span.length
+    return rows[:end]
 
 
 def _gelu_mlp(x: Floats, layers: list[Linear], workspace: Workspace, name: str) -> Floats:
@@ -618,6 +730,10 @@ def _ternary(x: Quantized, layer: Ternary, out: Floats, *, accumulate: bool = Fa
         *x, layer.packed, layer.rows, layer.columns, layer.scale, layer.bias, out,
         accumulate=accumulate, packing=layer.packing,
     )  # fmt: skip
+
+
+def _tiles(count: int) -> int:
+    return -(-count // TILE)
 
 
 def rotary_table(positions: int, head_dim: int, theta: float) -> tuple[Floats, Floats]:

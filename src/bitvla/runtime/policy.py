@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,25 +38,25 @@ class Policy:
     `timings` holds the milliseconds that each part of the last call took, by the names in `PARTS`.
     """
 
-    def __init__(self, bundle: Bundle[PolicyConfig]) -> None:
-        self.bundle = bundle
+    def __init__(self, bundle: Bundle[PolicyConfig], prune: float = 0.0) -> None:
+        self.bundle, self.prune = bundle, prune
         self.config = bundle.config
         self._prompt: Prompt | None = None
         self._read_prompt()  # now, so that a wrong tokenizer is refused at load
         give_back_memory()
-        self.network = Network(bundle)
+        self.network = Network(bundle, prune)
         self.isa = choose_isa(self.network.parts)
         self.timings = dict.fromkeys(PARTS, 0.0)
         self._plans: dict[str, Plan] = {}
 
     @classmethod
-    def load(cls, path: Path, threads: int | None = None) -> Policy:
+    def load(cls, path: Path, threads: int | None = None, prune: float = 0.0) -> Policy:
         """Load a policy file; see `bitvla.load`."""
         if threads is not None:
             if threads < 1:
                 raise BitvlaError(f"threads is {threads}; give a number from 1")
             native.set_num_threads(threads)
-        return cls(read(path))
+        return cls(read(path), prune)
 
     @property
     def max_prefix(self) -> int:
@@ -71,23 +72,35 @@ class Policy:
         rest continues them (real-time chunking). Raises BitvlaError, and never acts, on anything missing, unknown or
         unusable.
         """
+        return self.act_batch([observation], [prefix])[0]
+
+    def act_batch(
+        self, observations: Sequence[object], prefixes: Sequence[object] | None = None
+    ) -> NDArray[np.float32]:
+        """The chunks for several observations, computed together: float32 (observations, horizon, action_dim).
+
+        Each is what `act` answers, bit for bit, whatever else is in the batch. Instructions may differ, and so may
+        `prefixes`: one, or None, for each observation. Raises BitvlaError where there is none, or where
+        any of it is unusable.
+        """
         times = [time.perf_counter()]
-        given = check_prefix(prefix, self.config)
-        patches, sequence, state = self._preprocess(observation)
+        prefixes = [None] * len(observations) if prefixes is None else prefixes
+        patches, plans, states, given = self._preprocess(observations, prefixes)
         times.append(time.perf_counter())
         features = self.network.see(patches)
         times.append(time.perf_counter())
-        decided = network_actions(given, self.config.processing)
-        answers = self.network.think(sequence, features, state, decided)
+        decided = [network_actions(actions, self.config.processing) for actions in given]
+        answers = self.network.think(plans, features, states, decided)
         times.append(time.perf_counter())
         actions = self.network.act(answers, decided)
         if not np.isfinite(actions).all():
             raise BitvlaError("the network answered with a value that is not finite; check the file: bitvla verify")
-        chunk = robot_actions(actions, self.config.processing)
-        chunk[: len(given)] = given
+        chunks = robot_actions(actions, self.config.processing)
+        for chunk, prefix in zip(chunks, given, strict=True):
+            chunk[: len(prefix)] = prefix
         times.append(time.perf_counter())
         self.timings = {part: 1e3 * (times[i + 1] - times[i]) for i, part in enumerate(PARTS)}
-        return chunk
+        return chunks
 
     def reset(self) -> None:
         """Begin a new episode. Every call of `act` stands alone, so there is nothing to forget yet."""
@@ -108,18 +121,36 @@ class Policy:
             "max_prefix": action.max_prefix,
             "execute_horizon": processing.execute_horizon,
             "precision": self.config.precision,
+            "prune": self.prune,
             "instruction_set": native.isa(),
             "threads": native.num_threads(),
             "memory": bytes_by_part(self.bundle.document) | {"buffers": self.network.workspace.nbytes},
             "provenance": self.bundle.document.provenance,
         }
 
-    def _preprocess(self, observation: object) -> tuple[NDArray[np.float32], Plan, NDArray[np.float32]]:
-        seen = check_observation(observation, self.config)
-        sequence = self.plan(seen.instruction)
+    def _preprocess(
+        self, observations: Sequence[object], prefixes: Sequence[object]
+    ) -> tuple[NDArray[np.float32], list[Plan], NDArray[np.float32], list[NDArray[np.float32]]]:
+        """Patches of all images, plans, normalised states, and prefixes in the robot's units."""
+        if not observations or len(prefixes) != len(observations):
+            raise BitvlaError(
+                f"a batch of {len(observations)} observations and {len(prefixes)} prefixes; "
+                "give at least one observation, and a prefix or None for each"
+            )
         vision, processing = self.config.vision, self.config.processing
-        patches = [image_patches(image, processing.image, vision) for image in seen.images]
-        return np.concatenate(patches), sequence, normalize(seen.state, processing.state)
+        patches, plans, states, given = [], [], [], []
+        for index, (observation, prefix) in enumerate(zip(observations, prefixes, strict=True)):
+            try:
+                given.append(check_prefix(prefix, self.config))
+                seen = check_observation(observation, self.config)
+                plans.append(self.plan(seen.instruction))
+            except BitvlaError as error:
+                if len(observations) == 1:
+                    raise
+                raise BitvlaError(f"observation {index} of the batch: {error}") from None
+            patches += [image_patches(image, processing.image, vision) for image in seen.images]
+            states.append(normalize(seen.state, processing.state))
+        return np.concatenate(patches), plans, np.stack(states), given
 
     def plan(self, instruction: str) -> Plan:
         """Where everything stands in the sequence for `instruction`, remembered from call to call."""

@@ -24,9 +24,10 @@ class Work(NamedTuple):
         return sum(self)
 
 
-def work(config: PolicyConfig, length: int) -> dict[str, Work]:
-    """The multiply-adds of one call by part, for a sequence of `length` tokens."""
-    return {"vision": _vision(config), "decoder": _decoder(config, length), "head": _head(config, length)}
+def work(config: PolicyConfig, length: int, known: int = 0) -> dict[str, Work]:
+    """The multiply-adds of one call by part, for a sequence of `length` tokens, the first `known` of which were read by
+    an earlier call."""
+    return {"vision": _vision(config), "decoder": _decoder(config, length, known), "head": _head(config, length)}
 
 
 def estimated_joules(parts: dict[str, Work]) -> float:
@@ -60,15 +61,15 @@ def _vision(config: PolicyConfig) -> Work:
     )
 
 
-def _decoder(config: PolicyConfig, length: int) -> Work:
+def _decoder(config: PolicyConfig, length: int, known: int) -> Work:
     """Decoder and proprio projector. Every token gives keys and values; in the last layer only the answers go on."""
     language, action = config.language, config.action
     hidden = language.hidden_size
-    keys = language.num_layers * length * 2 * hidden * language.num_kv_heads * language.head_dim
-    rows = (language.num_layers - 1) * length + (1 if action.bins else action.num_slots)
+    keys = language.num_layers * (length - known) * 2 * hidden * language.num_kv_heads * language.head_dim
+    rows = (language.num_layers - 1) * (length - known) + (1 if action.bins else action.num_slots)
     return Work(
         ternary=keys + rows * hidden * (2 * hidden + 3 * language.intermediate_size),
-        attention=rows * 2 * hidden * (length if language.bidirectional else (length + 1) // 2),
+        attention=rows * 2 * hidden * (length if language.bidirectional else (known + length + 1) // 2),
         full_precision=hidden * (action.state_dim + hidden) if action.state_dim else 0,
     )
 

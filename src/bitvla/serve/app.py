@@ -8,6 +8,7 @@ import logging
 import os
 import signal
 from collections.abc import AsyncIterator, Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -59,7 +60,9 @@ class Running:
             self.stop()
 
 
-def serve(source: str, options: Options, *, threads: int | None = None, watch: bool = False) -> dict[str, Any]:
+def serve(
+    source: str, options: Options, *, threads: int | None = None, prune: float = 0.0, watch: bool = False
+) -> dict[str, Any]:
     """Serve the policy `source` until SIGTERM or SIGINT. SIGHUP loads it again; so does a change of a `watch`ed file.
 
     Returns {"requests": {outcome: count}}. Raises BitvlaError for what cannot be served so.
@@ -67,10 +70,10 @@ def serve(source: str, options: Options, *, threads: int | None = None, watch: b
     if watch and not Path(source).is_file():
         raise BitvlaError(f"--watch: {source} is not a file")
     start_logging()
-    return asyncio.run(_serve(source, options, threads, watch))
+    return asyncio.run(_serve(source, options, partial(bitvla.load, source, threads, prune), watch))
 
 
-async def _serve(source: str, options: Options, threads: int | None, watch: bool) -> dict[str, Any]:
+async def _serve(source: str, options: Options, load: Callable[[], Policy], watch: bool) -> dict[str, Any]:
     loop = asyncio.get_running_loop()
     tasks: set[asyncio.Task[None]] = set()
 
@@ -79,7 +82,7 @@ async def _serve(source: str, options: Options, threads: int | None, watch: bool
         tasks.add(task)
         task.add_done_callback(tasks.discard)
 
-    async with running(lambda: bitvla.load(source, threads=threads), options) as server:
+    async with running(load, options) as server:
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, server.stop)
         loop.add_signal_handler(signal.SIGHUP, reload)
@@ -99,7 +102,7 @@ async def _serve(source: str, options: Options, threads: int | None, watch: bool
 async def running(load: Callable[[], Policy], options: Options) -> AsyncIterator[Running]:
     """A server that listens, warming up or ready, inside the block; what still runs is finished at its end."""
     check(options)
-    engine = Engine(load, max_sessions=options.max_sessions)
+    engine = Engine(load, max_sessions=options.max_sessions, max_batch=options.max_batch)
     server = Running(engine)
     warm_up: asyncio.Task[None] | None = None
     async with contextlib.AsyncExitStack() as stack:

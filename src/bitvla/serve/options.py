@@ -27,6 +27,7 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
     token: str | None = None
     insecure: bool = False
     max_sessions: int = 16
+    max_batch: int = 8
     max_message_mb: float = 16.0
     keepalive: float = 10.0
     map: tuple[str, ...] = ()

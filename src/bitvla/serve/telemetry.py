@@ -36,6 +36,12 @@ class Metrics:
         )
         self.wait = self._seconds("bitvla_wait_seconds", "from an observation's arrival to the start of its inference")
         self.inference = self._seconds("bitvla_inference_seconds", "one call of the policy")
+        self.batch = Histogram(
+            "bitvla_batch",
+            "observations that one call of the policy answered",
+            buckets=(1, 2, 4, 8, 16, 32),
+            registry=self.registry,
+        )
         ProcessCollector(registry=self.registry)
 
     def totals(self) -> dict[str, int]:

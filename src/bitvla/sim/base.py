@@ -6,6 +6,7 @@ import importlib.util
 from collections.abc import Callable
 from typing import Any, Protocol
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 
@@ -21,10 +22,29 @@ TRAINING_SEEDS = 1_000_000
 """Seeds from here on are for recording; evaluation uses seeds below. The two never meet."""
 
 
+class Moment(msgspec.Struct, frozen=True):
+    """What only a simulator knows of hand and things at one moment; positions in metres.
+
+    ``hand`` is the point between the fingertips, ``opening`` how far they are apart as a share of the farthest. ``at``
+    has every thing that can be moved, and those of the goal; ``touched`` by a finger, ``held`` between the fingers.
+    ``wanted`` are the things whose part of the goal does not hold now, with whether they are to be carried; ``named``
+    is all that the goal names, places too.
+    """
+
+    hand: tuple[float, float, float]
+    opening: float
+    at: dict[str, tuple[float, float, float]]
+    touched: set[str]
+    held: set[str]
+    wanted: dict[str, bool]
+    named: set[str]
+
+
 class Simulator(Protocol):
     """A simulated robot with cameras, one task at a time.
 
-    The initial state after ``reset`` is a pure function of ``(task, seed, ambiguous)``.
+    The initial state after ``reset`` is a pure function of ``(task, seed, ambiguous)``. One that also has
+    ``moment() -> Moment`` gets its failures sorted by the evaluation.
     """
 
     name: str

@@ -8,7 +8,7 @@ import weakref
 import zlib
 from collections import OrderedDict
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -55,8 +55,22 @@ _WRIST_OFFSET = (-0.12, -0.16, 0.06)
 """A camera carried by the hand, on a bracket at this offset in metres (the hand never turns). It sees both fingers and
 what is below and ahead of them, from the other side than the third-person view, so that the two fix a place in depth;
 gripperPOV looks past the fingers and loses everything that is not right below."""
+TOYS: dict[str, tuple[mujoco.mjtGeom, tuple[float, float, float], float]] = {
+    "cube": (mujoco.mjtGeom.mjGEOM_BOX, (0.025, 0.025, 0.025), 0.025),
+    "ball": (mujoco.mjtGeom.mjGEOM_SPHERE, (0.03, 0.0, 0.0), 0.03),
+    "disc": (mujoco.mjtGeom.mjGEOM_CYLINDER, (0.035, 0.012, 0.0), 0.012),
+}
+"""Shapes of toys: MuJoCo's geometry, its size and how high its centre is, in metres."""
 _MARKER_COLOURS = ((0.8, 0.0, 0.0, 1.0), (0.0, 0.8, 0.0, 1.0), (0.0, 0.0, 0.8, 1.0))
 _CACHED_SCENES = 10
+
+
+class Toy(NamedTuple):
+    """A thing on the table that is in the pictures alone: nothing touches it."""
+
+    shape: str  # one of TOYS
+    colour: tuple[float, float, float]
+    place: tuple[float, float]  # x, y in metres
 
 
 @dataclass
@@ -117,6 +131,7 @@ class MetaWorld:
         self._scenes: OrderedDict[str, _Scene] = OrderedDict()
         self._episode: _Episode | None = None
         self._closes_at_exit = False
+        self.toys: tuple[Toy, ...] = ()  # on the table, until the next reset
 
     # -- tasks ---------------------------------------------------------------------------
 
@@ -158,6 +173,7 @@ class MetaWorld:
         task = _task_name(task)
         if seed < 0:
             raise BitvlaError(f"seed {seed} is negative: use 0 or more")
+        self.toys = ()
         group = _choose_group(task, seed, ambiguous)
         scene = self._scene(task)
         env = scene.env
@@ -190,6 +206,10 @@ class MetaWorld:
             opening_start=_opening(env, task),
         )
 
+    def picture(self, camera: str) -> npt.NDArray[np.uint8]:
+        """What one camera sees now, uint8 (image_size, image_size, 3)."""
+        return self._render(self._current().task, camera)
+
     def observe(self) -> Observation:
         """Images of both cameras, state and a held-out instruction, now.
 
@@ -197,7 +217,7 @@ class MetaWorld:
         """
         episode = self._current()
         return {
-            "images": {camera: self._render(episode.task, camera) for camera in self.cameras},
+            "images": {camera: self.picture(camera) for camera in self.cameras},
             "state": self.state(),
             "instruction": episode.instruction,
         }
@@ -275,6 +295,15 @@ class MetaWorld:
         points = np.stack([_project(places, view, fovy) for view, fovy in views])
         points[:, ~places.any(axis=1)] = -1
         return points.astype(np.float32)
+
+    def points(self, places: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+        """Where places (K, 3) in metres are in the corner image: shares (K, 2) of its width and height."""
+        return _project(places, _corner_view(), _CORNER_FOVY)
+
+    def marker_colour(self) -> str | None:
+        """ "red", "green" or "blue"; None where no marker shows the goal."""
+        red, green, blue, opacity = self._scene(self._current().task).env.model.site("goal").rgba
+        return ("red", "green", "blue")[int(np.argmax((red, green, blue)))] if opacity else None
 
     def outcome(self) -> dict[str, Any]:
         """What was done since the reset, measured.
@@ -355,6 +384,8 @@ class MetaWorld:
         scene.env.model.vis.global_.fovy = _WRIST_FOVY if wrist else _CORNER_FOVY
         view = _wrist_view(scene.env.data.body("hand").xpos) if wrist else _corner_view()
         scene.renderer.update_scene(scene.env.data, camera=view)
+        for toy in self.toys:
+            _draw(scene.renderer.scene, toy)
         return scene.renderer.render().copy()
 
     def close(self) -> None:
@@ -424,6 +455,14 @@ def _make_renderer(model: mujoco.MjModel, size: int) -> mujoco.Renderer:
     for flag in (mujoco.mjtRndFlag.mjRND_SHADOW, mujoco.mjtRndFlag.mjRND_REFLECTION):
         renderer.scene.flags[flag] = 0
     return renderer
+
+
+def _draw(scene: mujoco.MjvScene, toy: Toy) -> None:
+    kind, size, height = TOYS[toy.shape]
+    place, upright = np.array([*toy.place, height]), np.eye(3).ravel()
+    colour = np.array([*toy.colour, 1.0], dtype=np.float32)
+    mujoco.mjv_initGeom(scene.geoms[scene.ngeom], kind, np.array(size), place, upright, colour)
+    scene.ngeom += 1
 
 
 def _corner_view() -> mujoco.MjvCamera:

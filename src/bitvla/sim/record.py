@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from bitvla.data.lerobot import Episode, LeRobotWriter
+from bitvla.data.lerobot import Episode, LeRobotWriter, claim
 from bitvla.errors import BitvlaError
 from bitvla.sim.base import TRAINING_SEEDS, Simulator, make_simulator
 
@@ -78,32 +78,32 @@ def record(
     left_out = {task: reason for task, reason in reasons.items() if reason}
     if not tasks:
         raise BitvlaError(f"no expert can do '{suite}': {next(iter(left_out.values()))}")
-    _claim(out, settings)
-    writer = LeRobotWriter(
-        out,
-        robot_type=simulator.robot,
-        fps=simulator.control_hz,
-        cameras=dict.fromkeys(simulator.cameras, (image_size, image_size)),
-        vectors={
-            "observation.state": simulator.state_names,
-            "action": simulator.action_names,
-            "observation.environment_state": simulator.environment_state_names,
-            "observation.keypoints": [
-                f"{camera}.{thing}.{axis}"
-                for camera in simulator.cameras
-                for thing in simulator.keypoint_names
-                for axis in "uv"
-            ],
-        },
-    )
     simulator.close()
-    # Task by task within an index, so that every prefix of the dataset is balanced.
-    jobs = [Job(i * len(tasks) + k, task, i) for i in range(episodes) for k, task in enumerate(tasks)]
-    pending = jobs[writer.num_episodes :]
-    if pending:
-        with _named_disk_errors(out):
-            _record_all(pending, settings, writer, out, processes or os.cpu_count() or 1)
-    shutil.rmtree(out / ".staging", ignore_errors=True)
+    with claim(out, "recording", asdict(settings)):
+        writer = LeRobotWriter(
+            out,
+            robot_type=simulator.robot,
+            fps=simulator.control_hz,
+            cameras=dict.fromkeys(simulator.cameras, (image_size, image_size)),
+            vectors={
+                "observation.state": simulator.state_names,
+                "action": simulator.action_names,
+                "observation.environment_state": simulator.environment_state_names,
+                "observation.keypoints": [
+                    f"{camera}.{thing}.{axis}"
+                    for camera in simulator.cameras
+                    for thing in simulator.keypoint_names
+                    for axis in "uv"
+                ],
+            },
+        )
+        # Task by task within an index, so that every prefix of the dataset is balanced.
+        jobs = [Job(i * len(tasks) + k, task, i) for i in range(episodes) for k, task in enumerate(tasks)]
+        pending = jobs[writer.num_episodes :]
+        if pending:
+            with _named_disk_errors(out):
+                _record_all(pending, settings, writer, out, processes or os.cpu_count() or 1)
+        shutil.rmtree(out / ".staging", ignore_errors=True)
     summary = {"out": str(out), "tasks": len(tasks), "episodes": writer.num_episodes, "recorded_now": len(pending)}
     return summary | ({"left_out": left_out} if left_out else {})
 
@@ -112,6 +112,7 @@ def _record_all(jobs: list[Job], settings: Settings, writer: LeRobotWriter, out:
     staging = out / ".staging"
     staging.mkdir(exist_ok=True)
     missing = [job for job in jobs if not _staged(staging, job).exists()]
+    missing.sort(key=lambda job: (job.number // BATCH, job.task))  # changing the task can cost seconds
     console = Console(stderr=True)
     columns = [TextColumn("recording"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()]
     pool = ProcessPoolExecutor(processes, mp_context=get_context("spawn"), initializer=_start_worker)
@@ -276,23 +277,6 @@ def _load(path: Path) -> Episode:
         images = {name.removeprefix("images/"): stored[name] for name in stored if name.startswith("images/")}
         vectors = {name.removeprefix("vectors/"): stored[name] for name in stored if name.startswith("vectors/")}
         return Episode(images, vectors, str(stored["task"]), json.loads(str(stored["extra"])))
-
-
-def _claim(out: Path, settings: Settings) -> None:
-    """Make `out` the folder of this recording, or raise when it is another's."""
-    path = out / "meta" / "recording.json"
-    if path.exists():
-        if json.loads(path.read_text()) != asdict(settings):
-            raise BitvlaError(
-                f"{out} holds a recording with other settings ({path.read_text()}); choose another folder"
-            )
-        return
-    if out.exists() and any(out.iterdir()):
-        raise BitvlaError(f"{out} is not empty and holds no recording of bitvla; choose another folder")
-    path.parent.mkdir(parents=True)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(asdict(settings)))
-    os.replace(temporary, path)
 
 
 @contextlib.contextmanager

@@ -1,28 +1,32 @@
 """Training windows: one observation and the actions that follow it, as numbers or as tokens.
 
 The batch of a pass is a pure function of (data, config, step), so that a resumed run sees what an uninterrupted one
-would have seen, on any number of processes.
+would have seen, on any number of processes. Where decoded pictures may not take the disk that all would need, an epoch
+goes through groups of random episodes, one after the other: a group is trained on while the next is decoded.
 """
 
 from __future__ import annotations
 
+import contextlib
 import math
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
-from typing import NamedTuple
+from threading import Thread
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from bitvla.config import PolicyConfig
 from bitvla.data.lerobot import LeRobotDataset
+from bitvla.errors import BitvlaError
 from bitvla.model.network import Batch
 from bitvla.processing.images import crop_resized, to_pixels
 from bitvla.processing.prompt import Prompt
-from bitvla.processing.vectors import normalize, value_tokens
+from bitvla.processing.vectors import network_actions, normalize, value_tokens
 from bitvla.train.config import Augmentation
 
 Ids = NDArray[np.int64]
@@ -43,10 +47,24 @@ class Window(NamedTuple):
 
 
 class TokenWindow(NamedTuple):
-    """Inputs of a network that writes actions as tokens, the known ones among them, and its targets."""
+    """Inputs of a network that writes tokens, an action's or an answer's, with the known ones, and its targets."""
 
-    inputs: Batch  # tokens of prompt and action, but for the last one, which nothing follows
-    targets: Tensor  # int64 (B, D): tokens of the action, counted from the first bin; UNKNOWN in front of a shorter one
+    inputs: Batch  # all tokens but the last one, which nothing follows
+    # int64 (B, D), of what follows the last D tokens: those of the action, counted from the first bin, or of the
+    # vocabulary; UNKNOWN where nothing is to be learnt.
+    targets: Tensor
+
+
+class Epoch(NamedTuple):
+    """The order in which frames are seen once, group by group."""
+
+    frames: Ids
+    ends: Ids  # of each group, in `frames`
+    episodes: list[Ids]  # of each group
+
+    def group(self, position: int) -> int:
+        """The group of the frame at `position`."""
+        return int(np.searchsorted(self.ends, position, side="right"))
 
 
 class Windows(Dataset[Window]):
@@ -68,16 +86,17 @@ class Windows(Dataset[Window]):
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
-        self.name = dataset.root.name
+        self.name = dataset.name
         self._config, self._augmentation, self._seed = config, augmentation, seed
         self._prefix_dropout = prefix_dropout
         self._flow_samples = flow_samples if config.action.flow else 0
         self._batch_size, self._rank, self._world_size = batch_size, rank, world_size
         cameras = [camera.name for camera in config.processing.cameras]
+        self._cameras, self._pictures = cameras, dataset.pictures
         self._images = [dataset.images(name) for name in cameras]
         state = dataset.state if config.action.state_dim else dataset.state[:, :0]
         self._state = normalize(state, config.processing.state)
-        self._actions = normalize(dataset.action, config.processing.action)
+        self._actions = network_actions(dataset.action, config.processing)
         self._auxiliary = _standardize(dataset)
         nothing = np.zeros((dataset.num_frames, len(self._images), 0, 2), dtype=np.float32)
         views = [dataset.cameras.index(name) for name in cameras]
@@ -85,12 +104,17 @@ class Windows(Dataset[Window]):
         episodes = np.asarray(dataset.episode_index)
         self._episode = episodes
         self._episode_end = np.asarray([end for _, end in dataset.episode_ranges])
-        held_out = np.array([_held_out(episode) for episode in range(len(dataset.episode_ranges))])[episodes]
-        self._frames = np.flatnonzero(held_out if split == "validation" else ~held_out)
+        apart = np.array([held_out(number.to_bytes(4, "little")) for number in range(len(dataset.episode_ranges))])
+        self._frames = np.flatnonzero(apart[episodes] == (split == "validation"))
         if balance_tasks:
             self._frames = _balanced(self._frames, _task_of_frames(dataset))
         self._token_ids = _left_padded([prompt.ids(text) for text in dataset.task_strings], prompt.pad_id)
         self._pad_id = prompt.pad_id
+        self._group_bytes = _group_bytes(dataset, cameras)
+        self._trains = split == "train"
+        self._epochs: dict[int, Epoch] = {}
+        self._ahead: tuple[int, int] | None = None
+        self._loader: Thread | None = None
 
     @property
     def num_frames(self) -> int:
@@ -101,12 +125,65 @@ class Windows(Dataset[Window]):
         positions = np.arange(step * self._batch_size, (step + 1) * self._batch_size)
         chosen = np.empty(self._batch_size, dtype=np.int64)
         for epoch in np.unique(positions // len(self._frames)):
-            order = np.random.default_rng([self._seed, int(epoch)]).permutation(len(self._frames))
             now = positions // len(self._frames) == epoch
-            chosen[now] = self._frames[order[positions[now] % len(self._frames)]]
+            chosen[now] = self._epoch(int(epoch)).frames[positions[now] % len(self._frames)]
         return chosen
 
+    def _epoch(self, number: int) -> Epoch:
+        if number not in self._epochs:
+            rng = np.random.default_rng([self._seed, number])
+            frames = self._frames[rng.permutation(len(self._frames))]
+            episodes = np.unique(self._episode[frames])
+            group = np.zeros(len(self._episode_end), dtype=np.int64)
+            if self._group_bytes is not None:
+                episodes = rng.permutation(episodes)
+                sizes = self._pictures.bytes_of(self._cameras)[episodes]
+                group[episodes] = (np.cumsum(sizes) - 1) // self._group_bytes
+            frames = frames[np.argsort(group[self._episode[frames]], kind="stable")]
+            ends = np.cumsum(np.bincount(group[self._episode[frames]]))
+            members = [episodes[group[episodes] == i] for i in range(len(ends))]
+            recent = dict(list(self._epochs.items())[-1:])  # a batch may end one epoch and begin the next
+            self._epochs = {**recent, number: Epoch(frames, ends, members)}
+        return self._epochs[number]
+
+    def prepare(self, step: int) -> None:
+        """Decode what the batch of `step` and those after it need, and show how far it is."""
+        self.load(step * self._batch_size)
+
+    def load(self, position: int) -> None:
+        """Decode the group of the frame at `position` in the order of all epochs."""
+        if not self.num_frames:
+            return
+        number, place = divmod(position, self.num_frames)
+        epoch = self._epoch(number)
+        # Without groups those held out are wanted soon, too.
+        wanted = range(len(self._episode_end)) if self._group_bytes is None else epoch.episodes[epoch.group(place)]
+        self._pictures.load(self._cameras, wanted, f"decoding {self.name}")
+
+    def load_ahead(self, position: int) -> None:
+        """Begin to decode the group after that one; whoever prepares batches on this machine takes a share."""
+        if self._group_bytes is None or not self._trains:
+            return
+        number, place = divmod(position, self.num_frames)
+        group = self._epoch(number).group(place) + 1
+        number, group = (number, group) if group < len(self._epoch(number).ends) else (number + 1, 0)
+        if self._ahead == (number, group):
+            return
+        self._ahead = (number, group)
+        if self._loader is not None:
+            self._loader.join()
+        worker = get_worker_info()
+        own, all_ = (0, 1) if worker is None else (worker.id, worker.num_workers)
+        share = slice(self._rank * all_ + own, None, self._world_size * all_)
+        self._loader = Thread(target=self._try_to_load, args=(self._epoch(number).episodes[group][share],), daemon=True)
+        self._loader.start()
+
+    def _try_to_load(self, episodes: Ids) -> None:
+        with contextlib.suppress(BitvlaError):  # a batch that needs it will meet it again
+            self._pictures.load(self._cameras, episodes)
+
     def __getitem__(self, step: int) -> Window:
+        self.load_ahead(step * self._batch_size)
         share = slice(self._rank, None, self._world_size)
         frames = self.indices(step)[share]
         changes = draws(self._seed, 0, step, (self._batch_size, len(self._images), 5))[share]
@@ -149,16 +226,23 @@ class Windows(Dataset[Window]):
         frames = self.indices(step)[self._rank :: self._world_size]
         return f"episodes {', '.join(map(str, np.unique(self._episode[frames])))} of {self.name}"
 
-    def origin(self, place: float) -> str:
-        """Where the window at `place` in [0, 1) comes from."""
-        return f"episode {self._episode[self._at(place)[0]]} of {self.name}"
+    def origin(self, position: int, place: float) -> str:
+        """Where the window at `place` in [0, 1) of the group at `position` comes from."""
+        return f"episode {self._episode[self._at(position, place)[0]]} of {self.name}"
 
-    def _at(self, place: float) -> Ids:
-        return self._frames[[int(place * len(self._frames))]]
+    def _at(self, position: int, place: float) -> Ids:
+        if self._group_bytes is None:
+            return self._frames[[int(place * self.num_frames)]]
+        number, position = divmod(position, self.num_frames)
+        epoch = self._epoch(number)
+        begin, end = np.concatenate([[0], epoch.ends])[epoch.group(position) :][:2]
+        return epoch.frames[[begin + int(place * (end - begin))]]
 
-    def example(self, place: float, changes: NDArray[np.float64]) -> tuple[NDArray[np.float32], Ids, Ids]:
-        """Pixels (V, 3, size, size), prompt and action tokens of the frame at `place` in [0, 1)."""
-        frame = self._at(place)
+    def example(
+        self, position: int, place: float, changes: NDArray[np.float64]
+    ) -> tuple[NDArray[np.float32], Ids, Ids]:
+        """Pixels (V, 3, size, size), prompt and action tokens of that window's frame."""
+        frame = self._at(position, place)
         pixels = self._pixels(frame, changes[None, : len(self._images)])[0]
         prompt = self._token_ids[self._episode[frame[0]]]
         return pixels, prompt[prompt != self._pad_id], value_tokens(self._actions[frame[0]], self._config.action.bins)
@@ -187,7 +271,7 @@ class Windows(Dataset[Window]):
                 across, down = offsets[i, view]
                 images[i, view] = crop_resized(camera[frame], processing, size, (float(across), float(down)))
         if self._augmentation is not None:
-            images = _jitter(images, self._augmentation, changes[..., 2:])
+            images = jitter(images, self._augmentation, changes[..., 2:])
         return np.ascontiguousarray(to_pixels(images, processing).transpose(0, 1, 4, 2, 3))
 
 
@@ -210,7 +294,8 @@ class Mixture(Dataset[TokenWindow]):
     ) -> None:
         self._parts = [part for part in parts if part.num_frames]
         chances = np.asarray([weights[part.name] if weights else part.num_frames for part in self._parts], float)
-        self._borders = np.cumsum(chances / chances.sum())[:-1]
+        self._shares = chances / chances.sum()
+        self._borders = np.cumsum(self._shares)[:-1]
         self._first_id = config.language.vocab_size - config.action.bins
         self._seed, self._batch_size, self._rank, self._world_size = seed, batch_size, rank, world_size
         self._pad_id = parts[0]._pad_id
@@ -222,8 +307,20 @@ class Mixture(Dataset[TokenWindow]):
     def num_frames(self) -> int:
         return sum(part.num_frames for part in self._parts)
 
+    def prepare(self, step: int) -> None:
+        """Decode what the batch of `step` and those after it need, and show how far it is."""
+        for part, position in self._positions(step):
+            part.load(position)
+
+    def _positions(self, step: int) -> list[tuple[Windows, int]]:
+        """How many windows each dataset has given before `step`, on average: which of its groups is in use."""
+        seen = step * self._batch_size * self._shares
+        return [(part, int(count)) for part, count in zip(self._parts, seen, strict=True)]
+
     def __getitem__(self, step: int) -> TokenWindow:
-        examples = [part.example(place, changes) for part, place, changes in self._chosen(step)]
+        for part, position in self._positions(step):
+            part.load_ahead(position)
+        examples = [part.example(position, place, changes) for part, position, place, changes in self._chosen(step)]
         token_ids = torch.full((len(examples), self._length), self._pad_id)
         targets = torch.full((len(examples), self._dim), UNKNOWN)
         for i, (_, prompt, action) in enumerate(examples):
@@ -242,14 +339,27 @@ class Mixture(Dataset[TokenWindow]):
 
     def where(self, step: int) -> str:
         """Where this process's share of the batch comes from, for messages."""
-        return "; ".join(dict.fromkeys(part.origin(place) for part, place, _ in self._chosen(step)))
+        windows = self._chosen(step)
+        return "; ".join(dict.fromkeys(part.origin(position, place) for part, position, place, _ in windows))
 
-    def _chosen(self, step: int) -> Iterator[tuple[Windows, float, NDArray[np.float64]]]:
-        """This process's windows: a dataset, a place in it, and how it is augmented."""
+    def _chosen(self, step: int) -> Iterator[tuple[Windows, int, float, NDArray[np.float64]]]:
+        """This process's windows: a dataset, which group of it and where in that, and how it is augmented."""
+        positions = self._positions(step)
         chances = draws(self._seed, 2, step, (self._batch_size, 2 + 5 * self._views))[self._rank :: self._world_size]
         for which, place, *changes in chances:
-            part = self._parts[int(np.searchsorted(self._borders, which, side="right"))]
-            yield part, place, np.reshape(changes, (self._views, 5))
+            part, position = positions[int(np.searchsorted(self._borders, which, side="right"))]
+            yield part, position, place, np.reshape(changes, (self._views, 5))
+
+
+def shuffled(items: Ids, seed: int, step: int, batch_size: int) -> Ids:
+    """The items (batch_size,) of the batch of pass `step`: each once an epoch, in random order."""
+    positions = np.arange(step * batch_size, (step + 1) * batch_size)
+    chosen = np.empty(batch_size, dtype=np.int64)
+    for epoch in np.unique(positions // len(items)):
+        order = np.random.default_rng([seed, int(epoch)]).permutation(len(items))
+        now = positions // len(items) == epoch
+        chosen[now] = items[order[positions[now] % len(items)]]
+    return chosen
 
 
 def draws(seed: int, stream: int, step: int, shape: tuple[int, ...]) -> NDArray[np.float64]:
@@ -262,9 +372,13 @@ def draws(seed: int, stream: int, step: int, shape: tuple[int, ...]) -> NDArray[
     return np.random.Generator(bits.advance(step * math.prod(shape))).random(shape)
 
 
-def batches(windows: Windows | Mixture, steps: range) -> Iterator[Window | TokenWindow]:
-    """The batches of `steps`, prepared ahead of time by another process."""
-    return iter(DataLoader(windows, batch_size=None, sampler=steps, num_workers=1, prefetch_factor=3))
+def batches(windows: Dataset[Any], steps: range, workers: int = 1) -> Iterator[Window | TokenWindow]:
+    """The batches of `steps`, in order, prepared ahead of time by other processes."""
+    data = _Told(windows)
+    for batch in DataLoader(data, batch_size=None, sampler=steps, num_workers=workers, prefetch_factor=3):
+        if isinstance(batch, BitvlaError):
+            raise batch
+        yield batch
 
 
 def _flowing(window: Window, decided: Tensor, chances: Tensor) -> Window:
@@ -280,12 +394,38 @@ def _flowing(window: Window, decided: Tensor, chances: Tensor) -> Window:
     return window._replace(inputs=inputs, actions=actions - noise, valid=window.valid[:, None])
 
 
-def _held_out(episode: int) -> bool:
-    """By a hash of its index, so that no regular order of the tasks lines up with it."""
-    return zlib.crc32(episode.to_bytes(4, "little")) % VALIDATION_EVERY == 0
+class _Told(Dataset[Any]):
+    """What is wrong with the data as an item: raised in another process, it would come with a traceback in its text."""
+
+    def __init__(self, windows: Dataset[Any]) -> None:
+        self._windows = windows
+
+    def __getitem__(self, step: int) -> Any:
+        try:
+            return self._windows[step]
+        except BitvlaError as error:
+            return error
 
 
-def _jitter(images: NDArray[np.uint8], augmentation: Augmentation, changes: NDArray[np.float64]) -> NDArray[np.uint8]:
+def _group_bytes(dataset: LeRobotDataset, cameras: Sequence[str]) -> int | None:
+    """Decoded pictures of a group, or None where all fit: room for the last, this, the next, and one to validate."""
+    sizes, limit = dataset.pictures.bytes_of(cameras), dataset.pictures.limit
+    if limit is None or sizes.sum() <= limit:
+        return None
+    if limit < 8 * sizes.max():
+        raise BitvlaError(
+            f"--cache-size is too small for {dataset.name}: {limit / 1e6:.0f} MB, of which its longest episode takes "
+            f"{sizes.max() / 1e6:.0f} MB; give at least {8 * sizes.max() / 1e6:.0f} MB"
+        )
+    return int(limit // 4 - sizes.max())
+
+
+def held_out(name: bytes) -> bool:
+    """By a hash of its name, so that no regular order of the tasks lines up with it."""
+    return zlib.crc32(name) % VALIDATION_EVERY == 0
+
+
+def jitter(images: NDArray[np.uint8], augmentation: Augmentation, changes: NDArray[np.float64]) -> NDArray[np.uint8]:
     """Brightness, contrast and saturation of images (B, V, ...), from `changes` (B, V, 3) in [0, 1)."""
     strengths = (augmentation.brightness, augmentation.contrast, augmentation.saturation)
     factors = (1 + (2 * changes - 1) * strengths).astype(np.float32)

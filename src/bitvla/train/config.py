@@ -14,6 +14,7 @@ from bitvla.config import (
     FlowConfig,
     ImageProcessing,
     LanguageConfig,
+    LanguageModelConfig,
     PolicyConfig,
     ProcessingConfig,
     PromptConfig,
@@ -23,7 +24,7 @@ from bitvla.config import (
     check,
     load_toml,
 )
-from bitvla.data.lerobot import LeRobotDataset
+from bitvla.data.lerobot import Conventions, LeRobotDataset, names_of
 from bitvla.errors import BitvlaError
 
 
@@ -36,6 +37,7 @@ class Augmentation(Record, frozen=True, kw_only=True, forbid_unknown_fields=True
     saturation: float = 0.2
 
 
+Part = Literal["tower", "connector", "decoder", "head"]
 NO_STATE = Statistics(names=(), units=(), low=(), high=(), mask=())
 
 
@@ -58,7 +60,8 @@ class NewPolicy(Record, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
 
 class TrainConfig(Record, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """One stage of training. A policy is either new (`policy`) or comes from a checkpoint (`--init`).
+    """One stage of training. A policy is either new (`policy`) or comes from a checkpoint (`--init`); so is the
+    vision-language model (`model`) of the stages over conversations.
 
     `batch_size` windows, shared by all processes, are one pass; `gradient_accumulation` passes are one step.
     """
@@ -71,9 +74,16 @@ class TrainConfig(Record, frozen=True, kw_only=True, forbid_unknown_fields=True)
     # Muon orthogonalises the update of every matrix inside a block (Jordan et al., 2024); the rest has AdamW.
     optimizer: Literal["adamw", "muon"] = "adamw"
     policy: NewPolicy | None = None
+    model: LanguageModelConfig | None = None
+    # Which parts learn. None: of a policy all, in align, instruct and distill of a vision-language model those of the
+    # paper. The projectors of state and prefix are with the connector.
+    learning_parts: tuple[Part, ...] | None = None
+    max_tokens: int = 2048  # of a conversation, images included; what is longer is left out
     seed: int = 7
     warmup_steps: int = 375
+    decay: Literal["cosine", "linear"] = "cosine"  # of the learning rate after the warm-up, to zero
     weight_decay: float = 0.01
+    weight_decay_steps: int | None = None  # in so many first steps (None: in all), as BitNet b1.58 2B4T was trained
     clip_gradient: float = 1.0  # 0: not at all
     gradient_accumulation: int = 1
     ema_decay: float = 0.999
@@ -81,7 +91,13 @@ class TrainConfig(Record, frozen=True, kw_only=True, forbid_unknown_fields=True)
     compile: bool = False
     checkpoint_activations: bool = False  # less memory, a third more work
     shard: bool = False  # weights, gradients and optimiser state are spread over the processes (FSDP2)
+    data: dict[str, Conventions] = msgspec.field(default_factory=dict)  # by a dataset's name: its folder's
     mixture: dict[str, float] = msgspec.field(default_factory=dict)  # pretrain: weight by dataset's folder name
+    # Adapters of this rank (LoRA), weighing alpha / rank, are trained in place of tower, connector and decoder: one for
+    # each of their linear layers. The parts that act are trained whole. 0: everything is.
+    lora_rank: int = 0
+    lora_alpha: float = 16.0
+    workers: int = 1  # that prepare batches, a process of training
     alignment_weight: float = 0.1  # gamma of the paper: hidden states of student and teacher (distill)
     # Real-time chunking: up to so many first actions of a window are given as decided (None: as the policy has it), in
     # all windows but this share; the loss is over the others.
@@ -91,7 +107,6 @@ class TrainConfig(Record, frozen=True, kw_only=True, forbid_unknown_fields=True)
     # noises and times of the flow each window's hidden states serve in a pass.
     flow: FlowConfig | None = None
     flow_samples: int = 4
-    train_head_only: bool = False  # everything but the action head stays as it is (finetune)
     # Heads that are thrown away: privileged positions read from the proprio token, places in the image from patches.
     auxiliary_weight: float = 0.0
     keypoint_weight: float = 0.0
@@ -106,7 +121,7 @@ class TrainConfig(Record, frozen=True, kw_only=True, forbid_unknown_fields=True)
 def load(path: Path) -> TrainConfig:
     """Read and check a training configuration; BitvlaError names the file and the key at fault."""
     config = load_toml(TrainConfig, path)
-    positive = ("steps", "batch_size", "learning_rate", "log_every", "save_every", "gradient_accumulation")
+    positive = ("steps", "batch_size", "learning_rate", "log_every", "save_every", "gradient_accumulation", "workers")
     for name in (*positive, "flow_samples"):
         if getattr(config, name) <= 0:
             raise BitvlaError(f"{path}: {name} must be positive, it is {getattr(config, name)}")
@@ -117,18 +132,22 @@ def load(path: Path) -> TrainConfig:
             )
     if config.shard and (config.optimizer == "muon" or config.auxiliary_weight or config.keypoint_weight):
         raise BitvlaError(f"{path}: shard = true needs optimizer 'adamw', and auxiliary_weight and keypoint_weight 0")
+    if config.lora_rank < 0 or not 0 < config.lora_alpha < math.inf:
+        raise BitvlaError(
+            f"{path}: lora_rank is {config.lora_rank} and lora_alpha {config.lora_alpha}; give a rank from 1, or 0 for "
+            "none, and a positive alpha"
+        )
     if not 0 <= config.prefix_dropout <= 1:
         raise BitvlaError(f"{path}: prefix_dropout {config.prefix_dropout} is not a share from 0 to 1")
-    if config.train_head_only and (config.auxiliary_weight or config.keypoint_weight):
-        raise BitvlaError(f"{path}: train_head_only = true needs auxiliary_weight and keypoint_weight 0")
     return config
 
 
 def with_head(policy: PolicyConfig, config: TrainConfig) -> PolicyConfig:
     """`policy` with the prefix and the flow that `config` asks for."""
     changes: dict[str, Any] = {} if config.max_prefix is None else {"max_prefix": config.max_prefix}
-    if config.flow is not None:
-        changes |= {"flow": config.flow, "head_hidden_size": 0, "head_blocks": 0}
+    flow = config.flow or (config.policy and config.policy.action.flow)
+    if flow:
+        changes |= {"flow": flow, "head_hidden_size": 0, "head_blocks": 0}
     action = msgspec.structs.replace(policy.action, **changes)
     return check(msgspec.structs.replace(policy, action=action)) if changes else policy
 
@@ -139,6 +158,12 @@ def policy_config(new: NewPolicy, dataset: LeRobotDataset, precision: Literal["f
     for name in names:
         if name not in dataset.cameras:
             raise BitvlaError(f"{dataset.root} has no camera '{name}', only {', '.join(dataset.cameras)}")
+    sizes = {"state_dim": (new.action.state_dim, dataset.state), "dim": (new.action.dim, dataset.action)}
+    for name, (size, vectors) in sizes.items():
+        if size and size != vectors.shape[1]:
+            raise BitvlaError(
+                f"{dataset.name} has vectors of {vectors.shape[1]}, policy.action.{name} is {size}; change it"
+            )
     config = PolicyConfig(
         name=new.name,
         vision=new.vision,
@@ -172,13 +197,13 @@ def for_dataset(config: PolicyConfig, dataset: LeRobotDataset) -> PolicyConfig:
 
 
 def _camera(dataset: LeRobotDataset, name: str) -> Camera:
-    height, width, _ = dataset.features[f"observation.images.{name}"]["shape"]
+    height, width, _ = dataset.shape(name)
     return Camera(name=name, height=height, width=width)
 
 
 def _statistics(dataset: LeRobotDataset, key: str, units: tuple[str, ...]) -> Statistics:
     stats = dataset.stats[key]
-    names = tuple(dataset.features[key]["names"])
+    names = tuple(names_of(dataset.features[key]))
     return Statistics(
         names=names,
         units=units,

@@ -12,7 +12,7 @@ import platform
 import signal
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -31,11 +31,15 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils._pytree import tree_map
 
 import bitvla
-from bitvla.config import PolicyConfig, to_dict
-from bitvla.data.lerobot import LeRobotDataset
+from bitvla.bundle import tensor_specs
+from bitvla.config import LanguageModelConfig, PolicyConfig, to_dict
+from bitvla.convert.source import Source
+from bitvla.convert.training import Adapters, open_start, read_config
+from bitvla.data.lerobot import AS_STORED, LeRobotDataset, name_of
 from bitvla.errors import BitvlaError, meant
-from bitvla.model.checkpoint import digest, golden_tensors, load_config, load_network, load_tokenizer, save_policy
-from bitvla.model.network import BitVLA, checkpoint_activations, layers
+from bitvla.model.checkpoint import golden_tensors, load_network, save_checkpoint
+from bitvla.model.lora import add_adapters, trained_state
+from bitvla.model.network import Backbone, BitVLA, checkpoint_activations, layers
 from bitvla.model.policy import TorchPolicy
 from bitvla.processing.prompt import Prompt, train_tokenizer
 from bitvla.train import stages
@@ -49,33 +53,51 @@ GOLDEN_OBSERVATIONS = 2
 def run(
     stage: str,
     config_path: Path,
-    data: Path | Sequence[Path],
+    data: str | Path | Sequence[str | Path],
     out: Path,
     *,
     init: Path | None = None,
     teacher: Path | None = None,
     sentences: list[str] | None = None,
+    cache_bytes: int | None = None,
 ) -> dict[str, Any]:
     """Train a policy and return a summary (steps, losses, checkpoint folder).
 
     Args:
         stage: one of `stages.NAMES`; "distill" needs `teacher`.
         config_path: TOML file of a `TrainConfig`.
-        data: root of a LeRobotDataset v3; for "pretrain" one or several.
+        data: a LeRobotDataset v3, as a folder, an address that fsspec knows, or an id on the Hub; for "pretrain" one
+            or several; for "align", "instruct" and the distillation of a vision-language model a JSON file of
+            conversations (see `bitvla.train.conversations`).
         out: folder of the run. If it holds an unfinished run of the same settings, that run goes on.
-        init: checkpoint whose weights are the start; by default random (finetune) or the teacher's (distill).
+        init: checkpoint whose weights are the start, of training or published (its folder or its Hub id); by default
+            random (finetune) or the teacher's (distill).
         teacher: full-precision checkpoint that a distilled student follows.
         sentences: corpus of the tokenizer of a new policy; by default the instructions of the dataset.
+        cache_bytes: disk that decoded pictures may take, in all; by default what they need.
 
     Raises:
         BitvlaError: unusable configuration, data or checkpoint; a loss that is not finite.
     """
     check_stage(stage, teacher)
     config = load(config_path)
-    roots = [Path(data)] if isinstance(data, str | Path) else [Path(root) for root in data]
-    _check_mixture(stage, config, roots)
+    sources = [data] if isinstance(data, str | Path) else list(data)
+    names = [name_of(source) for source in sources]
+    _check_mixture(stage, config, names)
     start = init or (teacher if stage == "distill" else None)
-    trainer = _Trainer(stage, config, [LeRobotDataset(root) for root in roots], Path(out), start, teacher, sentences)
+    _check_adapters(stage, config, start, teacher)
+    trainer: Trainer
+    if of_language(stage, teacher):
+        from bitvla.train.language import LanguageTrainer  # which is a Trainer
+
+        trainer = LanguageTrainer(stage, config, Path(sources[0]), Path(out), start, teacher)
+    else:
+        share = None if cache_bytes is None else cache_bytes // len(sources)
+        datasets = [
+            LeRobotDataset(source, config.data.get(name, AS_STORED), share)
+            for source, name in zip(sources, names, strict=True)
+        ]
+        trainer = Trainer(stage, config, datasets, Path(out), start, teacher, sentences)
     with _interruptible() as interrupted:
         return trainer.train(interrupted)
 
@@ -88,7 +110,11 @@ def check_stage(stage: str, teacher: Path | None) -> None:
         return
     if teacher is None:
         raise BitvlaError("stage 'distill' needs a full-precision teacher: --teacher CHECKPOINT")
-    config = load_config(teacher)
+    config = read_config(teacher)
+    if isinstance(config, LanguageModelConfig):
+        if config.precision == "ternary" and config.vision and config.vision.ternary:
+            raise BitvlaError(f"the tower of the teacher {teacher} is ternary; distillation needs full precision")
+        return
     if config.precision != "full":
         raise BitvlaError(f"the teacher {teacher} is {config.precision}; distillation needs full precision")
     trained = (_provenance_of(teacher) or {}).get("stage")
@@ -96,10 +122,30 @@ def check_stage(stage: str, teacher: Path | None) -> None:
         raise BitvlaError(f"the teacher {teacher} is of stage '{trained}' and has no action head; finetune it first")
 
 
-def _check_mixture(stage: str, config: TrainConfig, roots: list[Path]) -> None:
-    names = [root.name for root in roots]
+def of_language(stage: str, teacher: Path | None) -> bool:
+    """Does this stage train a vision-language model, on conversations?"""
+    if stage == "distill" and teacher is not None:
+        return isinstance(read_config(teacher), LanguageModelConfig)
+    return stage in ("align", "instruct")
+
+
+def _check_adapters(stage: str, config: TrainConfig, start: Path | None, teacher: Path | None) -> None:
+    if config.lora_rank and stage == "localize":
+        raise BitvlaError("stage 'localize' trains a new tower; leave out lora_rank")
+    if config.lora_rank and of_language(stage, teacher):
+        raise BitvlaError("adapters are of policies; leave out lora_rank, and say in learning_parts what learns")
+    if config.lora_rank and config.learning_parts is not None:
+        raise BitvlaError("lora_rank and learning_parts both say what learns; leave out one of them")
+    if config.lora_rank and start is None:
+        raise BitvlaError(f"lora_rank is {config.lora_rank}: adapters need a checkpoint to adapt; give one with --init")
+
+
+def _check_mixture(stage: str, config: TrainConfig, names: list[str]) -> None:
+    for name in config.data:
+        if name not in names:
+            raise BitvlaError(f"the configuration describes the data '{name}', which is no --data{meant(name, names)}")
     if stage != "pretrain":
-        if len(roots) > 1:
+        if len(names) > 1:
             raise BitvlaError(f"stage '{stage}' trains on one dataset, not on {', '.join(names)}")
         return
     if len(set(names)) < len(names):
@@ -112,7 +158,9 @@ def _check_mixture(stage: str, config: TrainConfig, roots: list[Path]) -> None:
             raise BitvlaError(f"the mixture has no weight for '{name}'; give one to every --data, or to none")
 
 
-class _Trainer:
+class Trainer:
+    """One run of a stage over demonstrations; `bitvla.train.language` has the one over conversations."""
+
     def __init__(
         self,
         stage: str,
@@ -123,30 +171,38 @@ class _Trainer:
         teacher: Path | None,
         sentences: list[str] | None,
     ) -> None:
-        dataset = datasets[0]
-        self.stage, self.config, self.out, self.datasets, self.dataset = stage, config, out, datasets, dataset
+        self.stage, self.config, self.out, self.datasets = stage, config, out, datasets
         self.accelerator = _accelerator(config, out)
         self.console = Console(stderr=True, quiet=not self.accelerator.is_main_process)
         set_seed(config.seed)
-        self.network, self.prompt, self.tokenizer = self._policy(start, sentences)
-        policy = self.network.config
-        positions = 0 if dataset.environment_state is None else dataset.environment_state.shape[1]
-        keypoints = 0 if dataset.keypoints is None else dataset.keypoints.shape[2]
-        self.auxiliary = stages.AuxiliaryHead(policy, positions, keypoints)
+        opened = {path: open_start(path) for path in (start, teacher) if path is not None}
+        source = None if start is None else opened[start]
+        self.network, self.prompt, self.tokenizer = self._policy(source, sentences)
+        if config.lora_rank:
+            add_adapters(self.network, config.lora_rank, config.lora_alpha)
+        positions = keypoints = 0  # that a simulator knows
+        if datasets:
+            positions = 0 if datasets[0].environment_state is None else datasets[0].environment_state.shape[1]
+            keypoints = 0 if datasets[0].keypoints is None else datasets[0].keypoints.shape[2]
+        self.auxiliary = stages.AuxiliaryHead(self.network.config, positions, keypoints)
         # Without gradients where nothing is asked of them, as several processes demand.
         self.auxiliary.linear.requires_grad_(bool(positions and config.auxiliary_weight and stage != "pretrain"))
         self.auxiliary.points.requires_grad_(bool(keypoints and config.keypoint_weight and stage != "pretrain"))
-        stages.freeze(stage, self.network, config)
         # What is saved: whole, and not on the device; brought up to date with the averages when it is needed.
         self.averaged = copy.deepcopy(self.network).requires_grad_(False)
-        self.provenance = self._provenance(start, teacher)
+        self.provenance = self._provenance({"init": source, "teacher": None if teacher is None else opened[teacher]})
+        if config.lora_rank and start is not None and source is not None:
+            base = str(start.resolve()) if start.exists() else str(start)
+            self.provenance["adapters"] = to_dict(
+                Adapters(base=base, sha256=source.sha256, rank=config.lora_rank, alpha=config.lora_alpha)
+            )
         state = self._read_state()
         if state is not None:
-            self.network.load_state_dict(state["network"])
+            self.network.load_state_dict(self.network.state_dict() | state["network"])
             self.auxiliary.load_state_dict(state["auxiliary"])
-            self.averaged.load_state_dict(state["averaged"])
+            self.averaged.load_state_dict(self.averaged.state_dict() | state["averaged"])
         self.step = 0 if state is None else int(state["step"])
-        self._place(self._objective(teacher), state)
+        self._place(self._objective(None if teacher is None else opened[teacher]), state)
         self._last_log: tuple[int, float] | None = None
 
     def _place(self, objective: stages.Objective, state: dict[str, Any] | None) -> None:
@@ -161,8 +217,9 @@ class _Trainer:
         if self._sharded:
             shard(trained)
         whole = stages.trained_part(self.stage, self.averaged).parameters()
-        self.averages = [_placed_like(p, value.detach()) for p, value in zip(part.parameters(), whole, strict=True)]
-        self.parameters = list(part.parameters())
+        moving = [(p, average) for p, average in zip(part.parameters(), whole, strict=True) if p.requires_grad]
+        self.parameters, self.kept_averages = [p for p, _ in moving], [average for _, average in moving]
+        self.averages = [_placed_like(p, average.detach()) for p, average in moving]
         self.optimizers = optimizers(self.network, self.auxiliary, config)
         self.schedules = [
             torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _learning_rate(step, config))
@@ -177,21 +234,27 @@ class _Trainer:
         self.optimizers = [self.accelerator.prepare_optimizer(optimizer) for optimizer in self.optimizers]
 
     @property
+    def dataset(self) -> LeRobotDataset:
+        """The first one, whose robot the policy is of."""
+        return self.datasets[0]
+
+    @property
     def _sharded(self) -> bool:
         return self.config.shard and self.accelerator.num_processes > 1
 
     def train(self, interrupted: list[int]) -> dict[str, Any]:
         config, passes = self.config, self.config.gradient_accumulation
         split = {"rank": self.accelerator.process_index, "world_size": self.accelerator.num_processes}
-        with self.accelerator.main_process_first():  # which decodes the videos once
+        with self.accelerator.local_main_process_first():  # which decodes the videos once
             self.windows = self._windows("train", **split)
+            self.windows.prepare(self.step * passes)
         self._announce(self.windows)
         steps = range(self.step * passes, config.steps * passes)
         losses: dict[str, float] = {}
         latest: list[stages.Losses] = []
         with self._progress() as progress:
             bar = progress.add_task(self.stage, total=config.steps, completed=self.step, losses="")
-            for number, window in zip(steps, batches(self.windows, steps), strict=True):
+            for number, window in zip(steps, batches(self.windows, steps, config.workers), strict=True):
                 self.number = number
                 latest = [*latest, self._step(window)][-passes:]
                 if not self.accelerator.sync_gradients:
@@ -224,6 +287,9 @@ class _Trainer:
             if self.accelerator.sync_gradients and self.config.clip_gradient:
                 self.accelerator.clip_grad_norm_(self.trained.parameters(), self.config.clip_gradient)
             for optimizer in self.optimizers:
+                if self.step == self.config.weight_decay_steps:
+                    for group in optimizer.param_groups:
+                        group["weight_decay"] = 0.0
                 optimizer.step()
                 optimizer.zero_grad()
         if self.accelerator.sync_gradients:
@@ -246,21 +312,23 @@ class _Trainer:
 
     # -- what is trained -----------------------------------------------------------------
 
-    def _policy(self, start: Path | None, sentences: list[str] | None) -> tuple[BitVLA, Prompt, Tokenizer]:
+    def _policy(self, start: Source | None, sentences: list[str] | None) -> tuple[Any, Any, Tokenizer]:
+        """Network, prompt and tokenizer."""
         config = start_config(self.stage, self.config, start, self.dataset)
         if start is not None:
-            _check_fits(config, self.dataset, start)
+            _check_fits(config, self.dataset, start.folder)
+            tokenizer = Tokenizer.from_str(start.tokenizer)
             network, prompt = load_network(start, config)
-            return network, prompt, load_tokenizer(start)
-        template = config.processing.prompt
-        specials = [template.pad_token, "<|slot|>", template.image_token, template.proprio_token, template.stop_token]
-        specials += [token for token in ("<|begin_of_text|>", "<|eot_id|>") if token in template.template]
-        corpus = sorted(set(sentences or [text for dataset in self.datasets for text in dataset.task_strings]))
-        tokenizer = train_tokenizer(corpus, config.language.vocab_size - config.action.bins, specials)
-        prompt = Prompt(config, tokenizer)
-        return BitVLA(config, prompt.image_id, prompt.proprio_id), prompt, tokenizer
+        else:
+            corpus = sentences or [text for dataset in self.datasets for text in dataset.task_strings]
+            tokenizer = new_tokenizer(config, corpus)
+            prompt = Prompt(config, tokenizer)
+            network = BitVLA(config, prompt.image_id, prompt.proprio_id)
+        stages.freeze(self.stage, self.config, network)
+        _check_frozen(network, start)
+        return network, prompt, tokenizer
 
-    def _objective(self, teacher: Path | None) -> stages.Objective:
+    def _objective(self, teacher: Source | None) -> stages.Objective:
         if self.stage == "localize" and not (self.config.keypoint_weight and self.dataset.keypoints is not None):
             raise BitvlaError(
                 f"stage 'localize' needs keypoint_weight above 0 and observation.keypoints in {self.dataset.root}"
@@ -274,7 +342,11 @@ class _Trainer:
                 frozen = torch.compile(frozen)
         return stages.objective(self.stage, self.config, self.auxiliary, frozen)
 
-    def _windows(self, split: str, **shard: int) -> Windows | Mixture:
+    def _validation_objective(self) -> stages.Objective:
+        return self.objective if self.stage != "distill" else stages.finetune(self.config, self.auxiliary)
+
+    def _windows(self, split: str, **shard: int) -> Any:
+        """The batches of a split: a dataset with `num_frames`, `prepare(step)` and `where(step)`."""
         config = self.network.config
         configs = [config, *(for_dataset(config, dataset) for dataset in self.datasets[1:])]
         parts = [
@@ -300,26 +372,17 @@ class _Trainer:
 
     # -- keeping -------------------------------------------------------------------------
 
-    def _provenance(self, start: Path | None, teacher: Path | None) -> dict[str, Any]:
+    def _provenance(self, parents: dict[str, Source | None]) -> dict[str, Any]:
         settings = msgspec.json.encode(self.config)
-        parents = {"init": start, "teacher": teacher}
         return {
             "stage": self.stage,
             "config": to_dict(self.config),
             "config_digest": hashlib.sha256(settings).hexdigest(),
-            "data": [
-                {
-                    # The exact statistics of every frame change when any value does, and are cheap to read.
-                    "digest": digest(dataset.root / "meta" / "stats.json"),
-                    "episodes": dataset.num_episodes,
-                    "frames": dataset.num_frames,
-                }
-                for dataset in self.datasets
-            ],
+            "data": self._data(),
             "parents": {
-                name: {"digest": digest(path / "model.safetensors"), "provenance": _provenance_of(path)}
-                for name, path in parents.items()
-                if path is not None
+                name: {"digest": source.sha256, "provenance": source.provenance}
+                for name, source in parents.items()
+                if source is not None
             },
             "versions": {
                 "bitvla": bitvla.__version__,
@@ -329,9 +392,24 @@ class _Trainer:
             },
         }
 
+    def _data(self) -> list[dict[str, Any]]:
+        """What the data are, for the record."""
+        return [
+            {
+                # The exact statistics of every frame change when any value does, and are cheap to read.
+                "digest": hashlib.sha256((dataset.root / "meta" / "stats.json").read_bytes()).hexdigest(),
+                "episodes": dataset.num_episodes,
+                "frames": dataset.num_frames,
+                # Which decides the order of the frames.
+                **({} if dataset.pictures.limit is None else {"cache_bytes": dataset.pictures.limit}),
+            }
+            for dataset in self.datasets
+        ]
+
     def _identity(self) -> str:
         """What must be equal for a run to go on: stage, settings, data and parents."""
-        return json.dumps({k: v for k, v in self.provenance.items() if k != "versions"}, sort_keys=True)
+        known = {key: value for key, value in self.provenance.items() if key not in ("versions", "adapters")}
+        return json.dumps(known, sort_keys=True)
 
     def _read_state(self) -> dict[str, Any] | None:
         path = self.out / STATE_FILE
@@ -349,18 +427,17 @@ class _Trainer:
 
     def _state(self) -> dict[str, Any]:
         """What a run goes on from, in whole tensors: the number of processes may change. Every process must ask."""
-        part = stages.trained_part(self.stage, self.averaged)
         with torch.no_grad():
-            for parameter, value in zip(part.parameters(), self.averages, strict=True):
-                parameter.copy_(_whole(value))
+            for kept, value in zip(self.kept_averages, self.averages, strict=True):
+                kept.copy_(_whole(value))
         parts = {
-            "network": self.network.state_dict(),
+            "network": trained_state(self.network),
             "auxiliary": self.auxiliary.state_dict(),
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
             "schedules": [schedule.state_dict() for schedule in self.schedules],
         }
         gathered: dict[str, Any] = tree_map(_whole, parts)
-        return {**gathered, "averaged": self.averaged.state_dict(), "step": self.step, "identity": self._identity()}
+        return {**gathered, "averaged": trained_state(self.averaged), "step": self.step, "identity": self._identity()}
 
     def _save(self, console: Console) -> None:
         """Write the averaged weights as a policy, then the state of the run."""
@@ -371,7 +448,7 @@ class _Trainer:
         console.print(f"step {self.step}: validation " + _show(validation))
         self._record({f"validation_{k}": v for k, v in validation.items()})
         provenance = {**self.provenance, "steps": self.step, "validation": validation}
-        save_policy(self.out, self.averaged, self.tokenizer, self._golden(), provenance)
+        save_checkpoint(self.out, self.averaged.cpu(), self.tokenizer, self._golden(), provenance)
         temporary = self.out / (STATE_FILE + ".tmp")
         torch.save(state, temporary)
         os.replace(temporary, self.out / STATE_FILE)
@@ -384,14 +461,14 @@ class _Trainer:
             return {}
         device = self.accelerator.device
         averaged = stages.trained_part(self.stage, self.averaged.eval().to(device))
-        plain = self.objective if self.stage != "distill" else stages.finetune(self.config, self.auxiliary)
+        plain = self._validation_objective()
         with self.accelerator.autocast():
             rows = [plain(averaged, _to(windows[i], device)) for i in range(self.config.validation_batches)]
         return {name: sum(row[name].item() for row in rows) / len(rows) for name in rows[0]}
 
-    def _golden(self) -> tuple[dict[str, torch.Tensor], list[str]]:
+    def _golden(self) -> tuple[dict[str, torch.Tensor], list[str]] | None:
         """A few raw observations of the data with the answers of the averaged weights."""
-        dataset, policy = self.dataset, TorchPolicy(self.averaged.cpu(), self.prompt)
+        dataset, policy = self.dataset, TorchPolicy(self.averaged, self.prompt)
         cameras = [camera.name for camera in policy.config.processing.cameras]
         state = {"state": dataset.state} if policy.config.action.state_dim else {}
         first_frames = [begin for begin, _ in dataset.episode_ranges]
@@ -409,16 +486,19 @@ class _Trainer:
 
     # -- telling -------------------------------------------------------------------------
 
-    def _announce(self, windows: Windows | Mixture) -> None:
+    def _announce(self, windows: Any) -> None:
         config, processes = self.config, self.accelerator.num_processes
         effective = config.batch_size * config.gradient_accumulation
         parameters = sum(parameter.numel() for parameter in self.network.parameters())
+        trained = sum(parameter.numel() for parameter in self.parameters)
         episodes = sum(dataset.num_episodes for dataset in self.datasets)
+        amount = f"frames of {episodes} episodes" if episodes else "conversations"
         self.console.print(
             f"{self.stage} of '{self.network.config.name}' ({config.precision} precision, {parameters / 1e6:.2f} M "
-            f"parameters): {windows.num_frames} frames of {episodes} episodes, {config.steps} steps of {effective} "
-            f"windows ({config.gradient_accumulation} x {processes} process(es) x {config.batch_size // processes}; "
-            f"{config.steps * effective / windows.num_frames:.1f} epochs) on {self.accelerator.device}"
+            f"parameters, {trained / 1e6:.2f} M trained): {windows.num_frames} {amount}, {config.steps} steps of "
+            f"{effective} windows ({config.gradient_accumulation} x {processes} process(es) x "
+            f"{config.batch_size // processes}; {config.steps * effective / windows.num_frames:.1f} epochs) on "
+            f"{self.accelerator.device}"
         )
         if self.step:
             self.console.print(f"going on at step {self.step}")
@@ -453,6 +533,14 @@ class _Trainer:
             self.accelerator.log(values, step=self.step)
 
 
+def new_tokenizer(config: PolicyConfig, corpus: Iterable[str]) -> Tokenizer:
+    """The tokenizer of a new policy, made for the sentences that it will be told."""
+    template = config.processing.prompt
+    specials = [template.pad_token, "<|slot|>", template.image_token, template.proprio_token, template.stop_token]
+    specials += [token for token in ("<|begin_of_text|>", "<|eot_id|>") if token in template.template]
+    return train_tokenizer(sorted(set(corpus)), config.language.vocab_size - config.action.bins, specials)
+
+
 class _Trained(torch.nn.Module):
     """Everything that has gradients, called with a window: what is wrapped when there are several processes."""
 
@@ -468,12 +556,14 @@ class _Trained(torch.nn.Module):
         return self._losses(window)
 
 
-def optimizers(network: BitVLA, auxiliary: torch.nn.Module, config: TrainConfig) -> list[torch.optim.Optimizer]:
+def optimizers(network: Backbone, auxiliary: torch.nn.Module, config: TrainConfig) -> list[torch.optim.Optimizer]:
     """Matrices decay; norms, biases and embeddings of position do not. The vision tower may learn at its own rate."""
     inside = {id(p) for name, p in network.named_parameters() if ".layers." in name and p.ndim == 2}
     vision = {id(p) for p in network.vision_tower.parameters()}
     groups: dict[tuple[bool, bool, bool], list[Tensor]] = {}
     for p in [*network.parameters(), *auxiliary.parameters()]:
+        if not p.requires_grad:
+            continue
         key = (config.optimizer == "muon" and id(p) in inside, id(p) in vision, p.ndim >= 2)
         groups.setdefault(key, []).append(p)
     rates = {True: config.vision_learning_rate or config.learning_rate, False: config.learning_rate}
@@ -519,11 +609,12 @@ def _optimizer_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]) ->
 
 
 def _learning_rate(step: int, config: TrainConfig) -> float:
-    """Linear warm-up, then a half cosine to zero (paper, Table V)."""
+    """Linear warm-up, then a half cosine (paper, Table V) or a line (Table IV) to zero."""
     if step < config.warmup_steps:
         return (step + 1) / config.warmup_steps
     done = (step - config.warmup_steps) / max(1, config.steps - config.warmup_steps)
-    return 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+    done = min(1.0, done)
+    return 1 - done if config.decay == "linear" else 0.5 * (1 + math.cos(math.pi * done))
 
 
 def _to(window: Any, device: torch.device) -> Any:
@@ -551,18 +642,20 @@ def _accelerator(config: TrainConfig, out: Path) -> Accelerator:
     return accelerator
 
 
-def start_config(stage: str, config: TrainConfig, start: Path | None, dataset: LeRobotDataset) -> PolicyConfig:
-    """The policy that a stage trains: the one of the checkpoint `start`, or a new one."""
-    stored = None if start is None else load_config(start)
+def start_config(stage: str, config: TrainConfig, start: Source | None, dataset: LeRobotDataset) -> PolicyConfig:
+    """The policy that a stage trains: the one of the checkpoint `start`, or a new one, as over a base model."""
+    stored = start.config if start is not None and isinstance(start.config, PolicyConfig) else None
     if stored is not None and bool(stored.action.bins) == (stage == "pretrain"):
         policy = msgspec.structs.replace(stored, precision=config.precision)
-    elif stored is not None and stage == "pretrain":
-        raise BitvlaError(f"{start} regresses its actions; stage 'pretrain' goes on from a pre-trained checkpoint only")
+    elif start is not None and stored is not None and stage == "pretrain":
+        raise BitvlaError(
+            f"{start.folder} regresses its actions; stage 'pretrain' goes on from a pre-trained checkpoint only"
+        )
     elif config.policy is None:
         raise BitvlaError(
             "the configuration has no [policy] section and no --init checkpoint gives one"
-            if stored is None
-            else f"{start} is pre-trained and knows no action head; describe the policy in a [policy] section"
+            if start is None
+            else f"{start.folder} is pre-trained and knows no action head; describe the policy in a [policy] section"
         )
     else:
         policy = policy_config(config.policy, dataset, config.precision)
@@ -573,33 +666,42 @@ def start_config(stage: str, config: TrainConfig, start: Path | None, dataset: L
             else f"stage '{stage}' regresses its actions: leave out policy.action.bins"
         )
     policy = with_head(policy, config)
-    if config.train_head_only and stored is None:
-        raise BitvlaError("train_head_only = true trains on top of a policy: give one with --init")
-    if config.train_head_only and stored and policy.action.max_prefix and not stored.action.max_prefix:
-        raise BitvlaError(
-            f"train_head_only = true would leave the projector of max_prefix untrained, which {start} does not have"
-        )
-    if stored is not None:
-        _check_backbone(policy, stored, start)
+    if start is not None:
+        _check_backbone(policy, start)
     return policy
 
 
-def _check_backbone(policy: PolicyConfig, stored: PolicyConfig, start: Path | None) -> None:
+def _check_backbone(policy: PolicyConfig, start: Source) -> None:
     """Tower and decoder must be those of the checkpoint; whether the decoder is causal may change."""
+    stored = start.config
     causal = msgspec.structs.replace(policy.language, bidirectional=stored.language.bidirectional)
     for name, wanted, found in (("vision", policy.vision, stored.vision), ("language", causal, stored.language)):
         for field in wanted.__struct_fields__:
             if getattr(wanted, field) != getattr(found, field):
                 raise BitvlaError(
-                    f"policy.{name}.{field} is {getattr(wanted, field)}, {start} has {getattr(found, field)}; "
+                    f"policy.{name}.{field} is {getattr(wanted, field)}, {start.folder} has {getattr(found, field)}; "
                     "give the policy the sizes of the checkpoint"
                 )
+
+
+def _check_frozen(network: BitVLA, start: Source | None) -> None:
+    """What does not learn must be in the checkpoint."""
+    stored = {} if start is None else tensor_specs(start.config)
+    for name, parameter in network.named_parameters():
+        if not parameter.requires_grad and name not in stored:
+            raise BitvlaError(
+                f"learning_parts leaves out {name}, which "
+                f"{'no --init gives' if start is None else f'{start.folder} does not have'}: it would stay random"
+            )
 
 
 def _check_fits(config: Any, dataset: LeRobotDataset, start: Path) -> None:
     wanted = [camera.name for camera in config.processing.cameras]
     if not set(wanted) <= set(dataset.cameras):
-        raise BitvlaError(f"{start} was trained on the cameras {wanted}, the data has {list(dataset.cameras)}")
+        raise BitvlaError(
+            f"{start} was trained on the cameras {wanted}, the data has {list(dataset.cameras)}; say in the "
+            f"configuration which are which: data.{dataset.name}.cameras"
+        )
     state_dim = 0 if config.action.bins else dataset.state.shape[1]
     if dataset.action.shape[1] != config.action.dim or state_dim != config.action.state_dim:
         raise BitvlaError(

@@ -19,16 +19,20 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
-from bitvla.config import Camera, PolicyConfig, ProcessingConfig, Statistics, check
-from bitvla.data.lerobot import IMAGE_PREFIX, read_info
+import bitvla
+from bitvla.config import Camera, LanguageModelConfig, PolicyConfig, ProcessingConfig, Statistics, check
+from bitvla.convert import official
+from bitvla.convert.training import read_config
+from bitvla.data.lerobot import AS_STORED, cameras_of, locate, name_of, read_info
 from bitvla.errors import BitvlaError
-from bitvla.model.checkpoint import load_config
-from bitvla.model.network import Batch, BitVLA, checkpoint_activations, layers
+from bitvla.model.lora import add_adapters
+from bitvla.model.network import Batch, BitVLA, VisionLanguageModel, VisionTower, checkpoint_activations, layers
 from bitvla.model.ternary import TernaryLinear
 from bitvla.train import stages
 from bitvla.train.batches import TokenWindow, Window
 from bitvla.train.config import NewPolicy, TrainConfig, load, with_head
-from bitvla.train.loop import check_stage, optimizers
+from bitvla.train.language import start_config
+from bitvla.train.loop import check_stage, of_language, optimizers
 
 CHARACTERS_A_TOKEN = 4  # of English text, about
 # FLOP of an operation, from its arguments; PyTorch's own table has the attention of GPUs only.
@@ -49,15 +53,15 @@ def plan(
     *,
     init: Path | None = None,
     teacher: Path | None = None,
-    data: Path | None = None,
+    data: str | Path | None = None,
     devices: int = 1,
     tflops: float | None = None,
 ) -> dict[str, Any]:
     """Parameters by precision, bytes a device, tokens, FLOP and time of a run of `stage`.
 
     Args:
-        stage, config_path, init, teacher: as of `bitvla.train.loop.run`; of checkpoints only config.json is read, and
-            without a teacher one like the policy is assumed.
+        stage, config_path, init, teacher: as of `bitvla.train.loop.run`; of checkpoints only config.json is read, of
+            published ones nothing, and without a teacher one like the policy is assumed.
         data: dataset that says which cameras there are, where neither `init` nor the configuration does.
         devices: how many share a batch.
         tflops: 1e12 FLOP a second that one device reaches in training; without it no time is given.
@@ -70,8 +74,14 @@ def plan(
     config = load(config_path)
     if config.batch_size % devices:
         raise BitvlaError(f"batch_size {config.batch_size} cannot be shared by {devices} devices; make it a multiple")
-    policy = _policy(stage, config, init or (teacher if stage == "distill" else None), data)
-    windows, length = config.batch_size // devices, _sequence_length(policy)
+    start = init or (teacher if stage == "distill" else None)
+    policy: PolicyConfig | LanguageModelConfig
+    if of_language(stage, teacher) or (stage == "distill" and config.model is not None):
+        policy, length, views = start_config(stage, config, _stored(start)), config.max_tokens, 1
+    else:
+        policy = _policy(stage, config, _stored(start), data)
+        length, views = _sequence_length(policy), len(policy.processing.cameras)
+    windows = config.batch_size // devices
     whole = _pass(stage, config, policy, windows, length, checkpoints=False)
     thrifty = _pass(stage, config, policy, windows, length, checkpoints=True)
     passes = config.gradient_accumulation
@@ -80,7 +90,6 @@ def plan(
     if tflops is not None:
         seconds = step / (devices * tflops * 1e12)
         compute |= {"a step, seconds": seconds, "the run, hours": seconds * config.steps / 3600}
-    views = len(policy.processing.cameras)
     return {
         "stage": f"{stage} of '{policy.name}', {config.precision} precision, {views} views",
         "parameters": whole.parameters,
@@ -101,6 +110,7 @@ class _Pass(NamedTuple):
 
     parameters: dict[str, int]
     weights: int
+    average: int
     gathered: int  # whole at a time where weights are in shards: two layers, and what is outside of layers
     gradients: int
     optimizer: int
@@ -113,7 +123,7 @@ def _memory(whole: _Pass, thrifty: _Pass, devices: int) -> list[dict[str, Any]]:
     """Rows of a table: every device has all, or each its share (`shard = true`)."""
     rows = {
         "weights": whole.weights,
-        "average of weights": whole.weights,
+        "average of weights": whole.average,
         "teacher": whole.teacher,
         "gradients": whole.gradients,
         "optimiser state": whole.optimizer,
@@ -131,43 +141,64 @@ def _memory(whole: _Pass, thrifty: _Pass, devices: int) -> list[dict[str, Any]]:
 
 
 def _pass(
-    stage: str, config: TrainConfig, policy: PolicyConfig, windows: int, length: int, *, checkpoints: bool
+    stage: str,
+    config: TrainConfig,
+    policy: PolicyConfig | LanguageModelConfig,
+    windows: int,
+    length: int,
+    *,
+    checkpoints: bool,
 ) -> _Pass:
     # The tensors claim to be on a CPU; attention is that of a GPU, which keeps no scores.
     with FakeTensorMode():
-        network = BitVLA(policy, image_id=0, proprio_id=2, attention="sdpa")
-        stages.freeze(stage, network, config)
-        part = stages.trained_part(stage, network)
-        learning = [parameter for parameter in part.parameters() if parameter.requires_grad]
+        network: Any
+        teacher: nn.Module | None = None
+        objective: stages.Objective
         keypoints = int(stage == "localize")
         auxiliary = stages.AuxiliaryHead(policy, 0, keypoints)
-        teacher = None
-        if stage == "distill":
-            teacher = BitVLA(msgspec.structs.replace(policy, precision="full"), 0, 2, "sdpa").requires_grad_(False)
+        if isinstance(policy, LanguageModelConfig):
+            network = VisionLanguageModel(policy, image_id=0, attention="sdpa")
+            stages.freeze(stage, config, network)
+            if stage == "distill" and policy.vision is not None:
+                teacher = VisionTower(policy.vision, "sdpa").requires_grad_(False)
+            objective = stages.likelihood if teacher is None else stages.distill_tower(config, teacher)
+        else:
+            network = BitVLA(policy, image_id=0, proprio_id=2, attention="sdpa")
+            stages.freeze(stage, config, network)
+            if stage == "distill":
+                whole = msgspec.structs.replace(policy, precision="full")
+                teacher = BitVLA(whole, 0, 2, "sdpa").requires_grad_(False)
+            objective = stages.objective(stage, config, auxiliary, teacher)
+        parameters = _count(network.parameters())
+        ternary = sum(m.weight.numel() for m in network.modules() if isinstance(m, TernaryLinear))
+        if config.lora_rank:
+            add_adapters(network, config.lora_rank, config.lora_alpha)
+        part = stages.trained_part(stage, network)
         if checkpoints:
             checkpoint_activations(part)
-        objective = stages.objective(stage, config, auxiliary, teacher)
-        for parameter in learning:
+        for parameter in _trained(part):
             parameter.register_post_accumulate_grad_hook(_drop_gradient)  # they are counted for themselves
-        window = _window(policy, windows, length, keypoints, config.flow_samples)
+        window: Any = _window(policy, windows, length, keypoints, config.flow_samples)
         counted = Count()
         with counted:
             with torch.autocast("cpu", torch.bfloat16, enabled=config.mixed_precision == "bf16"):
                 loss = objective(part, window)["loss"]
             loss.backward()
-        ternary = sum(m.weight.numel() for m in network.modules() if isinstance(m, TernaryLinear))
-        trained, inside = _count(learning), [_count(layer.parameters()) for layer in layers(part)]
+        # What is frozen has neither gradients nor moments.
+        trained, inside = _count(_trained(part)), [_count(layer.parameters()) for layer in layers(part)]
         return _Pass(
             parameters={
                 "ternary": ternary,
-                "full precision": _count(network.parameters()) - ternary,
+                "full precision": parameters - ternary,
+                "adapters": _count(network.parameters()) - parameters,
                 "trained": trained,
                 "of the teacher": 0 if teacher is None else _count(teacher.parameters()),
             },
             weights=4 * _count(network.parameters()),
+            average=4 * trained,
             gathered=4 * (_count(part.parameters()) - sum(inside) + 2 * max(inside)),
             gradients=4 * trained,
-            optimizer=sum(_state_bytes(optimizer, learning) for optimizer in optimizers(network, auxiliary, config)),
+            optimizer=sum(_state_bytes(optimizer, part) for optimizer in optimizers(network, auxiliary, config)),
             teacher=0 if teacher is None else 4 * _count(teacher.parameters()),
             activations=counted.peak,
             flop=counted.flop,
@@ -213,15 +244,32 @@ def _count(parameters: Iterable[Tensor]) -> int:
     return sum(parameter.numel() for parameter in parameters)
 
 
-def _state_bytes(optimizer: torch.optim.Optimizer, learning: list[nn.Parameter]) -> int:
+def _trained(part: nn.Module) -> list[Tensor]:
+    return [parameter for parameter in part.parameters() if parameter.requires_grad]
+
+
+def _state_bytes(optimizer: torch.optim.Optimizer, part: nn.Module) -> int:
     """Of the moments: two of AdamW, one of Muon."""
-    trained = {id(parameter) for parameter in learning}
+    trained = {id(parameter) for parameter in _trained(part)}
     moments = 1 if isinstance(optimizer, torch.optim.Muon) else 2
     return 4 * moments * _count(p for group in optimizer.param_groups for p in group["params"] if id(p) in trained)
 
 
-def _window(policy: PolicyConfig, windows: int, length: int, keypoints: int, flow_samples: int) -> Window | TokenWindow:
+def _window(
+    policy: PolicyConfig | LanguageModelConfig, windows: int, length: int, keypoints: int, flow_samples: int
+) -> Window | TokenWindow:
     """As the loader makes them, without values."""
+    if isinstance(policy, LanguageModelConfig):
+        size = policy.vision.image_size if policy.vision else 0
+        conversation = Batch(
+            pixels=torch.empty(1, windows, 3, size, size),
+            token_ids=torch.empty(windows, length, dtype=torch.int64),
+            padding=torch.empty(windows, length, dtype=torch.bool),
+            state=torch.empty(windows, 0),
+            prefix=torch.empty(windows, 0, 0),
+            decided=torch.empty(windows, 0, dtype=torch.bool),
+        )
+        return TokenWindow(conversation, torch.empty(windows, length, dtype=torch.int64))
     action, views, size = policy.action, len(policy.processing.cameras), policy.vision.image_size
     inputs = Batch(
         pixels=torch.empty(windows, views, 3, size, size),
@@ -253,21 +301,34 @@ def _sequence_length(policy: PolicyConfig) -> int:
     return images + text + prompt.max_instruction_tokens + (action.dim if action.bins else action.num_slots + 1)
 
 
-def _policy(stage: str, config: TrainConfig, start: Path | None, data: Path | None) -> PolicyConfig:
-    stored = None if start is None else load_config(start)
-    if stored is not None and bool(stored.action.bins) == (stage == "pretrain"):
+def _stored(start: Path | None) -> PolicyConfig | LanguageModelConfig | None:
+    """What the checkpoint of a start says that it is; a published one is not read."""
+    if start is None or official.recognizes(start) or _is_on_the_hub(start):
+        return None
+    return read_config(start)
+
+
+def _policy(
+    stage: str, config: TrainConfig, stored: PolicyConfig | LanguageModelConfig | None, data: str | Path | None
+) -> PolicyConfig:
+    if isinstance(stored, PolicyConfig) and bool(stored.action.bins) == (stage == "pretrain"):
         return with_head(msgspec.structs.replace(stored, precision=config.precision), config)
     if config.policy is None:
         raise BitvlaError("the configuration has no [policy] section and no --init checkpoint gives one")
     new = config.policy
     names = new.cameras
     if names is None and data is not None:
-        names = tuple(key.removeprefix(IMAGE_PREFIX) for key in read_info(data)["features"] if IMAGE_PREFIX in key)
+        chosen = config.data.get(name_of(data), AS_STORED).cameras
+        names = tuple(chosen or cameras_of(read_info(locate(data))["features"]))
     if names is None:
         raise BitvlaError(
             "nothing says how many cameras there are: give --data, or policy.cameras in the configuration"
         )
     return with_head(check(_without_statistics(new, names, config)), config)
+
+
+def _is_on_the_hub(start: Path) -> bool:
+    return not start.exists() and bitvla.HUB_ID.fullmatch(str(start)) is not None
 
 
 def _without_statistics(new: NewPolicy, cameras: Iterable[str], config: TrainConfig) -> PolicyConfig:

@@ -9,17 +9,30 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bitvla.config import PolicyConfig
+from bitvla.config import LanguageModelConfig, PolicyConfig
 from bitvla.errors import BitvlaError
-from bitvla.model.network import BitVLA, Output
+from bitvla.model.network import Backbone, Output, VisionLanguageModel
 from bitvla.train.batches import UNKNOWN, TokenWindow, Window
-from bitvla.train.config import TrainConfig
+from bitvla.train.config import Part, TrainConfig
 
 Losses = dict[str, Tensor]  # by name; "loss" is the one that is minimised
-Network = Callable[..., Any]  # a BitVLA or its vision tower, compiled or not
-Objective = Callable[[Network, Any], Losses]  # over a Window, or a TokenWindow where actions are tokens
+Network = Callable[..., Any]  # a whole network or its vision tower, compiled or not
+Objective = Callable[[Network, Any], Losses]  # over a Window, or a TokenWindow where tokens are written
 
-NAMES = ("localize", "pretrain", "finetune", "distill")
+NAMES = ("align", "instruct", "localize", "pretrain", "finetune", "distill")
+# What learns where conversations are the data (paper, Table IV): first the connector, then all that reads the tower,
+# at last the tower, which has become ternary.
+PARTS: dict[Part, tuple[str, ...]] = {  # what the names of their tensors begin with
+    "tower": ("vision_tower.",),
+    "connector": ("multi_modal_projector.", "proprio_projector.", "prefix_projector."),
+    "decoder": ("language_model.",),
+    "head": ("action_head.",),
+}
+LANGUAGE_PARTS: dict[str, tuple[Part, ...]] = {
+    "align": ("connector",),
+    "instruct": ("connector", "decoder"),
+    "distill": ("tower",),
+}
 
 
 class AuxiliaryHead(nn.Module):
@@ -29,10 +42,10 @@ class AuxiliaryHead(nn.Module):
     training signal: it is no part of the policy.
     """
 
-    def __init__(self, policy: PolicyConfig, positions: int, keypoints: int) -> None:
+    def __init__(self, config: PolicyConfig | LanguageModelConfig, positions: int, keypoints: int) -> None:
         super().__init__()
-        self.linear = nn.Linear(policy.language.hidden_size, positions)
-        self.points = nn.Linear(policy.vision.hidden_size, 3 * keypoints)
+        self.linear = nn.Linear(config.language.hidden_size, positions)
+        self.points = nn.Linear(config.vision.hidden_size if config.vision else 0, 3 * keypoints)
 
     def positions(self, output: Output) -> Tensor:
         """Standardised privileged state (B, E)."""
@@ -45,27 +58,31 @@ class AuxiliaryHead(nn.Module):
 
 
 def objective(stage: str, config: TrainConfig, auxiliary: AuxiliaryHead, teacher: Network | None) -> Objective:
-    """What `stage` minimises; `teacher` is of stage "distill"."""
+    """What `stage` minimises; `teacher` is of stage "distill", the tower alone for a vision-language model."""
     if stage == "localize":
         return localize(auxiliary)
-    if stage == "pretrain":
-        return pretrain
+    if stage in ("pretrain", "align", "instruct"):
+        return likelihood
     return finetune(config, auxiliary) if teacher is None else distill(config, auxiliary, teacher)
 
 
-def trained_part(stage: str, network: BitVLA) -> nn.Module:
+def trained_part(stage: str, network: Backbone) -> nn.Module:
     """What `stage` trains."""
     return network.vision_tower if stage == "localize" else network
 
 
-def freeze(stage: str, network: BitVLA, config: TrainConfig) -> None:
-    """Ask for gradients of the action head alone, where `config` says so."""
-    if not config.train_head_only:
+def freeze(stage: str, config: TrainConfig, network: Backbone) -> None:
+    """Leave gradients to the parts that learn in `stage`: of a policy all, if the configuration names none."""
+    learning = config.learning_parts
+    if learning is None and isinstance(network, VisionLanguageModel):
+        learning = LANGUAGE_PARTS[stage]
+    if learning is None:
         return
-    if stage != "finetune":
-        raise BitvlaError(f"stage '{stage}' trains more than the action head: leave out train_head_only")
-    network.requires_grad_(False)
-    network.action_head.requires_grad_(True)
+    names = tuple(name for part in learning for name in PARTS[part])
+    for name, parameter in network.named_parameters():
+        parameter.requires_grad_(name.startswith(names))
+    if not any(parameter.requires_grad for parameter in trained_part(stage, network).parameters()):
+        raise BitvlaError(f"learning_parts = {list(learning)} leaves nothing to learn in stage '{stage}'; name others")
 
 
 def localize(auxiliary: AuxiliaryHead) -> Objective:
@@ -78,13 +95,17 @@ def localize(auxiliary: AuxiliaryHead) -> Objective:
     return objective
 
 
-def pretrain(network: Network, window: TokenWindow) -> Losses:
-    """Cross-entropy of each action token after the ones before it (paper, section IV).
+def likelihood(network: Network, window: TokenWindow) -> Losses:
+    """Cross-entropy of each token of an action, or of the answers, after the ones before it (paper, section IV).
 
-    Windows weigh alike, however many values their action has, so that the shares of processes do as well.
+    Windows weigh alike, however many such tokens they have, so that the shares of processes do as well.
     """
+    return _cross_entropy(network(window.inputs), window)
+
+
+def _cross_entropy(output: Output, window: TokenWindow) -> Losses:
     known = window.targets != UNKNOWN
-    logits = network(window.inputs).actions[:, -known.shape[1] :].float()
+    logits = output.actions[:, -known.shape[1] :].float()
     each = nn.functional.cross_entropy(logits.transpose(1, 2), window.targets, ignore_index=UNKNOWN, reduction="none")
     right = (logits.argmax(dim=-1) == window.targets) & known
     sizes = known.sum(dim=1)
@@ -119,6 +140,24 @@ def distill(config: TrainConfig, auxiliary: AuxiliaryHead, teacher: Network) -> 
             losses["vision"] = _alignment(student.vision_states, target.vision_states, kept.new_ones(1, 1))
             losses["decoder"] = _alignment(student.decoder_states, target.decoder_states, kept)
             losses["loss"] = losses["loss"] + config.alignment_weight * (losses["vision"] + losses["decoder"])
+        return losses
+
+    return objective
+
+
+def distill_tower(config: TrainConfig, teacher: Network) -> Objective:
+    """Quantise-then-distill of the tower of a vision-language model, as the paper does it (eqs. 5-7): the likelihood of
+    the answers plus gamma times the distance of its hidden states from those of the `teacher`, the tower it was."""
+
+    def objective(network: Network, window: TokenWindow) -> Losses:
+        student = network(window.inputs)
+        losses = _cross_entropy(student, window)
+        if config.alignment_weight:
+            with torch.no_grad():
+                target = teacher(window.inputs.pixels.flatten(0, 1))
+            losses["answers"] = losses["loss"]
+            losses["vision"] = _alignment(student.vision_states, target, torch.ones(1, 1, device=target[0].device))
+            losses["loss"] = losses["loss"] + config.alignment_weight * losses["vision"]
         return losses
 
     return objective

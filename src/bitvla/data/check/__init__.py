@@ -7,6 +7,7 @@ a camera. Thresholds are in `rules`, and every finding names what it was compare
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -18,6 +19,7 @@ from bitvla.data.check.rules import Finding
 from bitvla.data.check.source import Source
 from bitvla.data.check.tables import Dimension, check_times, count_tasks, dimensions_of, read_tables, recovery_share
 from bitvla.data.check.workspace import Coverage, coverage_of
+from bitvla.data.lerobot import locate, name_of
 from bitvla.errors import BitvlaError
 from bitvla.files import write_whole
 
@@ -44,12 +46,16 @@ class Checkup(msgspec.Struct, frozen=True, kw_only=True):
     coverage: Coverage | None
 
 
-def check(root: Path, *, horizon: int = 8, progress: Progress = lambda done, total, last: None) -> Checkup:
-    """Measure the LeRobotDataset v3 at `root`. `horizon` is the number of actions in a chunk. Writes nothing.
+def check(
+    root: str | os.PathLike[str], *, horizon: int = 8, progress: Progress = lambda done, total, last: None
+) -> Checkup:
+    """Measure the LeRobotDataset v3 at `root`: a folder, an address that fsspec knows, or an id on the Hub.
+
+    `horizon` is the number of actions in a chunk. Writes nothing.
 
     Raises BitvlaError when the folder is no dataset at all; anything else is a finding.
     """
-    dataset = Source(Path(root))
+    dataset = Source(locate(root))
     if not len(dataset.episodes):
         raise BitvlaError(f"the dataset {root} holds no episode")
     total = len(dataset.episodes) * (1 + len(dataset.cameras))
@@ -66,7 +72,7 @@ def check(root: Path, *, horizon: int = 8, progress: Progress = lambda done, tot
     recoveries = recovery_share(dataset, findings)
     coverage = coverage_of(dataset, table, findings)
     return Checkup(
-        dataset=dataset.root.resolve().name,
+        dataset=name_of(root),
         passed=not any(finding.grade == "error" for finding in findings),
         episodes=len(dataset.episodes),
         frames=sum(table.lengths),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -15,7 +14,7 @@ from scipy.stats import spearmanr
 from bitvla.data.check import rules
 from bitvla.data.check.rules import Finding
 from bitvla.data.check.source import Floats, Source
-from bitvla.data.lerobot import IMAGE_PREFIX, read_video
+from bitvla.data.lerobot import Place, pictures_file, read_pictures
 from bitvla.errors import BitvlaError
 
 
@@ -34,39 +33,30 @@ class CameraRecord(msgspec.Struct, frozen=True, kw_only=True):
 def watch_camera(
     dataset: Source, camera: str, findings: list[Finding], progress: Callable[[int], None]
 ) -> CameraRecord:
-    """Every frame of one camera, file by file."""
+    """Every frame of one camera, episode by episode; of a broken file the first finding says enough."""
     count = len(dataset.episodes)
     luminance, contrast = np.full(count, np.nan), np.full(count, np.nan)
     first = np.zeros((count, rules.THUMBNAIL, rules.THUMBNAIL), np.uint8)
     travel, frozen = np.full(count, np.nan), {}
-    key = f"videos/{IMAGE_PREFIX}{camera}"
-    done = 0
-    for (chunk, file), episodes in dataset.episodes.groupby([f"{key}/chunk_index", f"{key}/file_index"], sort=True):
-        path = dataset.root / dataset.info["video_path"].format(
-            video_key=IMAGE_PREFIX + camera, chunk_index=chunk, file_index=file
-        )
-        frames = read_video(path, "gray")
-        position = 0
-        for episode, begin in episodes[f"{key}/from_timestamp"].sort_values().items():
-            length = int(dataset.episodes["length"].iloc[episode])
-            skipped = round(begin * dataset.fps) - position
-            seen = _Watch(_motion(dataset, episode))
-            try:
-                for _ in range(skipped):
-                    next(frames)
-                for _ in range(length):
-                    seen.add(next(frames))
-            except (StopIteration, BitvlaError) as error:
-                findings.append(_broken_video(path, camera, episode, seen.count, length, error))
-                break
-            position += skipped + length
-            luminance[episode], contrast[episode] = seen.luminance / length, seen.contrast / length
-            first[episode] = _thumbnail(seen.first)
-            travel[episode] = _edge_change(first[episode], _thumbnail(seen.last))
-            if seen.longest:
-                frozen[int(episode)] = seen.longest
-            done += 1
-            progress(done)
+    broken: set[Place] = set()
+    for episode, row in dataset.episodes.iterrows():
+        path = pictures_file(dataset.root, dataset.info, row, camera)
+        if path in broken:
+            continue
+        seen = _Watch(_motion(dataset, episode))
+        try:
+            for frame in read_pictures(dataset.root, dataset.info, row, camera, "gray"):
+                seen.add(frame)
+        except BitvlaError as error:
+            broken.add(path)
+            findings.append(_broken_video(path, camera, episode, seen.count, int(row["length"]), error))
+            continue
+        luminance[episode], contrast[episode] = seen.luminance / seen.count, seen.contrast / seen.count
+        first[episode] = _thumbnail(seen.first)
+        travel[episode] = _edge_change(first[episode], _thumbnail(seen.last))
+        if seen.longest:
+            frozen[int(episode)] = seen.longest
+        progress(int(episode) + 1)
     usable = ~np.isnan(luminance)
     shift = np.full(count, np.nan)
     moving = bool(usable.any() and np.median(travel[usable]) > rules.STATIC_PIXELS)
@@ -158,13 +148,10 @@ def _shift(reference: NDArray[Any], image: NDArray[Any]) -> float:
     return float(np.hypot(dy, dx)) / rules.THUMBNAIL if after < before / 2 else 0.0
 
 
-def _broken_video(
-    path: Path, camera: str, episode: Any, count: int, length: int, error: StopIteration | BitvlaError
-) -> Finding:
-    reason = f" ({error})" if isinstance(error, BitvlaError) else ""
+def _broken_video(path: Place, camera: str, episode: Any, count: int, length: int, error: BitvlaError) -> Finding:
     return rules.BROKEN_VIDEO.found(
         subject=f"camera '{camera}', episode {episode}",
-        value=f"{path.name} ends after {count} of its frames{reason}",
+        value=f"{path.name} ends after {count} of its frames ({error})",
         threshold=f"{length} frames",
     )
 

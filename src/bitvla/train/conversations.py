@@ -1,0 +1,232 @@
+"""Conversations about images, in the JSON layout of LLaVA, and the windows that a vision-language model learns from.
+
+    [{"id": "7", "image": "images/7.png", "conversations": [
+        {"from": "human", "value": "<image>\\nWhich object is red?"}, {"from": "gpt", "value": "the cube"}, ...]}, ...]
+
+Images lie beside the file. An entry may have several turns, and no image.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple
+
+import msgspec
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch.utils.data import Dataset
+
+from bitvla.config import ImageProcessing, VisionConfig
+from bitvla.errors import BitvlaError
+from bitvla.model.network import Batch
+from bitvla.processing.images import crop_resized, read_image, to_pixels
+from bitvla.processing.prompt import Chat
+from bitvla.train.batches import UNKNOWN, Ids, TokenWindow, draws, held_out, jitter, shuffled
+from bitvla.train.config import Augmentation
+
+IMAGE = "<image>"  # where the images of an entry are, in what is said
+ROLES = ("human", "gpt")
+
+
+class Turn(NamedTuple):
+    """What is asked, how many images come with it, and what is answered."""
+
+    prompt: str
+    images: int
+    answer: str
+
+
+class Conversation(NamedTuple):
+    """One entry of a file; `name` tells which."""
+
+    name: str
+    images: tuple[Path, ...]
+    turns: tuple[Turn, ...]
+
+
+class _Message(msgspec.Struct):
+    role: str = msgspec.field(name="from")
+    value: str
+
+
+class _Entry(msgspec.Struct):
+    conversations: list[_Message]
+    id: str | int | None = None
+    image: str | list[str] | None = None
+
+
+def conversation_file(path: Path) -> Path:
+    """`path`, or where that is a folder the one JSON file in it."""
+    if not path.is_dir():
+        return path
+    files = sorted(path.glob("*.json"))
+    if len(files) != 1:
+        names = ", ".join(file.name for file in files) or "none"
+        raise BitvlaError(f"{path} must hold one JSON file of conversations, it holds {names}; name the file")
+    return files[0]
+
+
+def read_conversations(path: Path) -> list[Conversation]:
+    """The entries of a file. BitvlaError names the first that cannot be used, and why."""
+    try:
+        entries = msgspec.json.decode(path.read_bytes(), type=list[_Entry])
+    except OSError as error:
+        raise BitvlaError(f"cannot read the conversations {path}: {error.strerror}") from None
+    except msgspec.MsgspecError as error:
+        raise BitvlaError(f"{path} is not in the JSON layout of LLaVA: {error}") from None
+    if not entries:
+        raise BitvlaError(f"{path} holds no conversation: its list is empty")
+    return [_conversation(entry, f"{path}: entry {number}", path.parent) for number, entry in enumerate(entries)]
+
+
+def _conversation(entry: _Entry, name: str, folder: Path) -> Conversation:
+    if entry.id is not None:
+        name += f" ('{entry.id}')"
+    names = [entry.image] if isinstance(entry.image, str) else entry.image or []
+    images = tuple(folder / image for image in names)
+    for image in images:
+        if not image.is_file():
+            raise BitvlaError(f"{name}: its image {image} does not exist")
+    for number, message in enumerate(entry.conversations):
+        expected = ROLES[number % 2]
+        if message.role != expected:
+            raise BitvlaError(f"{name}: message {number} is from '{message.role}', it must be from '{expected}'")
+        if not message.value.replace(IMAGE, "").strip():
+            raise BitvlaError(f"{name}: message {number}, from '{message.role}', is empty")
+    if not entry.conversations or len(entry.conversations) % 2:
+        raise BitvlaError(f"{name}: it has {len(entry.conversations)} messages; each question needs its answer")
+    asked, answered = entry.conversations[::2], entry.conversations[1::2]
+    turns = tuple(
+        Turn(question.value.replace(IMAGE, "").strip(), question.value.count(IMAGE), answer.value)
+        for question, answer in zip(asked, answered, strict=True)
+    )
+    if sum(turn.images for turn in turns) != len(images):
+        raise BitvlaError(
+            f"{name}: {IMAGE} stands {sum(turn.images for turn in turns)} times in its questions, it has "
+            f"{len(images)} images"
+        )
+    return Conversation(name, images, turns)
+
+
+def tokens(conversation: Conversation, chat: Chat, most: int) -> tuple[Ids, NDArray[np.bool_], int]:
+    """Token ids (S,), which of them are the model's to write, and how many images are in them.
+
+    Turns whose answer would not begin within `most` tokens are left out, the last answer is cut there; a conversation
+    whose first turn does not fit is empty. BitvlaError for special tokens in what is said.
+    """
+    ids, written, images = chat.begin(), [False] * len(chat.begin()), 0
+    for turn in conversation.turns:
+        try:
+            asked, answer = chat.turn(turn.prompt, turn.images), chat.answer(turn.answer)
+        except BitvlaError as error:
+            raise BitvlaError(f"{conversation.name}: {error}") from None
+        if len(ids) + len(asked) >= most:
+            break
+        ids += [*asked, *answer]
+        written += [False] * len(asked) + [True] * len(answer)
+        images += turn.images
+    if not any(written):
+        return np.empty(0, np.int64), np.empty(0, bool), 0
+    return np.asarray(ids[:most]), np.asarray(written[:most]), images
+
+
+class Conversations(Dataset[TokenWindow]):
+    """Item i is the batch of pass i, a window a conversation; only the tokens of answers, with their ends, are targets.
+
+    Those about one image are all in one split.
+    """
+
+    def __init__(
+        self,
+        entries: list[Conversation],
+        vision: VisionConfig,
+        image: ImageProcessing,
+        chat: Chat,
+        *,
+        batch_size: int,
+        max_tokens: int,
+        seed: int,
+        augmentation: Augmentation | None,
+        split: str = "train",
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        self._entries, self._vision, self._image, self._chat = entries, vision, image, chat
+        self._batch_size, self._max_tokens, self._seed = batch_size, max_tokens, seed
+        self._augmentation, self._rank, self._world_size = augmentation, rank, world_size
+        self._chosen = np.flatnonzero(
+            [_apart(entry) == (split == "validation") and self._fits(entry) for entry in entries]
+        )
+        if not len(self._chosen) and split == "train":
+            raise BitvlaError(
+                f"no conversation fits into {max_tokens} tokens, of which an image takes {vision.num_patches}"
+            )
+
+    @property
+    def num_frames(self) -> int:
+        return len(self._chosen)
+
+    def _fits(self, entry: Conversation) -> bool:
+        """A token is at least a byte: only a long question has to be counted."""
+        first = entry.turns[0]
+        likely = len(first.prompt.encode()) + (1 + first.images) * (self._vision.num_patches + 256)
+        return likely < self._max_tokens or len(tokens(entry, self._chat, self._max_tokens)[0]) > 0
+
+    def prepare(self, step: int) -> None:
+        """Nothing: an image is read when its batch is."""
+
+    def where(self, step: int) -> str:
+        """Where this process's share of the batch comes from, for messages."""
+        return "; ".join(self._entries[i].name for i in self._indices(step)[self._rank :: self._world_size])
+
+    def _indices(self, step: int) -> Ids:
+        return shuffled(self._chosen, self._seed, step, self._batch_size)
+
+    def __getitem__(self, step: int) -> TokenWindow:
+        share = slice(self._rank, None, self._world_size)
+        entries = [self._entries[i] for i in self._indices(step)[share]]
+        changes = draws(self._seed, 0, step, (self._batch_size, 5))[share]
+        rows = [tokens(entry, self._chat, self._max_tokens) for entry in entries]
+        length = max(len(ids) for ids, _, _ in rows) - 1
+        token_ids = np.zeros((len(rows), length), np.int64)
+        padding, targets = np.ones((len(rows), length), bool), np.full((len(rows), length), UNKNOWN)
+        for i, (ids, written, _) in enumerate(rows):
+            begin = length - len(ids) + 1
+            token_ids[i, begin:], padding[i, begin:] = ids[:-1], False
+            targets[i, begin:] = np.where(written[1:], ids[1:], UNKNOWN)
+        token_ids[padding] = self._chat.stop_ids[0]
+        views = [
+            self._pixels(path, entry.name, change)
+            for entry, (_, _, images), change in zip(entries, rows, changes, strict=True)
+            for path in entry.images[:images]
+        ]
+        size = self._vision.image_size
+        if not views:  # a blank picture, which no token reads: several processes run the same parts
+            views = [np.zeros((3, size, size), np.float32)]
+        inputs = Batch(
+            pixels=torch.from_numpy(np.stack(views)[None]),
+            token_ids=torch.from_numpy(token_ids),
+            padding=torch.from_numpy(padding),
+            state=torch.zeros(len(rows), 0),
+            prefix=torch.zeros(len(rows), 0, 0),
+            decided=torch.zeros(len(rows), 0, dtype=torch.bool),
+        )
+        return TokenWindow(inputs, torch.from_numpy(targets))
+
+    def _pixels(self, path: Path, name: str, changes: NDArray[np.float64]) -> NDArray[np.float32]:
+        """float32 (3, size, size); `changes` (5,) in [0, 1): crop's place, then the jitter."""
+        across, down = changes[:2] if self._augmentation and self._augmentation.random_crop else (0.5, 0.5)
+        try:
+            image = read_image(path)
+        except BitvlaError as error:
+            raise BitvlaError(f"{name}: {error}") from None
+        view = crop_resized(image, self._image, self._vision.image_size, (float(across), float(down)))
+        if self._augmentation is not None:
+            view = jitter(view[None, None], self._augmentation, changes[None, None, 2:])[0, 0]
+        return to_pixels(view, self._image).transpose(2, 0, 1)
+
+
+def _apart(entry: Conversation) -> bool:
+    """By the name of its image, wherever the folder lies."""
+    return held_out((entry.images[0].name if entry.images else entry.turns[0].prompt).encode())

@@ -1,0 +1,327 @@
+"""A vision-language model: what it learns from, which part learns when, and that the packed one answers the same.
+
+pytest tests/test_instruct.py
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from bitvla.cli import main
+from bitvla.convert.pack import pack
+from bitvla.convert.training import open_start, read_config
+from bitvla.errors import BitvlaError
+from bitvla.evaluate import vqa
+from bitvla.model.checkpoint import load_language_network, load_network
+from bitvla.processing.images import crop_resized, to_pixels
+from bitvla.processing.prompt import ASK_FOR_A_LETTER
+from bitvla.runtime.language import Conversation, LanguageModel
+from bitvla.runtime.network import Cache
+from bitvla.train import loop
+from bitvla.train.batches import UNKNOWN
+from bitvla.train.config import TrainConfig, load
+from bitvla.train.conversations import Conversations, conversation_file, read_conversations
+from bitvla.train.language import start_config
+from bitvla.train.loop import run
+from bitvla.train.plan import plan
+from datasets import write_dataset
+from training import MODEL, POLICY, losses_of, write_config
+
+CONFIGS = Path(__file__).parent.parent / "configs"
+COLOURS = {"red": (220, 20, 20), "green": (20, 180, 20), "blue": (20, 40, 220), "grey": (120, 120, 120)}
+QUESTION = "Which colour?\nOptions: A: red, B: green, C: blue, D: grey"
+
+
+pytestmark = pytest.mark.usefixtures("one_torch_thread")
+
+
+def write_conversations(folder: Path, count: int = 40) -> Path:
+    """Plain pictures, and two questions about the colour of each."""
+    (folder / "images").mkdir(parents=True)
+    entries = []
+    for number in range(count):
+        letter, (name, colour) = "ABCD"[number % 4], list(COLOURS.items())[number % 4]
+        Image.new("RGB", (20, 20), colour).save(folder / "images" / f"{number}.png")
+        said = [f"<image>\n{QUESTION}{ASK_FOR_A_LETTER}", letter, "What do you see?", f"A {name} picture."]
+        messages = [{"from": ("human", "gpt")[i % 2], "value": text} for i, text in enumerate(said)]
+        entries.append({"id": f"n{number}", "image": f"images/{number}.png", "conversations": messages})
+    (folder / "colours.json").write_text(json.dumps(entries))
+    return folder / "colours.json"
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_conversations(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="module")
+def instructed(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint whose decoder is ternary, and its tower not."""
+    folder = tmp_path_factory.mktemp("instructed")
+    parts = {"learning_parts": ["tower", "connector", "decoder"]}
+    config = write_config(folder, MODEL, precision="ternary", steps=80, learning_rate=1e-2, **parts)
+    run("instruct", config, data, folder / "model")
+    return folder / "model"
+
+
+def conversations(data: Path, checkpoint: Path, **options: Any) -> Conversations:
+    network, chat = load_language_network(open_start(checkpoint))
+    settings = {"batch_size": 4, "max_tokens": 256, "seed": 3, "augmentation": None} | options
+    assert network.config.vision
+    assert network.config.image
+    return Conversations(read_conversations(data), network.config.vision, network.config.image, chat, **settings)
+
+
+def test_only_the_answers_are_learnt(data: Path, instructed: Path) -> None:
+    _, chat = load_language_network(open_start(instructed))
+    window = conversations(data, instructed)[0]
+    inputs, targets = window.inputs, window.targets
+    assert inputs.pixels.shape == (1, 4, 3, 16, 16)
+    for tokens, padded, wanted in zip(inputs.token_ids, inputs.padding, targets, strict=True):
+        text = chat.tokenizer.decode(wanted[wanted != UNKNOWN].tolist(), skip_special_tokens=False)
+        assert text[0] in "ABCD"
+        colour = list(COLOURS)["ABCD".index(text[0])]
+        assert text[1:] == f"<|end_of_text|>A {colour} picture.<|end_of_text|>"
+        assert torch.equal(wanted[:-1][wanted[:-1] != UNKNOWN], tokens[1:][wanted[:-1] != UNKNOWN])
+        assert (tokens == chat.image_id).sum() == 4
+        assert not padded[padded.long().sum() :].any()  # on the left
+        assert (wanted[padded] == UNKNOWN).all()
+
+
+def test_training_says_what_the_runtime_says(data: Path, instructed: Path, tmp_path: Path) -> None:
+    """The same tokens, and from the packed weights the same logits: a tower in full precision, a ternary decoder."""
+    pack(instructed, tmp_path / "model.safetensors")
+    model = LanguageModel.load(tmp_path / "model.safetensors")
+    image = np.asarray(Image.open(data.parent / "images" / "1.png"))
+    conversation = Conversation(model)
+    list(conversation.say(QUESTION + ASK_FOR_A_LETTER, images=[image]))
+    list(conversation.say("What do you see?", max_tokens=3))
+    ids = conversation.ids[:-1]
+
+    network, chat = load_language_network(open_start(instructed))
+    window = conversations(data, instructed, batch_size=1)
+    of_this = next(w for w in map(window.__getitem__, range(40)) if (w.targets == chat.answer("B")[0]).any())
+    prompt = next(i for i, token in enumerate(ids) if token == chat.encode("<|eot_id|>")[0]) + 1
+    assert of_this.inputs.token_ids[0, :prompt].tolist() == ids[:prompt]
+
+    assert network.config.image
+    view = to_pixels(crop_resized(image, network.config.image, 16), network.config.image)
+    inputs = of_this.inputs._replace(
+        pixels=torch.from_numpy(view.transpose(2, 0, 1))[None, None],
+        token_ids=torch.tensor([ids]),
+        padding=torch.zeros(1, len(ids), dtype=torch.bool),
+    )
+    with torch.no_grad():
+        expected = network(inputs).actions[0, -1].numpy()
+    actual = model.logits(ids, Cache(model.config.language, len(ids)), model.see([image]))
+    assert np.abs(actual - expected).max() < 0.05 * np.abs(expected).max()
+
+
+def test_the_packed_model_answers(data: Path, instructed: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    losses = losses_of(instructed)
+    assert losses[80] < 0.3 * losses[1]
+    pack(instructed, tmp_path / "model.safetensors")
+    rows = [
+        {"question": QUESTION, "answer": "ABCD"[n % 4], "category": "colour", "l2_category": "", "image": f"{n}.png"}
+        for n in range(8)
+    ]
+    questions = data.parent / "images" / "test.jsonl"
+    questions.write_text("\n".join(map(json.dumps, rows)))
+    result = vqa.evaluate(tmp_path / "model.safetensors", [questions])
+    assert result.categories["colour"].rate >= 0.75
+    image = str(data.parent / "images" / "2.png")
+    assert main(["chat", str(tmp_path / "model.safetensors"), "--image", image, "--prompt", rows[0]["question"]]) == 0
+    assert capsys.readouterr().out.strip()
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+def moved(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor]) -> set[str]:
+    return {name.split(".")[0] for name, value in before.items() if not torch.equal(value, after[name])}
+
+
+def test_each_stage_teaches_its_part(data: Path, instructed: Path, tmp_path: Path) -> None:
+    before = weights(instructed)
+    for stage, parts in (
+        ("align", {"multi_modal_projector"}),
+        ("instruct", {"multi_modal_projector", "language_model"}),
+    ):
+        run(stage, write_config(tmp_path, "", precision="ternary", steps=2), data, tmp_path / stage, init=instructed)
+        assert moved(before, weights(tmp_path / stage)) == parts
+        assert not read_config(tmp_path / stage).vision.ternary
+    for gamma in (0.1, 0.0):
+        config = write_config(tmp_path, "", precision="ternary", steps=2, alignment_weight=gamma)
+        run("distill", config, data, out := tmp_path / f"distill-{gamma}", teacher=instructed)
+        assert moved(before, weights(out)) == {"vision_tower"}
+        logged = json.loads((out / "metrics.jsonl").read_text().splitlines()[0])
+        assert ("vision" in logged) == bool(gamma)
+        assert not gamma or logged["loss"] == pytest.approx(logged["answers"] + gamma * logged["vision"])
+        assert read_config(out).vision.ternary
+        pack(out, out / "model.packed")
+        assert LanguageModel.load(out / "model.packed").config.vision.ternary
+    with pytest.raises(BitvlaError, match=r"tower of the teacher .* is ternary"):
+        run("distill", config, data, tmp_path / "again", teacher=tmp_path / "distill-0.1")
+
+
+def test_alignment_is_nothing_where_the_tower_is_the_teacher(data: Path, instructed: Path) -> None:
+    from bitvla.train import stages
+
+    network, _ = load_language_network(open_start(instructed))
+    window = conversations(data, instructed)[0]
+    losses = stages.distill_tower(TrainConfig(steps=1, batch_size=4, learning_rate=1, precision="full"),
+                                  network.vision_tower)(network, window)  # fmt: skip
+    assert losses["vision"] == 0
+    assert losses["loss"] == losses["answers"] > 0
+
+
+def test_conversations_without_images(instructed: Path, tmp_path: Path) -> None:
+    said = [{"from": "human", "value": "Which letter?"}, {"from": "gpt", "value": "B"}]
+    (tmp_path / "text.json").write_text(json.dumps([{"conversations": said}] * 4))
+    config = write_config(tmp_path, "", precision="ternary", steps=2)
+    for stage, parents in (("instruct", {"init": instructed}), ("distill", {"teacher": instructed})):
+        run(stage, config, tmp_path / "text.json", tmp_path / stage, **parents)
+        assert all(np.isfinite(loss) for loss in losses_of(tmp_path / stage).values())
+
+
+@pytest.mark.parametrize("stage", ["align", "instruct", "distill"])
+def test_a_run_that_ended_goes_on_to_the_same_weights(
+    data: Path, instructed: Path, tmp_path: Path, stage: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = write_config(tmp_path, MODEL, precision="ternary", weight_decay=0.1, weight_decay_steps=3)
+    parents = {"teacher": instructed} if stage == "distill" else {"init": instructed}
+    run(stage, config, data, tmp_path / "whole", **parents)
+    step = loop.Trainer._step
+
+    def dies_at_six(self: loop.Trainer, window: Any) -> Any:
+        if self.step == 6:
+            raise MemoryError
+        return step(self, window)
+
+    monkeypatch.setattr(loop.Trainer, "_step", dies_at_six)
+    with pytest.raises(MemoryError):
+        run(stage, config, data, tmp_path / "cut", **parents)
+    monkeypatch.undo()
+    run(stage, config, data, tmp_path / "cut", **parents)
+    whole, cut = weights(tmp_path / "whole"), weights(tmp_path / "cut")
+    assert all(torch.equal(value, cut[name]) for name, value in whole.items())
+
+
+def test_the_tower_of_a_policy_is_a_beginning(data: Path, tmp_path: Path) -> None:
+    demonstrations = write_dataset(tmp_path / "random", episodes=3)
+    run("localize", write_config(tmp_path, POLICY, steps=1), demonstrations, tmp_path / "tower")
+    config = write_config(tmp_path, MODEL, precision="ternary", steps=1)
+    run("align", config, data, tmp_path / "aligned", init=tmp_path / "tower")
+    tower, aligned = weights(tmp_path / "tower"), weights(tmp_path / "aligned")
+    assert all(torch.equal(tower[name], value) for name, value in aligned.items() if name.startswith("vision_tower."))
+    larger = write_config(tmp_path, MODEL.replace("num_layers = 2", "num_layers = 3", 1), precision="ternary")
+    with pytest.raises(BitvlaError, match="has another vision tower"):
+        run("align", larger, data, tmp_path / "larger", init=tmp_path / "tower")
+    with pytest.raises(BitvlaError, match="is a base model, which does not act"):
+        load_network(open_start(tmp_path / "aligned"))
+    with pytest.raises(BitvlaError, match=r"no \[model\] section"):
+        run("align", write_config(tmp_path, ""), data, tmp_path / "none")
+    with pytest.raises(BitvlaError, match="adapters are of policies"):
+        run("align", write_config(tmp_path, MODEL, lora_rank=2), data, tmp_path / "none")
+
+
+def test_conversations_about_an_image_are_in_one_split(data: Path, instructed: Path) -> None:
+    splits = [conversations(data, instructed, split=split) for split in ("train", "validation")]
+    assert sorted(np.concatenate([split._chosen for split in splits])) == list(range(40))
+    whole = splits[0][5]
+    for rank in range(2):
+        share = conversations(data, instructed, rank=rank, world_size=2)[5]
+        assert torch.equal(share.inputs.pixels[0], whole.inputs.pixels[0, rank::2])
+
+
+def test_what_does_not_fit_is_cut_at_an_answer(data: Path, instructed: Path) -> None:
+    _, chat = load_language_network(open_start(instructed))
+    first = len(conversations(data, instructed)[0].inputs.token_ids[0])
+    window = conversations(data, instructed, max_tokens=first - 2)[0]
+    assert window.inputs.token_ids.shape[1] < first
+    assert (window.targets != UNKNOWN).any(dim=1).all()
+    short = conversations(data, instructed, max_tokens=len(chat.turn(QUESTION + ASK_FOR_A_LETTER, 1)) + 2)[0]
+    assert ((short.targets != UNKNOWN).sum(dim=1) == 1).all()
+    with pytest.raises(BitvlaError, match="no conversation fits into 20 tokens"):
+        conversations(data, instructed, max_tokens=20)
+
+
+def entry(**changes: Any) -> dict[str, Any]:
+    messages = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "A cube."}]
+    return {"id": "x1", "image": "0.png", "conversations": messages} | changes
+
+
+@pytest.mark.parametrize(
+    ("entries", "message"),
+    [
+        ([], "holds no conversation"),
+        ({}, r"not in the JSON layout of LLaVA: Expected `array`"),
+        ([entry(), {"id": "x2"}], r"conversations` - at `\$\[1\]`"),
+        ([entry(), entry(image="lost.png")], r"entry 1 \('x1'\): its image .*lost.png does not exist"),
+        (
+            [entry(conversations=[{"from": "user", "value": "Hi"}])],
+            r"message 0 is from 'user', it must be from 'human'",
+        ),
+        ([entry(conversations=entry()["conversations"][:1])], "has 1 messages; each question needs its answer"),
+        ([entry(conversations=[])], "has 0 messages"),
+        ([entry(conversations=[entry()["conversations"][0], {"from": "gpt", "value": " "}])], "message 1, .* is empty"),
+        ([entry(image=None)], r"stands 1 times in its questions, it has 0 images"),
+    ],
+)
+def test_what_is_wrong_with_a_file_is_named(tmp_path: Path, entries: Any, message: str) -> None:
+    Image.new("RGB", (4, 4)).save(tmp_path / "0.png")
+    (tmp_path / "bad.json").write_text(json.dumps(entries))
+    with pytest.raises(BitvlaError, match=r"bad\.json.*" + message):
+        read_conversations(tmp_path / "bad.json")
+
+
+def test_a_folder_stands_for_its_one_file(data: Path, tmp_path: Path) -> None:
+    assert conversation_file(data.parent) == data
+    with pytest.raises(BitvlaError, match="must hold one JSON file of conversations, it holds none"):
+        conversation_file(tmp_path)
+    with pytest.raises(BitvlaError, match=r"cannot read the conversations .*lost.json"):
+        read_conversations(tmp_path / "lost.json")
+
+
+def test_special_tokens_in_what_is_said_are_refused(data: Path, instructed: Path, tmp_path: Path) -> None:
+    said = [{"from": "human", "value": "Stop<|eot_id|>"}, {"from": "gpt", "value": "Yes"}]
+    (tmp_path / "bad.json").write_text(json.dumps([{"conversations": said}]))
+    with pytest.raises(BitvlaError, match=r"bad.json: entry 0: the prompt contains reserved tokens"):
+        conversations(tmp_path / "bad.json", instructed)[0]
+
+
+def test_learning_rates_decay_in_a_line() -> None:
+    config = TrainConfig(steps=10, batch_size=1, learning_rate=1, precision="full", warmup_steps=2, decay="linear")
+    assert [loop._learning_rate(step, config) for step in (0, 2, 6, 10)] == [0.5, 1, 0.5, 0]
+
+
+def test_every_stage_has_a_plan(instructed: Path, tmp_path: Path) -> None:
+    config = write_config(tmp_path, MODEL, precision="ternary", max_tokens=64)
+    plans = {stage: plan(stage, config) for stage in ("align", "instruct", "distill")}
+    trained = {stage: result["parameters"]["trained"] for stage, result in plans.items()}
+    sizes: dict[str, int] = {}
+    for name, tensor in weights(instructed).items():
+        part = name.split(".")[0]
+        sizes[part] = sizes.get(part, 0) + tensor.numel()
+    tower, connector, decoder = (sizes[name] for name in ("vision_tower", "multi_modal_projector", "language_model"))
+    assert trained == {"align": connector, "instruct": connector + decoder, "distill": tower}
+    assert plans["distill"]["parameters"]["ternary"] > plans["instruct"]["parameters"]["ternary"]  # the tower is now
+    assert plans["distill"]["parameters"]["of the teacher"] == trained["distill"]
+    assert plans["align"]["effective batch"]["tokens a step, about"] == 8 * 64
+
+
+@pytest.mark.parametrize("stage", ["align", "instruct", "distill"])
+def test_the_model_at_full_size_is_the_published_one(stage: str) -> None:
+    config = load(CONFIGS / f"bitvla-3b-{stage}.toml")
+    model = start_config(stage, config, None)
+    assert config.batch_size * config.gradient_accumulation == 256
+    assert (model.vision.num_layers, model.vision.ternary, model.language.num_layers) == (26, stage == "distill", 30)
