@@ -495,7 +495,7 @@ class FlowHead(Encoder):
         velocity = self.workspace.floats("head.velocity", rows, action.dim)
         native.layer_norm(states, *self.condition_norm, eps, first)
         self.condition.apply(first, given)
-        given += self.position_embedding
+        given += np.tile(self.position_embedding, (rows // action.horizon, 1))
         self.time_in.apply(self.waves, times)
 
         chunks = np.tile(self.noise, (rows // action.horizon, 1))
