@@ -233,6 +233,7 @@ def _head_sizes(checkpoint: Path):
         ({"num_heads": 5}, r"action\.flow\.hidden_size 24 is not even, or not a multiple of .*num_heads 5"),
         ({"hidden_size": 3}, r"hidden_size 3 is not even"),
         ({"steps": 0}, r"action\.flow\.steps is 0; it must be a size from 1"),
+        ({"steps": 1001}, r"action\.flow\.steps is 1001; more than 1000 are a mistake"),
         ({"layer_norm_eps": 0.0}, r"layer_norm_eps 0.0 is not positive"),
     ],
 )

@@ -308,6 +308,7 @@ def _flow_rules(action: ActionConfig) -> list[tuple[bool, str]]:
         (not action.bins, "action.flow and action.bins are two kinds of actions; leave out one of them"),
         (flow.hidden_size % 2 == 0 and flow.hidden_size % flow.num_heads == 0, f"action.flow.hidden_size "
          f"{flow.hidden_size} is not even, or not a multiple of action.flow.num_heads {flow.num_heads}"),
+        (flow.steps <= 1000, f"action.flow.steps is {flow.steps}; more than 1000 are a mistake"),
         (flow.layer_norm_eps > 0, f"action.flow.layer_norm_eps {flow.layer_norm_eps} is not positive"),
     ]  # fmt: skip
 

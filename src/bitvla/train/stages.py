@@ -20,14 +20,14 @@ Network = Callable[..., Any]  # a whole network or its vision tower, compiled or
 Objective = Callable[[Network, Any], Losses]  # over a Window, or a TokenWindow where tokens are written
 
 NAMES = ("align", "instruct", "localize", "pretrain", "finetune", "distill")
-# What learns where conversations are the data (paper, Table IV): first the connector, then all that reads the tower,
-# at last the tower, which has become ternary.
 PARTS: dict[Part, tuple[str, ...]] = {  # what the names of their tensors begin with
     "tower": ("vision_tower.",),
     "connector": ("multi_modal_projector.", "proprio_projector.", "prefix_projector."),
     "decoder": ("language_model.",),
     "head": ("action_head.",),
 }
+# What learns where conversations are the data (paper, Table IV): first the connector, then all that reads the tower,
+# at last the tower, which has become ternary.
 LANGUAGE_PARTS: dict[str, tuple[Part, ...]] = {
     "align": ("connector",),
     "instruct": ("connector", "decoder"),
