@@ -129,6 +129,7 @@ def run(world, limit=LIMIT, meanwhile=lambda world, step: None):
         action = expert()
         assert action.shape == (7,)
         assert action.dtype == np.float32
+        assert np.isfinite(action).all()
         assert (np.abs(action) <= 1).all()
         world.step(action)
     return limit
@@ -277,4 +278,11 @@ def test_noise_does_not_matter():
     world = World({"box": box(0.1, 0.15), "plate": plate(0, -0.2)}, [("box", "plate")])
     obey = world.step
     world.step = lambda action: obey(action + 0.25 * rng.standard_normal(7) * [1, 1, 1, 0.1, 0.1, 0.1, 0])
+    assert run(world) < LIMIT
+
+
+def test_a_hand_beyond_its_reach_comes_back():
+    world = World({"box": box(0.1, 0.15), "plate": plate(0, -0.2)}, [("box", "plate")])
+    world.hand = [0.3, 0.15, TABLE + 0.12]
+    assert grasp.ceiling(np.array(world.hand[:2]), np.array(SHOULDER)) == -np.inf
     assert run(world) < LIMIT

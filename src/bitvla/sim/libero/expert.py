@@ -211,7 +211,9 @@ class PickAndPlace:
         lanes = [[x, y] for x in (-0.06, 0.0, 0.06) for y in (-0.06, 0.0, 0.06)]
         points = (way[:, None] + np.array(lanes)).reshape(-1, 2)
         clear = float(self._world.heights(points, thing, absent)[0].max()) + below + _MARGIN
-        return min(clear, float(grasp.ceiling(way, np.array(self._scene.shoulder)).min()))
+        able = grasp.ceiling(way, np.array(self._scene.shoulder))
+        # Noise can have led the hand to where the arm would not bring it by itself: it stays as high as it is.
+        return min(clear, float(np.where(np.isfinite(able), able, self._scene.hand[2]).min()))
 
     def _height_to_release(self, goal: Goal, target: Floats, end: Floats) -> float:
         """How high the hand is when the thing just does not touch, and neither palm nor fingers touch anything."""

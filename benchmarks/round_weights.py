@@ -1,11 +1,11 @@
-"""A checkpoint whose tower and decoder weights are rounded to int4 after training (torchao), for the ablation.
+"""A checkpoint whose tower and decoder weights are rounded to few bits after training (torchao), for the ablations.
 
     pip install torchao
-    python benchmarks/round_to_int4.py runs/teacher runs/teacher-int4
+    python benchmarks/round_weights.py --bits 4 runs/teacher runs/teacher-int4
     bitvla eval runs/teacher-int4 --full-precision --env metaworld --suite mt10 --episodes 50
 
-The same layers are rounded that a ternary policy packs. Weights are symmetric int4 in groups of 32 columns;
-activations stay float32, so this is the mildest form of 4 bits.
+The same layers are rounded that a ternary policy packs. Weights are symmetric integers in groups of 32 columns;
+activations stay float32, so this is the mildest form of so many bits.
 """
 
 import argparse
@@ -25,6 +25,7 @@ GROUP = 32
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--bits", type=int, choices=(4, 8), required=True, help="of a weight")
     parser.add_argument("checkpoint", type=Path, help="full-precision training checkpoint")
     parser.add_argument("out", type=Path, help="folder of the rounded checkpoint")
     arguments = parser.parse_args()
@@ -32,7 +33,8 @@ def main() -> None:
     if start.config.precision != "full":
         parser.error(f"{arguments.checkpoint} is not a full-precision checkpoint")
     network, _ = load_network(start)
-    config = IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=PerGroup(GROUP))
+    weight = getattr(torch, f"int{arguments.bits}")
+    config = IntxWeightOnlyConfig(weight_dtype=weight, granularity=PerGroup(GROUP))
     for layers in (network.vision_tower.vision_model.encoder, network.language_model.model.layers):
         quantize_(layers, config)
     weights = load_file(arguments.checkpoint / "model.safetensors")
@@ -40,7 +42,7 @@ def main() -> None:
     changed = sum(not torch.equal(weights[name], tensor) for name, tensor in rounded.items())
     shutil.copytree(arguments.checkpoint, arguments.out, ignore=shutil.ignore_patterns("training_state*", "metrics*"))
     save_file({**weights, **{n: t.contiguous() for n, t in rounded.items()}}, arguments.out / "model.safetensors")
-    print(f"{changed} weight matrices rounded to int4 in groups of {GROUP}: {arguments.out}")
+    print(f"{changed} weight matrices rounded to int{arguments.bits} in groups of {GROUP}: {arguments.out}")
 
 
 if __name__ == "__main__":
