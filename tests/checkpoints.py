@@ -15,6 +15,7 @@ from bitvla.bundle import tensor_specs
 from bitvla.config import (
     ActionConfig,
     Camera,
+    FlowConfig,
     ImageProcessing,
     LanguageConfig,
     PolicyConfig,
@@ -61,6 +62,15 @@ def token_config() -> PolicyConfig:
         action=ActionConfig(horizon=1, dim=4, state_dim=0, slots_per_step=0, head_hidden_size=0, head_blocks=0, bins=9),
         processing=msgspec.structs.replace(processing, prompt=prompt),
     )
+
+
+def flow_config(**changes: Any) -> PolicyConfig:
+    """A tiny policy with a flow-matching head, in full precision unless `changes` of its FlowConfig say otherwise."""
+    flow = FlowConfig(hidden_size=24, intermediate_size=64, num_layers=2, num_heads=3, steps=3)
+    action = msgspec.structs.replace(
+        tiny_config().action, head_hidden_size=0, head_blocks=0, flow=msgspec.structs.replace(flow, **changes)
+    )
+    return tiny_config(action=action)
 
 
 def with_prompt(config: PolicyConfig, template: str) -> PolicyConfig:

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.special import erf
 
-from bitvla.config import PolicyConfig
+from bitvla.config import FlowConfig, PolicyConfig, VisionConfig
 from bitvla.quantization import ternary_linear
 
 Floats = NDArray[np.float32]
@@ -52,16 +52,30 @@ class ReferenceNetwork:
         return self.weights["language_model.model.embed_tokens.weight"][ids[is_text]].mean(0)
 
     def vision_layer(self, index: int, x: Floats, told: Floats | None = None) -> Floats:
-        prefix, vision = f"vision_tower.vision_model.encoder.layers.{index}.", self.config.vision
-        h = self.layer_norm(f"{prefix}layer_norm1", x, vision.layer_norm_eps)
-        project = self.ternary if vision.ternary else self.linear
-        q, k, v = (project(f"{prefix}self_attn.{name}_proj", h) for name in "qkv")
-        views = [np.arange(len(x)) // vision.num_patches == view for view in range(len(x) // vision.num_patches)]
-        attended = np.concatenate([attention(q[i], k[i], v[i], vision.num_heads, vision.num_heads) for i in views])
-        x = x + project(f"{prefix}self_attn.out_proj", attended)
+        vision, film = self.config.vision, None
         if vision.film and told is not None:
-            x = x * (1 + self.linear(f"film.{index}.scale", told)) + self.linear(f"film.{index}.shift", told)
-        h = project(f"{prefix}mlp.fc1", self.layer_norm(f"{prefix}layer_norm2", x, vision.layer_norm_eps))
+            film = 1 + self.linear(f"film.{index}.scale", told), self.linear(f"film.{index}.shift", told)
+        prefix = f"vision_tower.vision_model.encoder.layers.{index}."
+        return self.encoder_layer(prefix, vision, x, vision.num_patches, film)
+
+    def encoder_layer(
+        self,
+        prefix: str,
+        config: VisionConfig | FlowConfig,
+        x: Floats,
+        length: int,
+        film: tuple[Floats, Floats] | None = None,
+    ) -> Floats:
+        """A layer of SigLIP over sequences of `length` tokens."""
+        h = self.layer_norm(f"{prefix}layer_norm1", x, config.layer_norm_eps)
+        project = self.ternary if config.ternary else self.linear
+        q, k, v = (project(f"{prefix}self_attn.{name}_proj", h) for name in "qkv")
+        views = [np.arange(len(x)) // length == view for view in range(len(x) // length)]
+        attended = np.concatenate([attention(q[i], k[i], v[i], config.num_heads, config.num_heads) for i in views])
+        x = x + project(f"{prefix}self_attn.out_proj", attended)
+        if film is not None:
+            x = x * film[0] + film[1]
+        h = project(f"{prefix}mlp.fc1", self.layer_norm(f"{prefix}layer_norm2", x, config.layer_norm_eps))
         return x + project(f"{prefix}mlp.fc2", gelu_tanh(h))
 
     def connector(self, x: Floats) -> Floats:
@@ -94,7 +108,23 @@ class ReferenceNetwork:
     def final_norm(self, x: Floats) -> Floats:
         return self.rms_norm("language_model.model.norm", x, self.config.language.rms_norm_eps)
 
+    def flow(self, flow: FlowConfig, answers: Floats) -> Floats:
+        head, horizon, eps = "action_head.", self.config.action.horizon, flow.layer_norm_eps
+        states = self.layer_norm(f"{head}condition_norm", answers.reshape(horizon, -1), eps)
+        given = self.linear(f"{head}condition", states) + self.weights[f"{head}position_embedding"]
+        chunk = self.weights[f"{head}noise"]
+        for time in np.arange(flow.steps, dtype=np.float32) / flow.steps:
+            angles = time * np.array(flow.frequencies)
+            told = self.linear(f"{head}time_in", np.concatenate([np.sin(angles), np.cos(angles)]).astype(np.float32))
+            x = given + self.linear(f"{head}action_in", chunk) + told
+            for index in range(flow.num_layers):
+                x = self.encoder_layer(f"{head}layers.{index}.", flow, x, horizon)
+            chunk = chunk + self.linear(f"{head}action_out", self.layer_norm(f"{head}norm", x, eps)) / flow.steps
+        return chunk
+
     def head(self, answers: Floats) -> Floats:
+        if self.config.action.flow:
+            return self.flow(self.config.action.flow, answers)
         prefix = "action_head.model."
         h = answers.reshape(self.config.action.horizon, -1)
         h = np.maximum(self.linear(f"{prefix}fc1", self.layer_norm(f"{prefix}layer_norm1", h, 1e-5)), 0)

@@ -20,7 +20,7 @@ from bitvla.config import Camera, ImageProcessing, PolicyConfig
 from bitvla.convert.pack import PARITY_BOUND, pack
 from bitvla.model.policy import TorchPolicy
 from bitvla.processing.vectors import normalize
-from checkpoints import observation, processing_config, tiny_config, write_random_checkpoint
+from checkpoints import flow_config, observation, processing_config, tiny_config, write_random_checkpoint
 
 
 def changed(section: str, **fields: object) -> PolicyConfig:
@@ -37,6 +37,10 @@ CONFIGS = {
     "deep head": changed("action", head_blocks=2, slots_per_step=1),
     "rotated, lanczos": changed("processing", image=ImageProcessing(rotate180=True, resize="lanczos")),
     "decided actions": changed("action", max_prefix=3),
+    "flow": flow_config(),
+    "ternary flow, decided actions": tiny_config(
+        action=msgspec.structs.replace(flow_config(precision="ternary").action, max_prefix=3)
+    ),
     "one camera": tiny_config(processing=processing_config((Camera(name="top", height=28, width=28),), 3, 4, 5)),
 }
 

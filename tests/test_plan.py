@@ -69,7 +69,7 @@ def test_memory_is_what_a_step_on_real_tensors_takes(tmp_path, checkpoints):
         planning.checkpoint_activations(network)
     for parameter in network.parameters():
         parameter.register_post_accumulate_grad_hook(planning._drop_gradient)
-    window = planning._window(policy, 4, length, 0)
+    window = planning._window(policy, 4, length, keypoints=0, flow_samples=0)
     images = policy.vision.num_patches * len(policy.processing.cameras)
     token_ids = torch.full((4, length), 5)
     token_ids[:, 1 : 1 + images] = 0

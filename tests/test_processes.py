@@ -14,7 +14,7 @@ from bitvla.errors import BitvlaError
 from bitvla.train import loop
 from bitvla.train.loop import run
 from datasets import write_dataset
-from training import POLICY, TOKENS, losses_of, write_config
+from training import FLOW, POLICY, TOKENS, losses_of, write_config
 
 UNSHARDED = {"auxiliary_weight": 0.0, "keypoint_weight": 0.0}
 
@@ -41,7 +41,7 @@ def assert_same_run(one: Path, other: Path, steps: int) -> None:
     ("stage", "changes"),
     [
         ("finetune", {"gradient_accumulation": 2, "optimizer": "muon"}),
-        ("finetune", {"shard": True, "film": True, **UNSHARDED}),
+        ("finetune", {"shard": True, "film": True, "flow": FLOW, **UNSHARDED}),
         ("pretrain", {"film": True}),
     ],
 )

@@ -31,7 +31,7 @@ from bitvla.runtime import network as network_module
 from bitvla.runtime import selftest
 from bitvla.runtime.policy import PARTS, Policy
 from bitvla.runtime.pruning import most_different
-from checkpoints import observation, pack_random, random_weights, tiny_config, token_config, with_prompt
+from checkpoints import flow_config, observation, pack_random, random_weights, tiny_config, token_config, with_prompt
 from reference_network import ReferenceNetwork, attention, gelu, gelu_tanh
 from serving import NANO
 from serving import observation as serving_observation
@@ -51,6 +51,7 @@ CONFIGS = {
     "full-precision tower": changed(vision={"ternary": False}),
     "FiLM": changed(vision={"film": True}),
     "no blocks, one layer": changed(language={"num_layers": 1, "num_kv_heads": 4}, action={"head_blocks": 0}),
+    "flow": flow_config(),
 }
 
 BEGINS_ALIKE = "<|begin_of_text|>look {images}{instruction}"
@@ -436,6 +437,7 @@ def test_calls_do_not_disturb_each_other(policy: Policy, policy_file: Path) -> N
 
 
 BATCHED = CONFIGS | {"action tokens": token_config(), "decided actions": changed(action={"max_prefix": 3})}
+BATCHED["flow, decided actions"] = tiny_config(action=msgspec.structs.replace(flow_config().action, max_prefix=3))
 BATCHED["a prompt that begins alike"] = with_prompt(token_config(), BEGINS_ALIKE)
 TEXTS = ["open the drawer", "a", "push the red button and then the other one", "reach", "open it"]
 
@@ -564,7 +566,7 @@ def test_a_sequence_beyond_the_rotary_table_is_refused(tmp_path: Path) -> None:
 
 
 def test_an_answer_that_is_not_finite_is_refused(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(policy.network, "act", lambda answers: np.full((1, 5, 4), np.nan, np.float32))
+    monkeypatch.setattr(policy.network, "act", lambda *_: np.full((1, 5, 4), np.nan, np.float32))
     with pytest.raises(BitvlaError, match="not finite"):
         policy.act(observation(policy.config))
 

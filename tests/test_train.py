@@ -22,7 +22,7 @@ from bitvla.train import batches, stages
 from bitvla.train.config import Augmentation
 from bitvla.train.loop import run
 from datasets import make_writer, random_episode, write_dataset
-from training import POLICY, TOKENS, losses_of, windows, write_config
+from training import FLOW, POLICY, TOKENS, losses_of, windows, write_config
 
 
 @pytest.fixture(scope="module")
@@ -116,7 +116,7 @@ sys.exit(main(sys.argv[1:]))
         ("pretrain", 6, False, {"gradient_accumulation": 2}),
         ("distill", 6, False, {"precision": "ternary"}),
         ("finetune", 2, False, {}),  # before anything is saved
-        ("finetune", 6, False, {"optimizer": "muon"}),
+        ("finetune", 6, False, {"optimizer": "muon", "flow": FLOW}),
         ("finetune", 6, False, {"precision": "ternary", "lora_rank": 2, "film": True}),
         ("finetune", -1, True, {}),  # the policy is written, the state of the run not yet
     ],

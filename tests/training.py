@@ -36,6 +36,9 @@ max_positions = 64
 template = "<|begin_of_text|>{images}<proprio_pad>{instruction}<|eot_id|>"
 """
 
+# A flow-matching head in place of its regression head.
+FLOW = {"hidden_size": 16, "intermediate_size": 32, "num_layers": 2, "num_heads": 2, "steps": 4}
+
 # The same backbone, writing its actions as tokens.
 TOKENS = (
     POLICY.replace("horizon = 3, dim = 3, state_dim = 3, slots_per_step = 1, head_hidden_size = 16, head_blocks = 1",

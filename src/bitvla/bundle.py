@@ -26,7 +26,15 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from bitvla.config import ActionConfig, LanguageConfig, LanguageModelConfig, PolicyConfig, VisionConfig, check
+from bitvla.config import (
+    ActionConfig,
+    FlowConfig,
+    LanguageConfig,
+    LanguageModelConfig,
+    PolicyConfig,
+    VisionConfig,
+    check,
+)
 from bitvla.errors import BitvlaError, memory_for
 from bitvla.files import write_whole
 from bitvla.quantization import Packing, packed_shape
@@ -53,7 +61,7 @@ _DTYPES: dict[str, np.dtype[Any]] = {
 MatrixDtype = Literal["F32", "BF16", "I8"]
 
 
-_Kind = Literal["ternary", "matrix", "embedding", "vector"]
+_Kind = Literal["ternary", "matrix", "bfloat16", "int8", "embedding", "vector"]
 
 
 class TensorSpec(NamedTuple):
@@ -61,12 +69,20 @@ class TensorSpec(NamedTuple):
 
     ternary: a quantised linear layer. matrix: a linear layer that training keeps in full precision (connector,
     projector, heads, at times the tower), stored by choice as float32, as bfloat16, or as int8 codes with a scale a
-    row. embedding: of tokens or patches, and the layer that writes actions: float32 with float32 matrices, else
-    bfloat16. vector: norms, biases, positions, always float32.
+    row. bfloat16, int8: one that is stored so whatever was chosen. embedding: of tokens or patches, and the layer that
+    writes actions: float32 with float32 matrices, else bfloat16. vector: norms, biases, positions, always float32.
     """
 
     kind: _Kind
     shape: tuple[int, ...]
+
+    def dtype(self, matrices: MatrixDtype) -> MatrixDtype:
+        """As what a tensor that is not ternary lies in a file with such `matrices`."""
+        if self.kind in ("bfloat16", "int8"):
+            return "BF16" if self.kind == "bfloat16" else "I8"
+        if self.kind == "embedding":
+            return "F32" if matrices == "F32" else "BF16"
+        return matrices if self.kind == "matrix" else "F32"
 
 
 class Stored(NamedTuple):
@@ -152,7 +168,6 @@ def tensor_specs(config: PolicyConfig | LanguageModelConfig) -> dict[str, Tensor
 def vision_specs(vision: VisionConfig, hidden: int) -> dict[str, TensorSpec]:
     """The tensors of the vision tower, with its FiLM, and of the connector to a decoder of width `hidden`."""
     width = vision.hidden_size
-    kind: _Kind = "ternary" if vision.ternary else "matrix"
     tower = "vision_tower.vision_model."
     specs = {
         f"{tower}embeddings.patch_embedding.weight": TensorSpec(
@@ -161,18 +176,24 @@ def vision_specs(vision: VisionConfig, hidden: int) -> dict[str, TensorSpec]:
         f"{tower}embeddings.patch_embedding.bias": TensorSpec("vector", (width,)),
         f"{tower}embeddings.position_embedding.weight": TensorSpec("vector", (vision.num_patches, width)),
     }
-    for index in range(vision.num_layers):
-        layer = f"{tower}encoder.layers.{index}."
+    specs |= _encoder_specs(vision, f"{tower}encoder.layers.", "ternary" if vision.ternary else "matrix")
+    for index in range(vision.num_layers if vision.film else 0):
+        specs |= _linear(f"film.{index}.scale", width, hidden) | _linear(f"film.{index}.shift", width, hidden)
+    specs |= _linear("multi_modal_projector.linear_1", hidden, width)
+    specs |= _linear("multi_modal_projector.linear_2", hidden, hidden)
+    return specs
+
+
+def _encoder_specs(encoder: VisionConfig | FlowConfig, layers: str, kind: _Kind) -> dict[str, TensorSpec]:
+    """The tensors of SigLIP's transformer layers, under names that begin with `layers`."""
+    width, inner = encoder.hidden_size, encoder.intermediate_size
+    specs: dict[str, TensorSpec] = {}
+    for layer in (f"{layers}{index}." for index in range(encoder.num_layers)):
         specs |= _norm(f"{layer}layer_norm1", width)
         for name in ("q_proj", "k_proj", "v_proj", "out_proj"):
             specs |= _linear(f"{layer}self_attn.{name}", width, width, kind)
-        if vision.film:
-            specs |= _linear(f"film.{index}.scale", width, hidden) | _linear(f"film.{index}.shift", width, hidden)
         specs |= _norm(f"{layer}layer_norm2", width)
-        specs |= _linear(f"{layer}mlp.fc1", vision.intermediate_size, width, kind)
-        specs |= _linear(f"{layer}mlp.fc2", width, vision.intermediate_size, kind)
-    specs |= _linear("multi_modal_projector.linear_1", hidden, width)
-    specs |= _linear("multi_modal_projector.linear_2", hidden, hidden)
+        specs |= _linear(f"{layer}mlp.fc1", inner, width, kind) | _linear(f"{layer}mlp.fc2", width, inner, kind)
     return specs
 
 
@@ -211,6 +232,8 @@ def action_specs(action: ActionConfig, hidden: int) -> dict[str, TensorSpec]:
     specs |= _linear("proprio_projector.fc2", hidden, hidden)
     if action.max_prefix:
         specs |= _linear("prefix_projector", slots, action.dim)
+    if action.flow is not None:
+        return specs | _flow_specs(action, action.flow, slots)
     specs |= _norm("action_head.model.layer_norm1", slots) | _linear("action_head.model.fc1", width, slots)
     for index in range(action.head_blocks):
         block = f"action_head.model.mlp_resnet_blocks.{index}.ffn."
@@ -218,6 +241,22 @@ def action_specs(action: ActionConfig, hidden: int) -> dict[str, TensorSpec]:
     specs |= _norm("action_head.model.layer_norm2", width)
     # Not a matrix: int8 would save a kilobyte and shift every action by a part of its error (docs/results.md).
     return specs | _linear(_LAST_LAYER.removesuffix(".weight"), action.dim, width, "embedding")
+
+
+def _flow_specs(action: ActionConfig, flow: FlowConfig, slots: int) -> dict[str, TensorSpec]:
+    """The tensors of a flow-matching head, with the noise that every chunk begins as."""
+    head, width = "action_head.", flow.hidden_size
+    return {
+        f"{head}noise": TensorSpec("vector", (action.horizon, action.dim)),
+        f"{head}position_embedding": TensorSpec("vector", (action.horizon, width)),
+        **_norm(f"{head}condition_norm", slots),
+        **_linear(f"{head}condition", width, slots),
+        **_linear(f"{head}action_in", width, action.dim),
+        **_linear(f"{head}time_in", width, width),
+        **_encoder_specs(flow, f"{head}layers.", "matrix" if flow.precision == "full" else flow.precision),
+        **_norm(f"{head}norm", width),
+        **_linear(f"{head}action_out", action.dim, width, "embedding"),  # as the last layer of the regression head
+    }
 
 
 def _norm(name: str, size: int) -> dict[str, TensorSpec]:
@@ -238,10 +277,12 @@ def stored_tensors(document: Document[C]) -> dict[str, Stored]:
             rows, columns = spec.shape
             packed[name] = Stored("U8", packed_shape(rows, columns, document.packing))
             floats[f"{name}_scale"] = Stored("F32", (1,))
-        elif document.matrix_dtype == "I8" and (spec.kind == "matrix" or (document.format < 3 and name == _LAST_LAYER)):
+        elif spec.dtype(document.matrix_dtype) == "I8" or (
+            document.matrix_dtype == "I8" and document.format < 3 and name == _LAST_LAYER
+        ):
             codes[name] = Stored("I8", spec.shape)
             floats[f"{name}_scale"] = Stored("F32", spec.shape[:1])
-        elif spec.kind in ("matrix", "embedding") and document.matrix_dtype != "F32":
+        elif spec.dtype(document.matrix_dtype) == "BF16":
             halves[name] = Stored("BF16", spec.shape)
         else:
             floats[name] = Stored("F32", spec.shape)
@@ -441,7 +482,7 @@ def _parse_document(path: Path, text: bytes, kind: type[C], num_tensors: int) ->
     if config.vision:
         depths.append(config.vision.num_layers + config.language.num_layers)
     if isinstance(config, PolicyConfig):
-        depths.append(config.action.head_blocks)
+        depths.append(config.action.flow.num_layers if config.action.flow else config.action.head_blocks)
     if max(depths) > num_tensors:
         raise BitvlaError(f"{path} is damaged: {max(depths)} layers described, only {num_tensors} tensors present")
     if config.precision != "ternary":

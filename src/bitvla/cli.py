@@ -24,6 +24,7 @@ from bitvla.errors import BitvlaError, meant
 
 STAGES = ("align", "instruct", "localize", "pretrain", "finetune", "distill")
 PACKINGS = ("2bit", "base3")
+EXPERTS = ("bfloat16", "int8", "ternary")
 MATRICES: dict[str, Any] = {"float32": "F32", "bfloat16": "BF16", "int8": "I8"}
 KINDS = ("libero", "vision-language", "vision-language-bf16-tower", "pretrained", "language", "language-bf16")
 PROTOCOLS = ("openpi", "lerobot", "gr00t")
@@ -135,6 +136,7 @@ def _pack(args: argparse.Namespace) -> Any:
             packing=args.packing,
             control_hz=args.control_hz,
             matrix_dtype=MATRICES.get(args.matrices),
+            expert=args.expert,
             progress=progress,
         )
 
@@ -547,6 +549,11 @@ def _add_making(add: _Add, commands: Any) -> None:
         "--matrices",
         choices=MATRICES,
         help="how connector, projector and action head are stored (default: as the checkpoint has them)",
+    )
+    pack.add_argument(
+        "--expert",
+        choices=EXPERTS,
+        help="round the layers of a flow-matching expert trained in full precision, and nothing else of it",
     )
 
     make_checkpoint = add(

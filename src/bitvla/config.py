@@ -6,6 +6,7 @@ values of `PolicyConfig`. Nothing about a robot (cameras, statistics, rates, uni
 
 from __future__ import annotations
 
+import math
 import re
 import tomllib
 from collections.abc import Iterable
@@ -17,6 +18,7 @@ import msgspec
 from bitvla.errors import BitvlaError, meant
 
 T = TypeVar("T")
+Precision = Literal["full", "bfloat16", "int8", "ternary"]  # of the layers of a flow-matching expert
 Model = TypeVar("Model", bound="PolicyConfig | LanguageModelConfig")
 
 
@@ -65,14 +67,43 @@ class LanguageConfig(Record, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         return self.hidden_size // self.num_heads
 
 
+class FlowConfig(Record, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A flow-matching action expert (pi0, arXiv 2410.24164): a transformer over the steps of the chunk that turns noise
+    into actions, in `steps` steps of Euler's method.
+
+    `precision` of its layers in a ternary policy: trained and stored ternary, or trained in full precision and stored
+    as all full-precision matrices are, or in bfloat16 or int8 whatever those are.
+    """
+
+    hidden_size: int = 256
+    intermediate_size: int = 1024
+    num_layers: int = 4
+    num_heads: int = 4
+    layer_norm_eps: float = 1e-6
+    steps: int = 10
+    precision: Precision = "full"
+
+    @property
+    def ternary(self) -> bool:
+        return self.precision == "ternary"
+
+    @property
+    def frequencies(self) -> list[float]:
+        """Of the sines and cosines that tell the time of the flow, 0 to 1: periods from 0.004 to 4, as in pi0."""
+        pairs = self.hidden_size // 2
+        return [2 * math.pi / (0.004 * 1000 ** (pair / max(1, pairs - 1))) for pair in range(pairs)]
+
+
 class ActionConfig(Record, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Action slots and the L1-regressed head over them.
+    """Action slots and the head over them: regressed (L1), or with `flow` a flow-matching expert.
 
     `slots_per_step` decoder positions make up the input of the head for one step of the chunk: BitVLA uses one a
     dimension (56 slots for 8 x 7); a nano model may use fewer.
 
     `max_prefix`: the most first actions of a chunk that may be given as decided, for the rest to continue
     (real-time chunking); 0: the policy was not trained for any.
+
+    With `flow` the sizes of the regression head are 0.
 
     With `bins` there is neither slot, head nor state, and their sizes are 0: the decoder writes one action, a token a
     dimension. The last `bins` tokens of the vocabulary are the values from high to low (OpenVLA).
@@ -86,6 +117,7 @@ class ActionConfig(Record, frozen=True, kw_only=True, forbid_unknown_fields=True
     head_blocks: int = 2
     max_prefix: int = 0
     bins: int = 0
+    flow: FlowConfig | None = None
 
     @property
     def num_slots(self) -> int:
@@ -242,7 +274,7 @@ def check(config: Model) -> Model:
         (processing.prompt.image_token not in processing.prompt.template,
          f"processing.prompt.template holds {processing.prompt.image_token}; {{images}} stands for all of them"),
     ]  # fmt: skip
-    _check_rules("policy", _language_rules(language) + _vision_rules(vision) + rules)
+    _check_rules("policy", _language_rules(language) + _vision_rules(vision) + _flow_rules(action) + rules)
     for name, statistics, size in (
         ("state", processing.state, action.state_dim),
         ("action", processing.action, action.dim),
@@ -269,6 +301,19 @@ def _vision_rules(vision: VisionConfig) -> list[tuple[bool, str]]:
         (vision.hidden_size % vision.num_heads == 0, f"vision.hidden_size {vision.hidden_size} is not a multiple of "
          f"vision.num_heads {vision.num_heads}"),
         (vision.layer_norm_eps > 0, f"vision.layer_norm_eps {vision.layer_norm_eps} is not positive"),
+    ]  # fmt: skip
+
+
+def _flow_rules(action: ActionConfig) -> list[tuple[bool, str]]:
+    flow = action.flow
+    if flow is None:
+        return []
+    return [
+        (not action.bins, "action.flow and action.bins are two kinds of actions; leave out one of them"),
+        (flow.hidden_size % 2 == 0 and flow.hidden_size % flow.num_heads == 0, f"action.flow.hidden_size "
+         f"{flow.hidden_size} is not even, or not a multiple of action.flow.num_heads {flow.num_heads}"),
+        (flow.steps <= 1000, f"action.flow.steps is {flow.steps}; more than 1000 are a mistake"),
+        (flow.layer_norm_eps > 0, f"action.flow.layer_norm_eps {flow.layer_norm_eps} is not positive"),
     ]  # fmt: skip
 
 
@@ -300,10 +345,14 @@ def _check_sizes(config: PolicyConfig | LanguageModelConfig) -> None:
         sections["vision"] = config.vision
     # Sizes of what a policy may do without.
     optional = {"head_blocks", "bins", "max_prefix"}
-    absent = set()
+    absent: set[str] = set()
+    why = "actions are tokens"
     if isinstance(config, PolicyConfig):
         if config.action.bins:
             absent = {"state_dim", "slots_per_step", "head_hidden_size", "head_blocks"}
+        elif config.action.flow is not None:
+            absent, why = {"head_hidden_size", "head_blocks"}, "action.flow takes the place of this head"
+            sections["action.flow"] = config.action.flow
         sections["action"] = config.action
         sections |= {f"camera '{camera.name}'": camera for camera in config.processing.cameras}
     for section, value in sections.items():
@@ -311,7 +360,7 @@ def _check_sizes(config: PolicyConfig | LanguageModelConfig) -> None:
             size = getattr(value, field)
             least, limit = 0 if field in optional | absent else 1, 1 if field in absent else 1 << 24
             if type(size) is int and not least <= size < limit:
-                allowed = "0, as actions are tokens" if field in absent else f"a size from {least}"
+                allowed = f"0, as {why}" if field in absent else f"a size from {least}"
                 raise BitvlaError(f"policy configuration: {section}.{field} is {size}; it must be {allowed}")
 
 

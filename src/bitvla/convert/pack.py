@@ -29,7 +29,7 @@ from bitvla.bundle import (
     to_float32,
     write,
 )
-from bitvla.config import LanguageModelConfig, PolicyConfig
+from bitvla.config import LanguageModelConfig, PolicyConfig, Precision
 from bitvla.convert import official
 from bitvla.convert.source import Golden, Progress, Source
 from bitvla.convert.training import open_training
@@ -56,6 +56,7 @@ def pack(
     round_full_precision: bool = False,
     packing: Packing = "2bit",
     matrix_dtype: MatrixDtype | None = None,
+    expert: Precision | None = None,
     views: int | None = None,
     statistics: str | None = None,
     control_hz: float | None = None,
@@ -71,20 +72,22 @@ def pack(
     ablation, not a good policy. `packing` is how ternary weights are stored, which changes no result: in 2 bits, or in
     base 3, a fifth smaller. `matrix_dtype` is how full-precision matrices are stored: float32, exactly as trained,
     bfloat16, half the size, or int8, a quarter; by default as the checkpoint has them, and float32 up to `EXACT_UP_TO`
-    bytes of them.
+    bytes of them. `expert` rounds the layers of a flow-matching expert alone, which was trained in full precision.
 
     Raises BitvlaError naming what is missing, not finite, wrongly shaped, or too different from PyTorch; `out` is then
     not touched.
     """
     out, source = Path(out), _open(checkpoint, views, statistics, control_hz)
+    config = _with_expert(source, expert)
     rounded = source.config.precision == "full"
     if rounded and not round_full_precision:
         raise BitvlaError(
             f"{checkpoint} was trained in full precision, so its weights are not ternary; distill it first "
             "(bitvla train distill), or round it without training, which costs most of its skill (--round)"
         )
-    matrix_dtype = matrix_dtype or source.matrix_dtype or _matrix_dtype(source.config)
-    config = msgspec.structs.replace(source.config, precision="ternary")
+    rounded |= expert == "ternary"
+    matrix_dtype = matrix_dtype or source.matrix_dtype or _matrix_dtype(config)
+    config = msgspec.structs.replace(config, precision="ternary")
     document: Document[Any] = Document(
         format=FORMAT,
         config=config,
@@ -103,7 +106,7 @@ def pack(
     )
     parity = {}
     with memory_for(f"packing {checkpoint}", _memory(document)):
-        tensors = _pack_tensors(source, packing, matrix_dtype, progress)
+        tensors = _pack_tensors(source, config, packing, matrix_dtype, progress)
         if isinstance(config, PolicyConfig):
             parity = _play_golden(document, tensors, source.golden, compare=not rounded)
         digest = write(out, document, tensors)
@@ -132,6 +135,22 @@ def _open(
     return source
 
 
+def _with_expert(source: Source, expert: Precision | None) -> PolicyConfig | LanguageModelConfig:
+    """What `source` holds, with a flow-matching expert of another precision."""
+    config = source.config
+    if expert is None:
+        return config
+    flow = config.action.flow if isinstance(config, PolicyConfig) else None
+    if not isinstance(config, PolicyConfig) or flow is None:
+        raise BitvlaError(f"{source.folder} has no flow-matching expert to store in {expert}; leave out --expert")
+    if flow.ternary:
+        raise BitvlaError(
+            f"the expert of {source.folder} was trained ternary, it cannot be {expert}; leave out --expert"
+        )
+    action = msgspec.structs.replace(config.action, flow=msgspec.structs.replace(flow, precision=expert))
+    return msgspec.structs.replace(config, action=action)
+
+
 def _memory(document: Document[Any]) -> int:
     """Bytes that packing holds at most, about: the whole file, and its largest tensor once more, in bfloat16."""
     largest = max(math.prod(spec.shape) for spec in tensor_specs(document.config).values())
@@ -146,9 +165,13 @@ def _matrix_dtype(config: PolicyConfig | LanguageModelConfig) -> MatrixDtype:
 
 
 def _pack_tensors(
-    source: Source, packing: Packing, matrix_dtype: MatrixDtype, progress: Progress | None
+    source: Source,
+    config: PolicyConfig | LanguageModelConfig,
+    packing: Packing,
+    matrix_dtype: MatrixDtype,
+    progress: Progress | None,
 ) -> dict[str, NDArray[Any]]:
-    specs = tensor_specs(source.config)
+    specs = tensor_specs(config)
     tensors: dict[str, NDArray[Any]] = {}
     for index, (name, spec) in enumerate(specs.items()):
         if spec.kind == "ternary":
@@ -166,10 +189,11 @@ def _full_precision(
     name: str, weight: NDArray[Any], spec: TensorSpec, matrix_dtype: MatrixDtype
 ) -> dict[str, NDArray[Any]]:
     """A tensor that training keeps in full precision, as it is stored."""
-    if spec.kind == "matrix" and matrix_dtype == "I8":
+    dtype = spec.dtype(matrix_dtype)
+    if dtype == "I8":
         codes, scales = quantize_activations(to_float32(weight))  # absmax int8, here for each row of weights
         return {name: codes, f"{name}_scale": scales}
-    if spec.kind in ("matrix", "embedding") and matrix_dtype != "F32":
+    if dtype == "BF16":
         return {name: weight if weight.dtype == np.uint16 else to_bfloat16(weight)}
     return {name: to_float32(weight)}
 

@@ -50,16 +50,14 @@ def load_language_network(start: Source, config: LanguageModelConfig | None = No
 def fill(network: Backbone, start: Source, part: str = "") -> None:
     """Put the weights of an open checkpoint into `network`: those whose names begin with `part` and that both have."""
     stored = tensor_specs(start.config)
-    for name, parameter in network.named_parameters():
+    for name, value in network.state_dict().items():
         if name in stored and name.startswith(part):
             values = torch.from_numpy(to_float32(start.tensor(name)))
             if name == LANGUAGE_HEAD:  # a base model's is over all words; action tokens are the last ones
-                values = values[-len(parameter) :]
-            if values.shape != parameter.shape:
-                raise BitvlaError(
-                    f"{start.folder}: tensor {name} is {[*values.shape]}, it must be {[*parameter.shape]}"
-                )
-            parameter.data.copy_(values)
+                values = values[-len(value) :]
+            if values.shape != value.shape:
+                raise BitvlaError(f"{start.folder}: tensor {name} is {[*values.shape]}, it must be {[*value.shape]}")
+            value.copy_(values)
 
 
 def save_checkpoint(

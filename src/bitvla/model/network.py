@@ -25,7 +25,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.bitnet.modeling_bitnet import BitNetDecoderLayer, BitNetRMSNorm, BitNetRotaryEmbedding
 from transformers.models.siglip.modeling_siglip import SiglipEncoderLayer, SiglipVisionEmbeddings
 
-from bitvla.config import ActionConfig, LanguageConfig, LanguageModelConfig, PolicyConfig, VisionConfig
+from bitvla.config import ActionConfig, FlowConfig, LanguageConfig, LanguageModelConfig, PolicyConfig, VisionConfig
 from bitvla.model.ternary import make_ternary
 
 # On a CPU the backward pass of PyTorch's fused attention is several times slower than plain products at these lengths.
@@ -41,15 +41,33 @@ class Batch(NamedTuple):
     state: Tensor  # float (B, state_dim), normalised
     prefix: Tensor  # float (B, max_prefix, dim), normalised: first actions of the chunk, where they are decided
     decided: Tensor  # bool (B, max_prefix)
+    # Of a flow in training: K chunks a window on their way from noise (time 0) to actions (time 1).
+    noisy: Tensor = torch.empty(0)  # float (B, K, horizon, dim)
+    time: Tensor = torch.empty(0)  # float (B, K, horizon)
 
 
 class Output(NamedTuple):
     """What the policy answers, and the hidden states that distillation aligns."""
 
-    actions: Tensor  # normalised (B, horizon, dim); where tokens are written, logits (B, S, tokens) of what follows
+    # Normalised (B, horizon, dim); where tokens are written, logits (B, S, tokens) of what follows; where the batch has
+    # noisy actions, their velocities (B, K, horizon, dim).
+    actions: Tensor
     vision_states: list[Tensor]  # each (B * V, P, H)
     decoder_states: list[Tensor]  # each (B, S, H)
     proprio_state: Tensor  # (B, H): the final state at the proprio token
+
+
+def _siglip(config: VisionConfig | FlowConfig, attention: str, **image: int) -> SiglipVisionConfig:
+    return SiglipVisionConfig(
+        hidden_size=config.hidden_size,
+        intermediate_size=config.intermediate_size,
+        num_hidden_layers=config.num_layers,
+        num_attention_heads=config.num_heads,
+        layer_norm_eps=config.layer_norm_eps,
+        hidden_act="gelu_pytorch_tanh",
+        attn_implementation=attention,
+        **image,
+    )
 
 
 class Film(nn.Module):
@@ -82,17 +100,7 @@ class VisionTower(nn.Module):
 
     def __init__(self, config: VisionConfig, attention: str = ATTENTION) -> None:
         super().__init__()
-        siglip = SiglipVisionConfig(
-            hidden_size=config.hidden_size,
-            intermediate_size=config.intermediate_size,
-            num_hidden_layers=config.num_layers,
-            num_attention_heads=config.num_heads,
-            image_size=config.image_size,
-            patch_size=config.patch_size,
-            layer_norm_eps=config.layer_norm_eps,
-            hidden_act="gelu_pytorch_tanh",
-            attn_implementation=attention,
-        )
+        siglip = _siglip(config, attention, image_size=config.image_size, patch_size=config.patch_size)
         self.vision_model = nn.Module()
         self.vision_model.embeddings = SiglipVisionEmbeddings(siglip)
         self.vision_model.encoder = nn.Module()
@@ -205,6 +213,55 @@ class ActionHead(nn.Module):
         return self.model.fc2(self.model.layer_norm2(x))
 
 
+class FlowHead(nn.Module):
+    """Flow matching (arXiv 2210.02747) as an action expert: transformer layers over the steps of the chunk.
+
+    What enters for a step is the sum of what the decoder says about it, its noisy action and its time. Decided actions
+    stand at time 1 from the beginning, so that the others continue them (arXiv 2512.05964). The noise that chunks begin
+    as is drawn once, with the weights, and kept with them: the same observation always gets the same chunk.
+    """
+
+    noise: Tensor
+    frequencies: Tensor
+
+    def __init__(self, action: ActionConfig, flow: FlowConfig, language: LanguageConfig, attention: str) -> None:
+        super().__init__()
+        slots, width, eps = action.slots_per_step * language.hidden_size, flow.hidden_size, flow.layer_norm_eps
+        self.steps = flow.steps
+        self.register_buffer("noise", torch.randn(action.horizon, action.dim))
+        self.register_buffer("frequencies", torch.tensor(flow.frequencies, dtype=torch.float64), persistent=False)
+        self.position_embedding = nn.Parameter(torch.zeros(action.horizon, width))
+        self.condition_norm = nn.LayerNorm(slots, eps)
+        self.condition = nn.Linear(slots, width)
+        self.action_in = nn.Linear(action.dim, width)
+        self.time_in = nn.Linear(width, width)
+        siglip = _siglip(flow, attention)
+        self.layers = nn.ModuleList(SiglipEncoderLayer(siglip) for _ in range(flow.num_layers))
+        self.norm = nn.LayerNorm(width, eps)
+        self.action_out = nn.Linear(width, action.dim)
+
+    def forward(self, states: Tensor, noisy: Tensor, time: Tensor) -> Tensor:
+        """Velocities (B, K, horizon, dim) of `noisy` at `time` (B, K, horizon), given states (B, horizon, slots)."""
+        angles = time[..., None].double() * self.frequencies
+        waves = torch.cat([angles.sin(), angles.cos()], dim=-1).float()
+        given = self.condition(self.condition_norm(states)) + self.position_embedding
+        x = (given[:, None] + self.action_in(noisy) + self.time_in(waves)).flatten(0, 1)
+        for layer in self.layers:
+            x = layer(x, attention_mask=None)
+        return self.action_out(self.norm(x)).view_as(noisy)
+
+    def sample(self, states: Tensor, prefix: Tensor, decided: Tensor) -> Tensor:
+        """The chunk (B, horizon, dim) that the noise flows to; of `prefix` (B, max_prefix, dim) what is `decided`."""
+        chunk, most = self.noise.repeat(len(states), 1, 1), prefix.shape[1]
+        chunk[:, :most] = torch.where(decided[..., None], prefix, chunk[:, :most])
+        decided = nn.functional.pad(decided, (0, chunk.shape[1] - most))
+        for step in range(self.steps):
+            time = torch.full_like(chunk[..., 0], step / self.steps).masked_fill(decided, 1)
+            velocity = self(states, chunk[:, None], time[:, None])[:, 0]
+            chunk = chunk + velocity.masked_fill(decided[..., None], 0) / self.steps
+        return chunk
+
+
 class Backbone(nn.Module):
     """What a policy and a vision-language model share. The embeddings of `image_id` are replaced by those of images."""
 
@@ -269,7 +326,12 @@ class BitVLA(Backbone):
             self.language_model.lm_head = nn.Linear(config.language.hidden_size, config.action.bins, bias=False)
         else:
             self.proprio_projector = ProprioProjector(config.action, config.language)
-            self.action_head = ActionHead(config.action, config.language)
+            flow = config.action.flow
+            self.action_head: nn.Module = (
+                ActionHead(config.action, config.language)
+                if flow is None
+                else FlowHead(config.action, flow, config.language, attention)
+            )
         if config.action.max_prefix:
             self.prefix_projector = nn.Linear(
                 config.action.dim, config.action.slots_per_step * config.language.hidden_size
@@ -279,6 +341,8 @@ class BitVLA(Backbone):
             Film(config.vision, config.language) for _ in range(config.vision.num_layers if config.vision.film else 0)
         )
         self._begin(config, config.vision)
+        if config.precision == "ternary" and config.action.flow and config.action.flow.ternary:
+            make_ternary(self.action_head.layers)
 
     def forward(self, batch: Batch) -> Output:
         action = self.config.action
@@ -300,8 +364,13 @@ class BitVLA(Backbone):
 
         decoder_states = self.language_model(embeddings, batch.padding)
         # The state that answers a slot stands one position before it, as in the reference.
-        answers = decoder_states[-1][:, -2 - action.num_slots : -2]
-        actions = self.action_head(answers.reshape(len(batch.state), action.horizon, -1))
+        answers = decoder_states[-1][:, -2 - action.num_slots : -2].reshape(len(batch.state), action.horizon, -1)
+        if action.flow is None:
+            actions = self.action_head(answers)
+        elif batch.time.numel():
+            actions = self.action_head(answers, batch.noisy, batch.time)
+        else:
+            actions = self.action_head.sample(answers, batch.prefix, batch.decided)
         proprio_state = (decoder_states[-1] * is_proprio).sum(1)
         return Output(actions, vision_states, decoder_states, proprio_state)
 

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 import bitvla._native as native
 from bitvla.bundle import LANGUAGE_HEAD, Bundle
-from bitvla.config import ActionConfig, LanguageConfig, PolicyConfig, VisionConfig
+from bitvla.config import ActionConfig, FlowConfig, LanguageConfig, PolicyConfig, VisionConfig
 from bitvla.errors import BitvlaError, memory_for
 from bitvla.processing.prompt import Prompt
 from bitvla.processing.vectors import token_values
@@ -76,8 +76,8 @@ class Quantized(NamedTuple):
         return Quantized(self.codes[rows], self.scales[rows], self.sums[rows])
 
 
-class VisionLayer(NamedTuple):
-    """Its projections are all ternary, or all in full precision."""
+class EncoderLayer(NamedTuple):
+    """A layer of SigLIP. Its projections are all ternary, or all in full precision."""
 
     layer_norm1: Norm
     q_proj: Ternary | Linear
@@ -320,23 +320,20 @@ class Decoder:
         _ternary(wide, layer.down_proj, x, accumulate=True)
 
 
-class VisionTower:
-    """SigLIP, ternary or in full precision, and the connector: patches in, image tokens of the decoder out."""
+class Encoder:
+    """Transformer layers of SigLIP, ternary or in full precision, whose tensors' names begin with `name`."""
 
-    def __init__(self, vision: VisionConfig, bundle: Bundle[Any], workspace: Workspace) -> None:
-        self.vision, self.workspace = vision, workspace
+    def __init__(self, config: VisionConfig | FlowConfig, name: str, bundle: Bundle[Any], workspace: Workspace) -> None:
+        self.config, self.workspace = config, workspace
         tensors = bundle.tensors
         norm = partial(_stored_norm, tensors)
-        width, inner = vision.hidden_size, vision.intermediate_size
-        tower = "vision_tower.vision_model."
+        width, inner = config.hidden_size, config.intermediate_size
 
         def projection(name: str, rows: int, columns: int) -> Ternary | Linear:
-            return _stored_ternary(bundle, name, rows, columns) if vision.ternary else stored_linear(tensors, name)
+            return _stored_ternary(bundle, name, rows, columns) if config.ternary else stored_linear(tensors, name)
 
-        self.patch_embedding = stored_linear(tensors, f"{tower}embeddings.patch_embedding")
-        self.position_embedding: Floats = tensors[f"{tower}embeddings.position_embedding.weight"]
         self.layers = [
-            VisionLayer(
+            EncoderLayer(
                 layer_norm1=norm(f"{layer}layer_norm1"),
                 q_proj=projection(f"{layer}self_attn.q_proj", width, width),
                 k_proj=projection(f"{layer}self_attn.k_proj", width, width),
@@ -346,8 +343,77 @@ class VisionTower:
                 fc1=projection(f"{layer}mlp.fc1", inner, width),
                 fc2=projection(f"{layer}mlp.fc2", width, inner),
             )
-            for layer in (f"{tower}encoder.layers.{index}." for index in range(vision.num_layers))
+            for layer in (f"{name}{index}." for index in range(config.num_layers))
         ]
+
+    def run(
+        self, x: Floats, sequences: Sequence[slice], record: Record | None = None, films: Sequence[Floats] = ()
+    ) -> None:
+        """Pass hidden states (M, H) through all layers, in place. Tokens see those of their own sequence.
+
+        `films` are what FiLM multiplies by and adds in each layer (layers, 2, 1, H), each for an equal share of tokens.
+        """
+        heads, size = self.config.num_heads, self.config.hidden_size
+        scale = (size // heads) ** -0.5
+        q, k, v = (self.workspace.floats(name, len(x), size) for name in ("q", "k", "v"))
+        for index, layer in enumerate(self.layers):
+            normed = self._normed(x, layer.layer_norm1)
+            for projection, out in ((layer.q_proj, q), (layer.k_proj, k), (layer.v_proj, v)):
+                _project(normed, projection, out)
+            for own in sequences:
+                native.attention(q[own], k[own], v[own], heads, heads, scale, False, q[own])
+            _project(self._quantized(q), layer.out_proj, x, accumulate=True)
+            for share, film in enumerate(films):
+                seen = x[share * len(x) // len(films) : (share + 1) * len(x) // len(films)]
+                seen *= film[index, 0]
+                seen += film[index, 1]
+            for start in range(0, len(x), FEED_FORWARD_BLOCK):
+                self._feed_forward(x[start : start + FEED_FORWARD_BLOCK], layer)
+            if record:
+                record(f"vision.{index + 1}", x.copy())
+
+    def _feed_forward(self, x: Floats, layer: EncoderLayer) -> None:
+        """Add the feed-forward part of a layer to a block of tokens (M, H)."""
+        up = self.workspace.floats("up", len(x), self.config.intermediate_size)
+        _project(self._normed(x, layer.layer_norm2), layer.fc1, up)
+        _project(self._gelu(up), layer.fc2, x, accumulate=True)
+
+    # What a projection takes: int8 codes, always in the same buffer, or in full precision the values themselves.
+
+    def _normed(self, x: Floats, norm: Norm) -> Quantized | Floats:
+        eps = self.config.layer_norm_eps
+        if self.config.ternary:
+            codes = self.workspace.quantized(*x.shape)
+            native.layer_norm_quantize(x, norm.weight, norm.bias, eps, *codes)
+            return codes
+        normed = self.workspace.floats("normed", *x.shape)
+        native.layer_norm(x, norm.weight, norm.bias, eps, normed)
+        return normed
+
+    def _quantized(self, x: Floats) -> Quantized | Floats:
+        if not self.config.ternary:
+            return x
+        codes = self.workspace.quantized(*x.shape)
+        native.quantize(x, *codes)
+        return codes
+
+    def _gelu(self, x: Floats) -> Quantized | Floats:
+        if self.config.ternary:
+            codes = self.workspace.quantized(*x.shape)
+            native.gelu_quantize(x, True, *codes)
+            return codes
+        native.gelu(x, True, x)
+        return x
+
+
+class VisionTower(Encoder):
+    """SigLIP and the connector: patches in, image tokens of the decoder out."""
+
+    def __init__(self, vision: VisionConfig, bundle: Bundle[Any], workspace: Workspace) -> None:
+        tensors, tower = bundle.tensors, "vision_tower.vision_model."
+        super().__init__(vision, f"{tower}encoder.layers.", bundle, workspace)
+        self.patch_embedding = stored_linear(tensors, f"{tower}embeddings.patch_embedding")
+        self.position_embedding: Floats = tensors[f"{tower}embeddings.position_embedding.weight"]
         self.film = [
             tuple(stored_linear(tensors, f"film.{index}.{name}") for name in ("scale", "shift"))
             for index in range(vision.num_layers if vision.film else 0)
@@ -357,7 +423,7 @@ class VisionTower:
     def film_of(self, text: Floats) -> Floats:
         """The embeddings of an instruction's text (T, language H) -> what FiLM multiplies by and adds in each layer
         (layers, 2, 1, H); without FiLM in no layer."""
-        film = np.empty((len(self.film), 2, 1, self.vision.hidden_size), np.float32)
+        film = np.empty((len(self.film), 2, 1, self.config.hidden_size), np.float32)
         told = text.mean(axis=0, keepdims=True)
         for projections, values in zip(self.film, film, strict=True):
             for projection, out in zip(projections, values, strict=True):
@@ -370,71 +436,20 @@ class VisionTower:
 
         `films`, where the tower has FiLM: for each observation that of its instruction; all have as many images.
         """
-        vision, tokens = self.vision, len(patches)
-        size = vision.hidden_size
-        scale = (size // vision.num_heads) ** -0.5
-        x = self.workspace.floats("x", tokens, size)
-        q, k, v = (self.workspace.floats(name, tokens, size) for name in ("q", "k", "v"))
-        views = [slice(start, start + vision.num_patches) for start in range(0, tokens, vision.num_patches)]
-
+        size, tokens = len(self.position_embedding), len(patches)
+        x = self.workspace.floats("x", tokens, self.config.hidden_size)
+        views = [slice(start, start + size) for start in range(0, tokens, size)]
         self.patch_embedding.apply(patches, x)
         for view in views:
             x[view] += self.position_embedding
         if record:
             record("vision.0", x.copy())
-        for index, layer in enumerate(self.layers):
-            normed = self._normed(x, layer.layer_norm1)
-            for projection, out in ((layer.q_proj, q), (layer.k_proj, k), (layer.v_proj, v)):
-                _project(normed, projection, out)
-            for view in views:  # images do not see each other
-                native.attention(q[view], k[view], v[view], vision.num_heads, vision.num_heads, scale, False, q[view])
-            _project(self._quantized(q), layer.out_proj, x, accumulate=True)
-            if self.film:
-                for film, seen in zip(films, x.reshape(len(films), -1, size), strict=True):
-                    seen *= film[index, 0]
-                    seen += film[index, 1]
-            for start in range(0, tokens, FEED_FORWARD_BLOCK):
-                self._feed_forward(x[start : start + FEED_FORWARD_BLOCK], layer)
-            if record:
-                record(f"vision.{index + 1}", x.copy())
+        self.run(x, views, record, films if self.film else ())
         # A buffer that is free until the first decoder layer.
         features = _gelu_mlp(x, self.connector, self.workspace, "up")
         if record:
             record("connector", features.copy())
         return features
-
-    def _feed_forward(self, x: Floats, layer: VisionLayer) -> None:
-        """Add the feed-forward part of a vision layer to a block of tokens (M, H)."""
-        up = self.workspace.floats("up", len(x), self.vision.intermediate_size)
-        _project(self._normed(x, layer.layer_norm2), layer.fc1, up)
-        _project(self._gelu(up), layer.fc2, x, accumulate=True)
-
-    # What a projection takes: int8 codes, always in the same buffer, or in full precision the values themselves.
-
-    def _normed(self, x: Floats, norm: Norm) -> Quantized | Floats:
-        eps = self.vision.layer_norm_eps
-        if self.vision.ternary:
-            codes = self.workspace.quantized(*x.shape)
-            native.layer_norm_quantize(x, norm.weight, norm.bias, eps, *codes)
-            return codes
-        normed = self.workspace.floats("normed", *x.shape)
-        native.layer_norm(x, norm.weight, norm.bias, eps, normed)
-        return normed
-
-    def _quantized(self, x: Floats) -> Quantized | Floats:
-        if not self.vision.ternary:
-            return x
-        codes = self.workspace.quantized(*x.shape)
-        native.quantize(x, *codes)
-        return codes
-
-    def _gelu(self, x: Floats) -> Quantized | Floats:
-        if self.vision.ternary:
-            codes = self.workspace.quantized(*x.shape)
-            native.gelu_quantize(x, True, *codes)
-            return codes
-        native.gelu(x, True, x)
-        return x
 
 
 class ActionHead:
@@ -472,6 +487,59 @@ class ActionHead:
         actions = np.empty((steps, action.dim), dtype=np.float32)
         self.layers[1].apply(normed, actions)
         return actions.reshape(-1, action.horizon, action.dim)
+
+
+class FlowHead(Encoder):
+    """The flow-matching head: noise, in steps of Euler's method, to a chunk of actions."""
+
+    def __init__(self, action: ActionConfig, flow: FlowConfig, bundle: Bundle[Any], workspace: Workspace) -> None:
+        tensors, head = bundle.tensors, "action_head."
+        super().__init__(flow, f"{head}layers.", bundle, workspace)
+        self.action, self.flow = action, flow
+        linear, norm = partial(stored_linear, tensors), partial(_stored_norm, tensors)
+        self.noise: Floats = tensors[f"{head}noise"]
+        self.position_embedding: Floats = tensors[f"{head}position_embedding"]
+        self.condition_norm, self.norm = norm(f"{head}condition_norm"), norm(f"{head}norm")
+        self.condition, self.action_in = linear(f"{head}condition"), linear(f"{head}action_in")
+        self.time_in, self.action_out = linear(f"{head}time_in"), linear(f"{head}action_out")
+        # The times of all steps and of actions that are decided. Sines as of `rotary_table`: in float64, rounded once.
+        times = np.array([*(step / flow.steps for step in range(flow.steps)), 1], np.float32)
+        angles = times[:, None].astype(np.float64) * flow.frequencies
+        self.waves = np.concatenate([np.sin(angles), np.cos(angles)], axis=1).astype(np.float32)
+
+    def act(self, answers: Floats, prefixes: Sequence[Floats] | None = None) -> Floats:
+        """Final hidden states (N * slots, H) -> normalised actions (N, horizon, dim), a new array.
+
+        The chunk of an observation begins with its prefix.
+        """
+        action, width, eps = self.action, self.flow.hidden_size, self.flow.layer_norm_eps
+        states = answers.reshape(-1, action.slots_per_step * answers.shape[1])
+        rows = len(states)
+        first = self.workspace.floats("head.first", *states.shape)
+        given, x, normed = (
+            self.workspace.floats(name, rows, width) for name in ("head.given", "head.h", "head.normed")
+        )
+        times = self.workspace.floats("head.times", *self.waves.shape)
+        velocity = self.workspace.floats("head.velocity", rows, action.dim)
+        native.layer_norm(states, *self.condition_norm, eps, first)
+        self.condition.apply(first, given)
+        given += np.tile(self.position_embedding, (rows // action.horizon, 1))
+        self.time_in.apply(self.waves, times)
+
+        chunks = np.tile(self.noise, (rows // action.horizon, 1))
+        decided = np.zeros((rows, 1), np.bool_)
+        sequences = [slice(start, start + action.horizon) for start in range(0, rows, action.horizon)]
+        for sequence, prefix in zip(sequences, prefixes or (), strict=False):
+            chunks[sequence][: len(prefix)] = prefix
+            decided[sequence][: len(prefix)] = True
+        for step in range(self.flow.steps):
+            np.add(given, np.where(decided, times[-1], times[step]), out=x)
+            self.action_in.apply(chunks, x, accumulate=True)
+            self.run(x, sequences)
+            native.layer_norm(x, *self.norm, eps, normed)
+            self.action_out.apply(normed, velocity)
+            chunks += np.where(decided, 0, velocity / np.float32(self.flow.steps))
+        return chunks.reshape(-1, action.horizon, action.dim)
 
 
 class ActionTokens:
@@ -531,20 +599,29 @@ class Network:
         self.record: Record | None = None
         self.vision = VisionTower(config.vision, bundle, self.workspace)
         self.decoder = Decoder(config.language, bundle, self.workspace)
-        self.head: ActionHead | ActionTokens
+        self.head: ActionHead | FlowHead | ActionTokens
         self.proprio_projector = None
         if config.action.bins:
             self.head = ActionTokens(config.action, bundle, self.decoder)
         else:
-            self.head = ActionHead(config.action, bundle, self.workspace)
+            flow = config.action.flow
+            self.head = (
+                FlowHead(config.action, flow, bundle, self.workspace)
+                if flow
+                else ActionHead(config.action, bundle, self.workspace)
+            )
             self.proprio_projector = [stored_linear(bundle.tensors, f"proprio_projector.fc{index}") for index in (1, 2)]
         self.prefix_projector = stored_linear(bundle.tensors, "prefix_projector") if config.action.max_prefix else None
 
     @property
-    def parts(self) -> list[VisionTower | Decoder | Linear]:
+    def parts(self) -> list[Encoder | Decoder | Linear]:
         """One of each thing that uses kernels of its own."""
-        linear = self.head.rows if isinstance(self.head, ActionTokens) else self.head.layers[0]
-        return [self.vision, self.decoder, linear, *(scale for scale, _ in self.vision.film[:1])]
+        head: list[Encoder | Linear]
+        if isinstance(self.head, FlowHead):
+            head = [self.head, self.head.condition]
+        else:
+            head = [self.head.rows if isinstance(self.head, ActionTokens) else self.head.layers[0]]
+        return [self.vision, self.decoder, *head, *(scale for scale, _ in self.vision.film[:1])]
 
     def plan(self, prompt: Prompt, instruction: str) -> Plan:
         """The plan for `instruction`; BitvlaError where the instruction is unusable or the sequence too long."""
@@ -592,10 +669,12 @@ class Network:
         ]
         return self.decoder.run(x, spans, self.record)
 
-    def act(self, answers: Floats) -> Floats:
-        """What `think` gave -> normalised actions (N, horizon, dim), a new array."""
+    def act(self, answers: Floats, prefixes: Sequence[Floats] | None = None) -> Floats:
+        """What `think` gave, and the prefixes it was given -> normalised actions (N, horizon, dim), a new array."""
         if isinstance(self.head, ActionTokens):
             return self.head.act(answers, self.record)
+        if isinstance(self.head, FlowHead):
+            return self.head.act(answers, prefixes)
         return self.head.act(answers)
 
     def _prune(self, plan: Plan, features: Floats) -> tuple[Plan, Floats]:

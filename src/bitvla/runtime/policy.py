@@ -92,7 +92,7 @@ class Policy:
         decided = [network_actions(actions, self.config.processing) for actions in given]
         answers = self.network.think(plans, features, states, decided)
         times.append(time.perf_counter())
-        actions = self.network.act(answers)
+        actions = self.network.act(answers, decided)
         if not np.isfinite(actions).all():
             raise BitvlaError("the network answered with a value that is not finite; check the file: bitvla verify")
         chunks = robot_actions(actions, self.config.processing)

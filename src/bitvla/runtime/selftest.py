@@ -17,11 +17,11 @@ from bitvla.quantization import BLOCK
 from bitvla.runtime.network import (
     Decoder,
     DecoderLayer,
+    Encoder,
+    EncoderLayer,
     Linear,
     Quantized,
     Ternary,
-    VisionLayer,
-    VisionTower,
     Workspace,
 )
 
@@ -31,7 +31,7 @@ TOKENS = 3
 _TILES = 4  # of each matrix: the last ones, which hold its tail
 
 
-Part = VisionTower | Decoder | Linear
+Part = Encoder | Decoder | Linear
 
 
 def choose_isa(parts: Sequence[Part]) -> str:
@@ -81,8 +81,8 @@ def _results(parts: Sequence[Part]) -> Iterator[tuple[str, NDArray[Any]]]:
                 yield "linear", _linear_result(layer, random)
             else:
                 yield from _ternary_results(layer, random)
-        if isinstance(part, VisionTower):
-            yield from _vision_results(part, random)
+        if isinstance(part, Encoder):
+            yield from _encoder_results(part, random)
         else:
             yield from _decoder_results(part, random)
 
@@ -94,7 +94,7 @@ def _linear_result(layer: Linear, random: np.random.Generator) -> NDArray[np.flo
     return out
 
 
-def _distinct_shapes(layer: VisionLayer | DecoderLayer) -> list[Ternary | Linear]:
+def _distinct_shapes(layer: EncoderLayer | DecoderLayer) -> list[Ternary | Linear]:
     matrices = [field for field in layer if isinstance(field, Ternary | Linear)]
     return list({_shape(matrix): matrix for matrix in matrices}.values())
 
@@ -124,21 +124,21 @@ def _ternary_results(layer: Ternary, random: np.random.Generator) -> Iterator[tu
         yield f"ternary_linear {layer.rows}x{layer.columns}", out
 
 
-def _vision_results(tower: VisionTower, random: np.random.Generator) -> Iterator[tuple[str, NDArray[Any]]]:
-    vision, layer = tower.vision, tower.layers[0]
-    quantized = Workspace().quantized(TOKENS, vision.hidden_size)
-    x = _floats(random, vision.hidden_size)
+def _encoder_results(encoder: Encoder, random: np.random.Generator) -> Iterator[tuple[str, NDArray[Any]]]:
+    config, layer = encoder.config, encoder.layers[0]
+    quantized = Workspace().quantized(TOKENS, config.hidden_size)
+    x = _floats(random, config.hidden_size)
     norm = layer.layer_norm1
-    native.layer_norm_quantize(x, norm.weight, norm.bias, vision.layer_norm_eps, *quantized)
+    native.layer_norm_quantize(x, norm.weight, norm.bias, config.layer_norm_eps, *quantized)
     yield from _named("layer_norm_quantize", quantized)
-    wide = _floats(random, vision.intermediate_size)
+    wide = _floats(random, config.intermediate_size)
     quantized = Workspace().quantized(*wide.shape)
     native.gelu_quantize(wide, True, *quantized)
     yield from _named("gelu_quantize", quantized)
     smooth, out = np.zeros_like(x), np.zeros_like(x)
     native.gelu(x, False, smooth)
     yield "gelu", smooth
-    native.attention(x, x, x, vision.num_heads, vision.num_heads, 1.0, False, out)
+    native.attention(x, x, x, config.num_heads, config.num_heads, 1.0, False, out)
     yield "attention", out
 
 

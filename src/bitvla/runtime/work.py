@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import NamedTuple
 
-from bitvla.config import PolicyConfig
+from bitvla.config import ActionConfig, FlowConfig, PolicyConfig
 
 # Joules of one operation in 7 nm: a ternary multiply-add is an int8 addition, the others are float16 product and sum
 # (BitNet b1.58 2B4T report, arXiv 2504.12285, with the energies of its appendix). Memory traffic is not in it.
@@ -90,4 +90,17 @@ def _head(config: PolicyConfig, length: int) -> Work:
             full_precision=action.dim * action.bins * hidden,
         )
     inputs = action.slots_per_step * hidden
+    if action.flow is not None:
+        return _flow(action, action.flow, inputs)
     return Work(full_precision=action.horizon * (inputs * width + action.head_blocks * width**2 + width * action.dim))
+
+
+def _flow(action: ActionConfig, flow: FlowConfig, inputs: int) -> Work:
+    width, tokens = flow.hidden_size, flow.steps * action.horizon
+    projections = tokens * flow.num_layers * width * (4 * width + 2 * flow.intermediate_size)
+    around = action.horizon * inputs * width + (flow.steps + 1) * width**2 + 2 * tokens * action.dim * width
+    return Work(
+        ternary=projections if flow.ternary else 0,
+        attention=tokens * flow.num_layers * 2 * action.horizon * width,
+        full_precision=around if flow.ternary else around + projections,
+    )

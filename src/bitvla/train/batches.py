@@ -39,8 +39,9 @@ class Window(NamedTuple):
     """Inputs of the network and its targets."""
 
     inputs: Batch
-    actions: Tensor  # float (B, horizon, dim), normalised
-    valid: Tensor  # bool (B, horizon): False past the end of the episode, and where actions are given as decided
+    actions: Tensor  # float (B, horizon, dim), normalised; of a flow the velocities (B, K, horizon, dim) towards them
+    # bool (B, horizon), of a flow (B, 1, horizon): False past the episode's end, and where actions are given as decided
+    valid: Tensor
     auxiliary: Tensor  # float (B, E): standardised privileged state, E may be 0
     keypoints: Tensor  # float (B, V, K, 2): where things are in the network's images, K may be 0
 
@@ -79,6 +80,7 @@ class Windows(Dataset[Window]):
         seed: int,
         augmentation: Augmentation | None,
         prefix_dropout: float = 1.0,
+        flow_samples: int = 0,
         split: str = "train",
         balance_tasks: bool = False,
         rank: int = 0,
@@ -87,6 +89,7 @@ class Windows(Dataset[Window]):
         self.name = dataset.name
         self._config, self._augmentation, self._seed = config, augmentation, seed
         self._prefix_dropout = prefix_dropout
+        self._flow_samples = flow_samples if config.action.flow else 0
         self._batch_size, self._rank, self._world_size = batch_size, rank, world_size
         cameras = [camera.name for camera in config.processing.cameras]
         self._cameras, self._pictures = cameras, dataset.pictures
@@ -200,13 +203,17 @@ class Windows(Dataset[Window]):
             prefix=actions[:, :most],
             decided=torch.from_numpy(decided[:, :most]),
         )
-        return Window(
+        window = Window(
             inputs,
             actions=actions,
             valid=torch.from_numpy((steps < ends) & ~decided),
             auxiliary=torch.from_numpy(self._auxiliary[frames]),
             keypoints=torch.from_numpy(self._points(frames, changes)),
         )
+        if not self._flow_samples:
+            return window
+        shape = (self._batch_size, self._flow_samples, 1 + horizon * self._config.action.dim)
+        return _flowing(window, torch.from_numpy(decided), torch.from_numpy(draws(self._seed, 3, step, shape)[share]))
 
     def _prefix_lengths(self, step: int) -> NDArray[np.int64]:
         """How many actions are given as decided in each window (B,) of the whole batch of `step`."""
@@ -361,6 +368,19 @@ def batches(windows: Dataset[Any], steps: range, workers: int = 1) -> Iterator[W
         if isinstance(batch, BitvlaError):
             raise batch
         yield batch
+
+
+def _flowing(window: Window, decided: Tensor, chances: Tensor) -> Window:
+    """`window` on the straight line from noise to its actions, where decided ones (B, horizon) have arrived.
+
+    `chances` (B, K, 1 + horizon * dim) in [0, 1). Times are drawn as in pi0, more of them near the noise, where there
+    is more to decide: 1 - u with u of Beta(1.5, 1).
+    """
+    actions = window.actions[:, None]
+    time = torch.where(decided[:, None], 1, 1 - chances[..., :1] ** (2 / 3)).float()
+    noise = torch.special.ndtri(chances[..., 1:].clamp(1e-9, 1 - 1e-9)).float().unflatten(-1, actions.shape[2:])
+    inputs = window.inputs._replace(noisy=torch.lerp(noise, actions, time[..., None]), time=time)
+    return window._replace(inputs=inputs, actions=actions - noise, valid=window.valid[:, None])
 
 
 class _Told(Dataset[Any]):

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import msgspec
 
 from bitvla.config import (
     ActionConfig,
     Camera,
+    FlowConfig,
     ImageProcessing,
     LanguageConfig,
     LanguageModelConfig,
@@ -36,7 +37,7 @@ class Augmentation(Record, frozen=True, kw_only=True, forbid_unknown_fields=True
     saturation: float = 0.2
 
 
-Part = Literal["tower", "connector", "decoder"]
+Part = Literal["tower", "connector", "decoder", "head"]
 NO_STATE = Statistics(names=(), units=(), low=(), high=(), mask=())
 
 
@@ -74,7 +75,8 @@ class TrainConfig(Record, frozen=True, kw_only=True, forbid_unknown_fields=True)
     optimizer: Literal["adamw", "muon"] = "adamw"
     policy: NewPolicy | None = None
     model: LanguageModelConfig | None = None
-    # align, instruct, and distill of a vision-language model: which parts learn. None: those of the paper.
+    # Which parts learn. None: of a policy all, in align, instruct and distill of a vision-language model those of the
+    # paper. The projectors of state and prefix are with the connector.
     learning_parts: tuple[Part, ...] | None = None
     max_tokens: int = 2048  # of a conversation, images included; what is longer is left out
     seed: int = 7
@@ -102,6 +104,10 @@ class TrainConfig(Record, frozen=True, kw_only=True, forbid_unknown_fields=True)
     # all windows but this share; the loss is over the others.
     max_prefix: int | None = None
     prefix_dropout: float = 0.5
+    # A flow-matching action expert in place of the policy's regression head (None: as the policy has it), and how many
+    # noises and times of the flow each window's hidden states serve in a pass.
+    flow: FlowConfig | None = None
+    flow_samples: int = 4
     # Heads that are thrown away: privileged positions read from the proprio token, places in the image from patches.
     auxiliary_weight: float = 0.0
     keypoint_weight: float = 0.0
@@ -117,7 +123,7 @@ def load(path: Path) -> TrainConfig:
     """Read and check a training configuration; BitvlaError names the file and the key at fault."""
     config = load_toml(TrainConfig, path)
     positive = ("steps", "batch_size", "learning_rate", "log_every", "save_every", "gradient_accumulation", "workers")
-    for name in positive:
+    for name in (*positive, "flow_samples"):
         if getattr(config, name) <= 0:
             raise BitvlaError(f"{path}: {name} must be positive, it is {getattr(config, name)}")
     for name, weight in config.mixture.items():
@@ -135,6 +141,17 @@ def load(path: Path) -> TrainConfig:
     if not 0 <= config.prefix_dropout <= 1:
         raise BitvlaError(f"{path}: prefix_dropout {config.prefix_dropout} is not a share from 0 to 1")
     return config
+
+
+def extended(policy: PolicyConfig, config: TrainConfig) -> PolicyConfig:
+    """`policy` with the prefix, the flow and the FiLM that `config` asks for."""
+    changes: dict[str, Any] = {} if config.max_prefix is None else {"max_prefix": config.max_prefix}
+    flow = config.flow or (config.policy and config.policy.action.flow)
+    if flow:
+        changes |= {"flow": flow, "head_hidden_size": 0, "head_blocks": 0}
+    action = msgspec.structs.replace(policy.action, **changes)
+    vision = msgspec.structs.replace(policy.vision, film=config.film or policy.vision.film)
+    return check(msgspec.structs.replace(policy, action=action, vision=vision))
 
 
 def policy_config(new: NewPolicy, dataset: LeRobotDataset, precision: Literal["full", "ternary"]) -> PolicyConfig:

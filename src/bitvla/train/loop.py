@@ -32,7 +32,8 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils._pytree import tree_map
 
 import bitvla
-from bitvla.config import LanguageModelConfig, PolicyConfig, check, to_dict
+from bitvla.bundle import tensor_specs
+from bitvla.config import LanguageModelConfig, PolicyConfig, to_dict
 from bitvla.convert.source import Source
 from bitvla.convert.training import Adapters, open_start
 from bitvla.data.lerobot import AS_STORED, LeRobotDataset, name_of
@@ -45,7 +46,7 @@ from bitvla.model.policy import TorchPolicy
 from bitvla.processing.prompt import Prompt, train_tokenizer
 from bitvla.train import stages
 from bitvla.train.batches import Mixture, TokenWindow, Window, Windows, batches
-from bitvla.train.config import TrainConfig, for_dataset, load, policy_config
+from bitvla.train.config import TrainConfig, extended, for_dataset, load, policy_config
 
 STATE_FILE = "training_state.pt"
 GOLDEN_OBSERVATIONS = 2
@@ -144,6 +145,8 @@ def check_adapters(stage: str, config: TrainConfig, of_language: bool) -> None:
         raise BitvlaError("stage 'localize' trains a new tower; leave out lora_rank")
     if config.lora_rank and of_language:
         raise BitvlaError("adapters are of policies; leave out lora_rank, and say in learning_parts what learns")
+    if config.lora_rank and config.learning_parts is not None:
+        raise BitvlaError("lora_rank and learning_parts both say what learns; leave out one of them")
 
 
 def _check_mixture(stage: str, config: TrainConfig, names: list[str]) -> None:
@@ -323,12 +326,16 @@ class Trainer:
         config = start_config(self.stage, self.config, start, self.dataset)
         if start is not None:
             _check_fits(config, self.dataset, start.folder)
+            tokenizer = Tokenizer.from_str(start.tokenizer)
             network, prompt = load_network(start, config)
-            return network, prompt, Tokenizer.from_str(start.tokenizer)
-        corpus = sentences or [text for dataset in self.datasets for text in dataset.task_strings]
-        tokenizer = new_tokenizer(config, corpus)
-        prompt = Prompt(config, tokenizer)
-        return BitVLA(config, prompt.image_id, prompt.proprio_id), prompt, tokenizer
+        else:
+            corpus = sentences or [text for dataset in self.datasets for text in dataset.task_strings]
+            tokenizer = new_tokenizer(config, corpus)
+            prompt = Prompt(config, tokenizer)
+            network = BitVLA(config, prompt.image_id, prompt.proprio_id)
+        stages.freeze(self.stage, self.config, network)
+        _check_frozen(network, start)
+        return network, prompt, tokenizer
 
     def _objective(self, teacher: Source | None) -> stages.Objective:
         if self.stage == "localize" and not (self.config.keypoint_weight and self.dataset.keypoints is not None):
@@ -360,6 +367,7 @@ class Trainer:
                 seed=self.config.seed,
                 augmentation=self.config.augmentation if split == "train" else None,
                 prefix_dropout=self.config.prefix_dropout if split == "train" else 1.0,
+                flow_samples=self.config.flow_samples if split == "train" else 0,
                 split=split,
                 balance_tasks=self.config.balance_tasks,
                 **shard,
@@ -689,12 +697,15 @@ def _check_backbone(policy: PolicyConfig, start: Source) -> None:
                 )
 
 
-def extended(policy: PolicyConfig, config: TrainConfig) -> PolicyConfig:
-    """The policy with what its training adds to it."""
-    max_prefix = policy.action.max_prefix if config.max_prefix is None else config.max_prefix
-    action = msgspec.structs.replace(policy.action, max_prefix=max_prefix)
-    vision = msgspec.structs.replace(policy.vision, film=config.film or policy.vision.film)
-    return check(msgspec.structs.replace(policy, action=action, vision=vision))
+def _check_frozen(network: BitVLA, start: Source | None) -> None:
+    """What does not learn must be in the checkpoint."""
+    stored = {} if start is None else tensor_specs(start.config)
+    for name, parameter in network.named_parameters():
+        if not parameter.requires_grad and name not in stored:
+            raise BitvlaError(
+                f"learning_parts leaves out {name}, which "
+                f"{'no --init gives' if start is None else f'{start.folder} does not have'}: it would stay random"
+            )
 
 
 def _check_fits(config: Any, dataset: LeRobotDataset, start: Path) -> None:

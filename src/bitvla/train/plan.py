@@ -30,9 +30,9 @@ from bitvla.model.network import Batch, BitVLA, VisionLanguageModel, VisionTower
 from bitvla.model.ternary import TernaryLinear
 from bitvla.train import stages
 from bitvla.train.batches import TokenWindow, Window
-from bitvla.train.config import NewPolicy, TrainConfig, load
+from bitvla.train.config import NewPolicy, TrainConfig, extended, load
 from bitvla.train.language import start_config
-from bitvla.train.loop import check_adapters, check_stage, check_teacher, extended, optimizers, trains_language
+from bitvla.train.loop import check_adapters, check_stage, check_teacher, optimizers, trains_language
 
 CHARACTERS_A_TOKEN = 4  # of English text, about
 # FLOP of an operation, from its arguments; PyTorch's own table has the attention of GPUs only.
@@ -170,6 +170,7 @@ def _pass(
             objective = stages.likelihood if teacher is None else stages.distill_tower(config, teacher)
         else:
             network = BitVLA(policy, image_id=0, proprio_id=2, attention="sdpa")
+            stages.freeze(stage, config, network)
             if stage == "distill":
                 whole = msgspec.structs.replace(policy, precision="full")
                 teacher = BitVLA(whole, 0, 2, "sdpa").requires_grad_(False)
@@ -183,7 +184,7 @@ def _pass(
             checkpoint_activations(part)
         for parameter in _trained(part):
             parameter.register_post_accumulate_grad_hook(_drop_gradient)  # they are counted for themselves
-        window: Any = _window(policy, windows, length, keypoints)
+        window: Any = _window(policy, windows, length, keypoints, config.flow_samples)
         counted = Count()
         with counted:
             with torch.autocast("cpu", torch.bfloat16, enabled=config.mixed_precision == "bf16"):
@@ -261,7 +262,7 @@ def _state_bytes(optimizer: torch.optim.Optimizer, part: nn.Module) -> int:
 
 
 def _window(
-    policy: PolicyConfig | LanguageModelConfig, windows: int, length: int, keypoints: int
+    policy: PolicyConfig | LanguageModelConfig, windows: int, length: int, keypoints: int, flow_samples: int
 ) -> Window | TokenWindow:
     """As the loader makes them, without values."""
     if isinstance(policy, LanguageModelConfig):
@@ -286,10 +287,13 @@ def _window(
     )
     if action.bins:
         return TokenWindow(inputs, torch.empty(windows, action.dim, dtype=torch.int64))
+    actions = torch.empty(windows, *([flow_samples] if action.flow else []), action.horizon, action.dim)
+    if action.flow:
+        inputs = inputs._replace(noisy=actions, time=actions[..., 0])
     return Window(
         inputs,
-        actions=torch.empty(windows, action.horizon, action.dim),
-        valid=torch.empty(windows, action.horizon, dtype=torch.bool),
+        actions=actions,
+        valid=torch.empty(actions.shape[:-1], dtype=torch.bool),
         auxiliary=torch.empty(windows, 0),
         keypoints=torch.empty(windows, views, keypoints, 2),
     )

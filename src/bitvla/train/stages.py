@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from bitvla.config import LanguageModelConfig, PolicyConfig
-from bitvla.model.network import Backbone, Output
+from bitvla.errors import BitvlaError
+from bitvla.model.network import Backbone, Output, VisionLanguageModel
 from bitvla.train.batches import UNKNOWN, TokenWindow, Window
 from bitvla.train.config import Part, TrainConfig
 
@@ -19,6 +20,12 @@ Network = Callable[..., Any]  # a whole network or its vision tower, compiled or
 Objective = Callable[[Network, Any], Losses]  # over a Window, or a TokenWindow where tokens are written
 
 NAMES = ("align", "instruct", "localize", "pretrain", "finetune", "distill")
+PARTS: dict[Part, tuple[str, ...]] = {  # what the names of their tensors begin with
+    "tower": ("vision_tower.", "film."),
+    "connector": ("multi_modal_projector.", "proprio_projector.", "prefix_projector."),
+    "decoder": ("language_model.",),
+    "head": ("action_head.",),
+}
 # What learns where conversations are the data (paper, Table IV): first the connector, then all that reads the tower,
 # at last the tower, which has become ternary.
 LANGUAGE_PARTS: dict[str, tuple[Part, ...]] = {
@@ -65,15 +72,17 @@ def trained_part(stage: str, network: Backbone) -> nn.Module:
 
 
 def freeze(stage: str, config: TrainConfig, network: Backbone) -> None:
-    """Leave gradients to the parts of a vision-language model that learn in `stage`."""
-    learning = LANGUAGE_PARTS[stage] if config.learning_parts is None else config.learning_parts
-    parts = {
-        "tower": network.vision_tower,
-        "connector": network.multi_modal_projector,
-        "decoder": network.language_model,
-    }
-    for name, part in parts.items():
-        part.requires_grad_(name in learning)
+    """Leave gradients to the parts that learn in `stage`: of a policy all, if the configuration names none."""
+    learning = config.learning_parts
+    if learning is None and isinstance(network, VisionLanguageModel):
+        learning = LANGUAGE_PARTS[stage]
+    if learning is None:
+        return
+    names = tuple(name for part in learning for name in PARTS[part])
+    for name, parameter in network.named_parameters():
+        parameter.requires_grad_(name.startswith(names))
+    if not any(parameter.requires_grad for parameter in trained_part(stage, network).parameters()):
+        raise BitvlaError(f"learning_parts = {list(learning)} leaves nothing to learn in stage '{stage}'; name others")
 
 
 def localize(auxiliary: AuxiliaryHead) -> Objective:
@@ -104,10 +113,13 @@ def _cross_entropy(output: Output, window: TokenWindow) -> Losses:
 
 
 def finetune(config: TrainConfig, auxiliary: AuxiliaryHead) -> Objective:
-    """OFT: mean absolute error of the chunk (paper eq. 8), plus the auxiliary regression where the data allows it."""
+    """OFT: mean absolute error of the chunk (paper eq. 8), plus the auxiliary regression where the data allows it.
+
+    A flow learns velocities instead: their mean squared error, on the straight line from noise to the chunk.
+    """
 
     def objective(network: Network, window: Window) -> Losses:
-        return _regression(network(window.inputs), window, config, auxiliary)
+        return _imitation(network(window.inputs), window, config, auxiliary)
 
     return objective
 
@@ -120,7 +132,7 @@ def distill(config: TrainConfig, auxiliary: AuxiliaryHead, teacher: Network) -> 
 
     def objective(network: Network, window: Window) -> Losses:
         student = network(window.inputs)
-        losses = _regression(student, window, config, auxiliary)
+        losses = _imitation(student, window, config, auxiliary)
         if config.alignment_weight:
             with torch.no_grad():
                 target = teacher(window.inputs)
@@ -151,11 +163,12 @@ def distill_tower(config: TrainConfig, teacher: Network) -> Objective:
     return objective
 
 
-def _regression(output: Output, window: Window, config: TrainConfig, auxiliary: AuxiliaryHead) -> Losses:
-    error = (output.actions.float() - window.actions).abs().mean(dim=-1)
+def _imitation(output: Output, window: Window, config: TrainConfig, auxiliary: AuxiliaryHead) -> Losses:
+    error = output.actions.float() - window.actions
+    name, each = ("flow", error.square()) if window.inputs.time.numel() else ("action_l1", error.abs())
     # Over all steps, valid or not: shares of a batch then weigh the same on any number of processes.
-    losses = {"action_l1": (error * window.valid).mean()}
-    losses["loss"] = losses["action_l1"]
+    losses = {name: (each.mean(dim=-1) * window.valid).mean()}
+    losses["loss"] = losses[name]
     if config.auxiliary_weight and window.auxiliary.shape[1]:
         losses["auxiliary"] = (auxiliary.positions(output).float() - window.auxiliary).abs().mean()
         losses["loss"] = losses["loss"] + config.auxiliary_weight * losses["auxiliary"]
