@@ -470,7 +470,7 @@ def _add_making(add: _Add, commands: Any) -> None:
     questions = add(
         _questions,
         "make pictures of Meta-World's scenes with captions, instructions and a test for a vision-language model",
-        "questions --images 12000 --test-images 600 datasets/scenes",
+        "questions --images 12000 --test-images 1000 datasets/scenes",
         GO_ON,
     )
     questions.add_argument("out", type=Path, metavar="OUT", help="folder of the images and conversations")
