@@ -21,7 +21,7 @@ from bitvla.evaluate.policy_host import PolicyHost
 from bitvla.evaluate.pool import Pool
 from bitvla.evaluate.process import Remote
 from bitvla.evaluate.report import report
-from bitvla.evaluate.result import compare
+from bitvla.evaluate.result import Result, compare
 from bitvla.evaluate.rollout import evaluate
 from checkpoints import nano_config, pack_random
 from fakes import Crasher, Dazed, Line, Refuser, Walker, line_config
@@ -41,7 +41,7 @@ def test_every_episode_is_recorded(tmp_path):
     assert result.policy.name == "walker"
     assert result.protocol.execute_horizon == 3
     assert len(result.episodes[0].chunk_ms) == -(-result.episodes[0].steps // 3)
-    assert load(tmp_path / "r.json") == result
+    assert load(tmp_path / "r.json", Result) == result
     assert not list(tmp_path.glob("*.partial.jsonl"))
 
 
@@ -170,7 +170,7 @@ def test_a_pruned_policy_is_another_policy(tmp_path):
     with pytest.raises(BitvlaError, match="another prune"):
         run(out=out)
     result = run(pruned, out=out)
-    assert load(out).policy.prune == 0.25
+    assert load(out, Result).policy.prune == 0.25
     assert compare(result, run()).a == "walker (ternary, 25% of the image tokens left out)"
 
 

@@ -17,7 +17,8 @@ from safetensors.numpy import load_file, save_file
 
 import bitvla
 from bitvla import BitvlaError
-from bitvla.bundle import read, tensor_specs, to_float32
+from bitvla.bundle import read, read_language_model, tensor_specs, to_float32
+from bitvla.convert.make_checkpoint import make_checkpoint
 from bitvla.convert.pack import PARITY_BOUND, pack
 from bitvla.processing.vectors import normalize, unnormalize
 from bitvla.quantization import ternarize, unpack
@@ -147,6 +148,17 @@ def test_full_precision_is_rounded_on_request_only(tmp_path: Path, out: Path) ->
     policy = read(out)
     assert policy.config.precision == "ternary"
     assert policy.document.provenance["packed"]["rounded_after_training"] is True
+
+
+def test_a_tower_in_full_precision_is_rounded_on_request(tmp_path: Path) -> None:
+    make_checkpoint(tmp_path / "model", kind="vision-language-bf16-tower", reduced=True)
+    for name in ("kept", "rounded"):
+        pack(tmp_path / "model", tmp_path / name, round_full_precision=name == "rounded")
+    kept, rounded = (read_language_model(tmp_path / name) for name in ("kept", "rounded"))
+    assert (kept.config.vision.ternary, rounded.config.vision.ternary) == (False, True)
+    assert rounded.document.provenance["packed"]["rounded_after_training"] is True
+    with pytest.raises(BitvlaError, match="is ternary, there is nothing to round; leave out --round"):
+        pack(write_random_checkpoint(tmp_path / "policy", tiny_config()), tmp_path / "out", round_full_precision=True)
 
 
 # What is refused.

@@ -160,6 +160,21 @@ def test_accuracy_with_its_interval(model_file: Path, tmp_path: Path, monkeypatc
     assert [entry.name for entry in tmp_path.iterdir() if "partial" in entry.name] == []
 
 
+def test_two_models_are_compared_question_by_question(
+    model_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write_lines(tmp_path / "seed.jsonl", [SEED] * 4)
+    records = [tmp_path / f"{name}.json" for name in "abc"]
+    for record, answers, limit in zip(records, ("DDAA", "DADA", "DD"), (None, None, 2), strict=True):
+        Writes(monkeypatch, *answers)
+        evaluate(model_file, [path], out=record, limit=limit)
+    assert main(["compare", "--json", *map(str, records[:2])]) == 0
+    total = json.loads(capsys.readouterr().out)["total"]
+    assert (total["only_a"], total["only_b"]) == (1, 1)
+    assert main(["compare", *map(str, records[::2])]) == 1
+    assert "cannot compare: the rules differ in limit (None and 2)" in capsys.readouterr().err
+
+
 def test_an_interrupted_evaluation_goes_on(model_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path, out = write_parquet(tmp_path / "ai2d.parquet", [AI2D] * 4), tmp_path / "record.json"
     Writes(monkeypatch, "B", "A", KeyboardInterrupt())

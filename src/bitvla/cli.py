@@ -256,10 +256,13 @@ def _vqa(args: argparse.Namespace) -> Any:
 
 def _compare(args: argparse.Namespace) -> Any:
     from bitvla import display
+    from bitvla.evaluate import result, vqa
     from bitvla.evaluate.files import load
-    from bitvla.evaluate.result import compare
 
-    comparison = compare(load(args.first), load(args.second))
+    if vqa.is_result(args.first):
+        comparison = vqa.compare(load(args.first, vqa.VqaResult), load(args.second, vqa.VqaResult))
+    else:
+        comparison = result.compare(load(args.first, result.Result), load(args.second, result.Result))
     return comparison if args.json else display.comparison(comparison)
 
 
@@ -688,11 +691,11 @@ def _add_running(add: _Add) -> None:
 
     compare = add(
         _compare,
-        "compare two records of the same initial states, pair by pair",
+        "compare two records of the same initial states, or questions, pair by pair",
         "compare reports/student.json reports/teacher.json",
     )
-    compare.add_argument("first", type=Path, metavar="A.json", help="record of `bitvla eval`")
-    compare.add_argument("second", type=Path, metavar="B.json", help="record of `bitvla eval`")
+    compare.add_argument("first", type=Path, metavar="A.json", help="record of `bitvla eval` or `bitvla vqa`")
+    compare.add_argument("second", type=Path, metavar="B.json", help="another of the same kind")
 
     report = add(
         _report,

@@ -101,7 +101,7 @@ def comparison(result: Comparison) -> dict[str, Any]:
         for task, pair in pairs.items()
     ]
     kinds = [{"failure": kind, "a": a, "b": b} for kind, (a, b) in result.failures.items()]
-    return {"a": result.a, "b": result.b, "same initial states": rows} | ({"failures": kinds} if kinds else {})
+    return {"a": result.a, "b": result.b, "pair by pair": rows} | ({"failures": kinds} if kinds else {})
 
 
 def _drop(drop: Drop) -> dict[str, Any]:

@@ -68,11 +68,12 @@ def pack(
     Hugging Face Hub. For the latter, `views` is the number of cameras it was trained with, `statistics` the data set
     whose statistics to use, and `control_hz` the control rate of its robot; see `official.open_official`.
 
-    `round_full_precision` accepts a checkpoint trained in full precision and rounds it to ternary without training: an
-    ablation, not a good policy. `packing` is how ternary weights are stored, which changes no result: in 2 bits, or in
-    base 3, a fifth smaller. `matrix_dtype` is how full-precision matrices are stored: float32, exactly as trained,
-    bfloat16, half the size, or int8, a quarter; by default as the checkpoint has them, and float32 up to `EXACT_UP_TO`
-    bytes of them. `expert` rounds the layers of a flow-matching expert alone, which was trained in full precision.
+    `round_full_precision` accepts a checkpoint that was trained in full precision, or whose tower was, and rounds it to
+    ternary without training: an ablation, not a good policy. `packing` is how ternary weights are stored, which changes
+    no result: in 2 bits, or in base 3, a fifth smaller. `matrix_dtype` is how full-precision matrices are stored:
+    float32, exactly as trained, bfloat16, half the size, or int8, a quarter; by default as the checkpoint has them, and
+    float32 up to `EXACT_UP_TO` bytes of them. `expert` rounds the layers of a flow-matching expert alone, which was
+    trained in full precision.
 
     Raises BitvlaError naming what is missing, not finite, wrongly shaped, or too different from PyTorch; `out` is then
     not touched.
@@ -85,6 +86,11 @@ def pack(
             f"{checkpoint} was trained in full precision, so its weights are not ternary; distill it first "
             "(bitvla train distill), or round it without training, which costs most of its skill (--round)"
         )
+    if round_full_precision and config.vision is not None and not config.vision.ternary:
+        rounded, tower = True, msgspec.structs.replace(config.vision, ternary=True)
+        config = msgspec.structs.replace(config, vision=tower)
+    if round_full_precision and not rounded:
+        raise BitvlaError(f"{checkpoint} is ternary, there is nothing to round; leave out --round")
     rounded |= expert == "ternary"
     matrix_dtype = matrix_dtype or source.matrix_dtype or _matrix_dtype(config)
     config = msgspec.structs.replace(config, precision="ternary")

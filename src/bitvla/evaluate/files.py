@@ -13,7 +13,6 @@ from typing import Any, Generic, Protocol, TypeVar
 import msgspec
 
 from bitvla.errors import BitvlaError
-from bitvla.evaluate.result import Result
 from bitvla.files import write_whole
 
 T = TypeVar("T")
@@ -37,10 +36,10 @@ def save(result: msgspec.Struct, path: Path) -> None:
     write_whole(path, msgspec.json.format(msgspec.json.encode(result), indent=1))
 
 
-def load(path: Path) -> Result:
-    """Read a result, or BitvlaError naming what is wrong with the file."""
+def load(path: Path, kind: type[T]) -> T:
+    """Read a result of a kind, or BitvlaError naming what is wrong with the file."""
     try:
-        return _decode(Path(path).read_bytes(), Result, str(path))
+        return _decode(Path(path).read_bytes(), kind, str(path))
     except OSError as error:
         raise BitvlaError(f"cannot read the result {path}: {error.strerror}") from None
 

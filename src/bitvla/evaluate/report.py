@@ -56,7 +56,7 @@ def report(results: Path | Sequence[Path], out: Path) -> Path:
     paths = [results] if isinstance(results, Path) else list(results)
     if not paths:
         raise BitvlaError("a report needs the record of at least one evaluation")
-    subject, *others = [load(path) for path in paths]
+    subject, *others = [load(path, Result) for path in paths]
     films, left_out = _films(subject, paths[0].parent)
     filters: dict[str, Callable[..., str]] = {
         "percent": _percent,

@@ -6,6 +6,7 @@ the published accuracies were measured. Another text than a letter is a wrong an
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Iterable, Sequence
 from datetime import UTC, datetime
@@ -15,13 +16,15 @@ import msgspec
 
 import bitvla
 import bitvla._native as native
+from bitvla.config import to_dict
 from bitvla.convert.source import sha256
 from bitvla.errors import BitvlaError
 from bitvla.evaluate.files import Journal, save
 from bitvla.evaluate.questions import Question, chosen_letter, count_questions, read_questions
 from bitvla.evaluate.record import Machine, Record
+from bitvla.evaluate.result import Comparison
 from bitvla.evaluate.rollout import ERRORS_IN_A_ROW, machine
-from bitvla.evaluate.statistics import Latency, Rate, latency, rate_of
+from bitvla.evaluate.statistics import Latency, Rate, latency, paired, rate_of
 from bitvla.processing.images import read_image
 from bitvla.processing.prompt import NO_TOWER
 from bitvla.runtime.language import Conversation, LanguageModel
@@ -131,6 +134,36 @@ def evaluate(
             save(result, out)
         journal.complete = True
     return result
+
+
+def is_result(path: Path) -> bool:
+    """Is a record one of answers, not of episodes?"""
+    with contextlib.suppress(OSError, msgspec.MsgspecError, UnicodeError):
+        return "answers" in msgspec.json.decode(path.read_bytes(), type=dict[str, msgspec.Raw])
+    return False
+
+
+def compare(a: VqaResult, b: VqaResult) -> Comparison:
+    """Compare two models question by question, in all and in each category; those of the same rules, but for the model.
+
+    Raises BitvlaError when the rules differ, or a question could not be asked.
+    """
+    one, other = ({**to_dict(result.rules), "model": ""} for result in (a, b))
+    for name, value in one.items():
+        if value != other[name]:
+            raise BitvlaError(f"cannot compare: the rules differ in {name} ({value} and {other[name]})")
+    pairs = list(zip(a.answers, b.answers, strict=True))
+    for answers in pairs:
+        for answer in answers:
+            if answer.error is not None:
+                raise BitvlaError(f"cannot compare: question {answer.number} was not asked ({answer.error}); ask again")
+    categories = {
+        category: paired(*zip(*((x.correct, y.correct) for x, y in pairs if x.category == category), strict=True))
+        for category in a.categories
+    }
+    total = paired([x.correct for x, _ in pairs], [y.correct for _, y in pairs])
+    titles = {name: f"{result.model} {result.rules.model[:7]}" for name, result in (("a", a), ("b", b))}
+    return Comparison(**titles, total=total, tasks=categories, failures={})
 
 
 def _first(questions: Iterable[Question | None], limit: int | None) -> Iterable[tuple[int, Question | None]]:
