@@ -54,6 +54,8 @@ OVER_MILK = (0.3, 0.0, CARRIED + 0.01)
         (Trace().then().then(hand=(0.0, 0.0, NEAR - 0.01), opening=0.1), "spatial localisation"),
         # One finger pushed it.
         (Trace().then().then(hand=(0.0, 0.0, 0.01), opening=0.1, touched={"soup"}), "spatial localisation"),
+        # An open hand came down on it.
+        (Trace().then().then(hand=(0.0, 0.0, 0.05), touched={"soup"}), "spatial localisation"),
         # Held, then dropped; a miss before does not matter.
         (Trace().then().then(held={"soup"}).then(held=set()), "trajectory planning"),
         (

@@ -20,7 +20,8 @@ class Watch:
     - Goal misunderstanding: a thing that the goal does not name was held `CARRIED` or more from where it stood.
     - Trajectory planning: a thing whose part of the goal is not done at the end was held, or touched where it is not to
       be carried. It was found, and not brought where it belongs in time.
-    - Spatial localisation: such a thing was never held, and the hand was closed within `NEAR` of it.
+    - Spatial localisation: such a thing was never held, and a finger touched it, or the hand was closed within `NEAR` of
+      it: a grasp, but beside it.
     - Other: none of it happened.
     """
 
@@ -40,8 +41,12 @@ class Watch:
         self._reached |= {
             name for name, carry in moment.wanted.items() if name in (moment.held if carry else moment.touched)
         }
-        if moment.opening < CLOSED:
-            self._missed |= {name for name in moment.wanted if math.dist(moment.hand, moment.at[name]) <= NEAR}
+        closed = moment.opening < CLOSED
+        self._missed |= {
+            name
+            for name in moment.wanted
+            if name in moment.touched or (closed and math.dist(moment.hand, moment.at[name]) <= NEAR)
+        }
 
     def failure(self) -> Failure:
         """The kind of failure, when the episode has ended without success."""
