@@ -106,7 +106,8 @@ class PickAndPlace:
 
     def _pick(self, index: int) -> Iterator[Action]:
         goal = self._scene.goals[index]
-        chosen = self._grasp(goal, self._target(index) - goal.at[:2])
+        carry = np.append(self._target(index), goal.there[2]) - (*goal.at[:2], goal.bottom)
+        chosen = self._grasp(goal, carry)
         if chosen is None:
             raise _LostError
 
