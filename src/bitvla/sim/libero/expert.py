@@ -22,9 +22,8 @@ Point = tuple[float, float, float]
 
 OPEN, CLOSED = -1.0, 1.0
 _LENGTH, _TURN = 0.05, 0.5  # metres and radians that an action of 1 asks for
-_GAIN = 1.0  # of what is missing, asked for at each step: the controller gets 15 % of the way in one
-_DAMPING = 1.0  # of the last step's way, taken from it: an outstretched arm is slow to brake
-_SLOW = 0.002  # metres a step: no faster does the hand begin to close or to open
+_GAIN = 1.5  # of what is missing, asked for at each step: the controller gets 15 % of the way in one
+_DAMPING = 2.0  # of the last step's way, taken from it: an outstretched arm is slow to brake
 _NEAR, _LEVEL, _TURNED = 0.006, 0.004, 0.05  # arrived: sideways, in height and in turning, in radians
 _SLOPE = 0.04  # from this far away the hand comes down
 _MARGIN = 0.03  # above everything on the way
@@ -162,21 +161,19 @@ class PickAndPlace:
         self, aim: Callable[[], Floats], above: float, yaw: float, grip: float, well: Callable[[], bool]
     ) -> Iterator[Action]:
         """To `aim`: sideways only at the height `above`, down only when nearly there, as far as it can."""
-        still, unwell, before = 0, 0, np.array(self._scene.hand)
+        still, unwell = 0, 0
         for _ in range(_PATIENCE):
             hand = np.array(self._scene.hand)
             error = aim() - hand
             far, turn = float(np.hypot(*error[:2])), abs(grasp.angle(yaw - self._yaw))
-            slow = np.linalg.norm(self._speed) < _SLOW
-            if far < _NEAR and abs(error[2]) < _LEVEL and turn < _TURNED and slow:
+            if far < _NEAR and abs(error[2]) < _LEVEL and turn < _TURNED:
                 return
             unwell = 0 if well() else unwell + 1
-            still = still + 1 if turn < _TURNED and np.linalg.norm(hand - before) < _STILL else 0
+            still = still + 1 if turn < _TURNED and np.linalg.norm(self._speed) < _STILL else 0
             if still > _STUCK and far < 3 * _NEAR and hand[2] < above - 0.01:
                 return
             if still > _STUCK or unwell > 3:
                 raise _LostError
-            before = hand
             # A funnel stands over the aim, as wide as the hand has yet to move or to turn; the hand stays on it.
             wide = np.clip(max((far - _NEAR) / _SLOPE, (turn - _TURNED) / 0.2), 0, 1)
             climb = error[2] + wide * (above - hand[2] - error[2])
