@@ -51,7 +51,8 @@ class World:
     yaw: float = -np.pi / 2
     opening: float = 0.04
     held: str = ""
-    lowest: float = np.inf
+    inertia: float = 0.0  # the share of its speed that the hand keeps
+    speed: tuple[float, float, float] = (0.0, 0.0, 0.0)  # metres a step
 
     def scene(self):
         closing = (np.cos(self.yaw), np.sin(self.yaw), 0.0)
@@ -84,7 +85,7 @@ class World:
 
     def step(self, action):
         move = np.clip(action, -1, 1)
-        shift = 0.3 * 0.05 * move[:3]
+        shift = self.speed = (1 - self.inertia) * 0.3 * 0.05 * move[:3] + self.inertia * np.array(self.speed)
         self.hand = list(np.add(self.hand, shift))
         self.hand[2] = max(self.hand[2], TABLE + 0.012)
         self.yaw += 0.3 * 0.5 * float(move[5])
@@ -135,7 +136,7 @@ def run(world, limit=LIMIT, meanwhile=lambda world, step: None):
     return limit
 
 
-def plan(things, name, yaw=-np.pi / 2, carry=(0, 0)):
+def plan(things, name, yaw=-np.pi / 2, carry=(0, 0, 0)):
     world, centre = World(things, []), np.array(things[name].at[:2])
     height, own = world.heights(Heights.places(centre), name)
     side = int(np.sqrt(height.size))
@@ -177,7 +178,16 @@ def test_a_bowl_at_the_end_of_the_reach_is_held_at_its_near_side():
     assert np.hypot(*(found.position[:2] - SHOULDER[:2])) < np.hypot(*np.subtract(bowl.at[:2], SHOULDER[:2]))
     assert plan({"box": box(0.3, 0.0)}, "box") is None
     assert plan({"box": box(0.0, 0.0)}, "box") is not None
-    assert plan({"box": box(0.0, 0.0)}, "box", carry=(0.3, 0.0)) is None
+    assert plan({"box": box(0.0, 0.0)}, "box", carry=(0.3, 0, 0)) is None
+
+
+def test_what_is_low_and_far_is_out_of_reach():
+    """The wrist must come down too: at the height of the shoulder it would get there."""
+    far = box(0.205, 0.0, (0.02, 0.02))
+    assert plan({"box": far}, "box") is None
+    far.at[2] += 0.1
+    assert plan({"box": far}, "box") is not None
+    assert plan({"box": far}, "box", carry=(0, 0, -0.1)) is None
 
 
 def test_fingers_go_where_there_is_room():
@@ -239,6 +249,33 @@ def test_a_thing_that_settles_is_followed():
             world.things["box"].at[2] -= 0.018
 
     assert run(world, meanwhile=settle) < LIMIT / 2
+
+
+def test_a_thing_that_tips_over_is_held_as_it_lies_then():
+    world = World({"box": box(0.1, 0.15), "plate": plate(0, -0.2)}, [("box", "plate")])
+    thing, closed = world.things["box"], []
+
+    def tip(world, step):
+        if step < 6:
+            thing.yaw += np.pi / 12
+            thing.at[1] += 0.003
+        if world.held:
+            closed.append(world.yaw)
+
+    assert run(world, meanwhile=tip) < LIMIT / 2
+    assert abs(np.sin(closed[0] - thing.yaw)) < np.sin(0.3)
+
+
+def test_a_hand_that_is_slow_to_brake_does_not_shoot_past_the_thing():
+    world = World({"box": box(0.1, 0.15), "plate": plate(0, -0.2)}, [("box", "plate")], inertia=0.75)
+    past = []
+
+    def look(world, _):
+        if not world.held and world.opening == 0.08:
+            past.append(world.hand[0] - 0.1)
+
+    assert run(world, meanwhile=look) < LIMIT / 2
+    assert max(past) < 0.006
 
 
 def test_it_starts_with_what_is_already_in_the_hand():

@@ -23,6 +23,7 @@ Point = tuple[float, float, float]
 OPEN, CLOSED = -1.0, 1.0
 _LENGTH, _TURN = 0.05, 0.5  # metres and radians that an action of 1 asks for
 _GAIN = 1.5  # of what is missing, asked for at each step: the controller gets 15 % of the way in one
+_DAMPING = 2.0  # of the last step's way, taken from it: an outstretched arm is slow to brake
 _NEAR, _LEVEL, _TURNED = 0.006, 0.004, 0.05  # arrived: sideways, in height and in turning, in radians
 _SLOPE = 0.04  # from this far away the hand comes down
 _MARGIN = 0.03  # above everything on the way
@@ -78,11 +79,13 @@ class PickAndPlace:
     def __init__(self, world: World) -> None:
         self._world = world
         self._scene = world.scene()
+        self._speed = np.zeros(3)  # metres in the last step
         self._script = self._run()
 
     def __call__(self) -> Action:
         """The action for the state that the world is in now."""
-        self._scene = self._world.scene()
+        before, self._scene = self._scene, self._world.scene()
+        self._speed = np.subtract(self._scene.hand, before.hand)
         return next(self._script)
 
     # -- the script: every function yields actions until its part is done ----------------------------
@@ -105,8 +108,10 @@ class PickAndPlace:
         yield from self._rise(OPEN)
 
     def _pick(self, index: int) -> Iterator[Action]:
+        yield from self._settle(index)
         goal = self._scene.goals[index]
-        chosen = self._grasp(goal, self._target(index) - goal.at[:2])
+        carry = np.append(self._target(index), goal.there[2]) - (*goal.at[:2], goal.bottom)
+        chosen = self._grasp(goal, carry)
         if chosen is None:
             raise _LostError
 
@@ -136,6 +141,14 @@ class PickAndPlace:
         yield from self._move(aim, max(above, low), self._yaw, CLOSED, lambda: self._scene.goals[index].held)
         yield from self._open()
 
+    def _settle(self, index: int) -> Iterator[Action]:
+        """Until the thing has come to rest: what tips over is held in another way afterwards."""
+        for _ in range(_STUCK * 2):
+            before = self._scene.goals[index].at
+            yield self._action(np.zeros(3), self._yaw, OPEN)
+            if np.linalg.norm(np.subtract(self._scene.goals[index].at, before)) < _STILL:
+                return
+
     def _rise(self, grip: float) -> Iterator[Action]:
         """Straight up, out of what is around the fingers."""
         aim = np.add(self._scene.hand, [0.0, 0.0, 0.08])
@@ -148,7 +161,7 @@ class PickAndPlace:
         self, aim: Callable[[], Floats], above: float, yaw: float, grip: float, well: Callable[[], bool]
     ) -> Iterator[Action]:
         """To `aim`: sideways only at the height `above`, down only when nearly there, as far as it can."""
-        still, unwell, before = 0, 0, np.array(self._scene.hand)
+        still, unwell = 0, 0
         for _ in range(_PATIENCE):
             hand = np.array(self._scene.hand)
             error = aim() - hand
@@ -156,12 +169,11 @@ class PickAndPlace:
             if far < _NEAR and abs(error[2]) < _LEVEL and turn < _TURNED:
                 return
             unwell = 0 if well() else unwell + 1
-            still = still + 1 if turn < _TURNED and np.linalg.norm(hand - before) < _STILL else 0
+            still = still + 1 if turn < _TURNED and np.linalg.norm(self._speed) < _STILL else 0
             if still > _STUCK and far < 3 * _NEAR and hand[2] < above - 0.01:
                 return
             if still > _STUCK or unwell > 3:
                 raise _LostError
-            before = hand
             # A funnel stands over the aim, as wide as the hand has yet to move or to turn; the hand stays on it.
             wide = np.clip(max((far - _NEAR) / _SLOPE, (turn - _TURNED) / 0.2), 0, 1)
             climb = error[2] + wide * (above - hand[2] - error[2])
@@ -242,5 +254,5 @@ class PickAndPlace:
         """Move by `move`, point down and turn to `yaw`."""
         turn = np.cross(self._scene.forward, [0.0, 0.0, -1.0])
         turn[2] = grasp.angle(yaw - self._yaw)
-        action = np.concatenate([move * _GAIN / _LENGTH, turn * _GAIN / _TURN, [grip]])
+        action = np.concatenate([(move * _GAIN - self._speed * _DAMPING) / _LENGTH, turn * _GAIN / _TURN, [grip]])
         return np.clip(action, -1.0, 1.0).astype(np.float32)

@@ -16,9 +16,10 @@ REACH = 0.17  # from a map's centre to its edge: a grasp at a rim, and the palm 
 TIP = 0.010  # the fingers end this far below it
 PALM = 0.031  # and the palm begins this far above it
 OPENING = 0.08
-# The arm, with the hand pointing down. At 0.72 m its elbow is straight, and the controller can no longer pull it back.
+# The arm, with the hand pointing down. At 0.72 m its elbow is straight, and the controller can no longer pull it back;
+# near that it swings on.
 _WRIST_ABOVE, _WRIST_BEHIND = 0.204, 0.088  # the wrist from the grip site
-_COMFORT, _ARM = 0.66, 0.70  # from shoulder to wrist: better within, and at most
+_COMFORT, _ARM = 0.66, 0.70  # from shoulder to wrist: the worse the farther beyond, and at most
 _FINGERS = np.arange(
     -0.065, 0.0651, STEP
 )  # along the closing direction: the fingers, 25 mm thick, and all between them
@@ -82,20 +83,26 @@ def fingers(yaw: float) -> Floats:
     return rectangle(yaw, _FINGERS, _SIDES[_PADS]).reshape(-1, 2)
 
 
-def ceiling(places: Floats, shoulder: Floats, arm: float = _ARM) -> Floats:
+def ceiling(places: Floats, shoulder: Floats) -> Floats:
     """How high the grip site can be at `places` (..., 2) for an arm with its `shoulder` (3,) there; -inf: nowhere."""
     away = np.linalg.norm(places - shoulder[:2], axis=-1) - _WRIST_BEHIND
-    room = arm**2 - away**2
+    room = _ARM**2 - away**2
     return np.where(room > 0, shoulder[2] - _WRIST_ABOVE + np.sqrt(np.maximum(room, 0)), -np.inf)
+
+
+def stretch(places: Floats, shoulder: Floats) -> Floats:
+    """How far the wrist is from the `shoulder` (3,) when the grip site is at `places` (..., 3) and points down."""
+    away = np.linalg.norm(places[..., :2] - shoulder[:2], axis=-1) - _WRIST_BEHIND
+    return np.hypot(away, places[..., 2] + _WRIST_ABOVE - shoulder[2])
 
 
 def plan(seen: Heights, yaw: float, shoulder: Floats, carry: Floats) -> Grasp | None:
     """The best grasp of the thing for a hand that is turned to `yaw` now, on an arm with its `shoulder` (3,) there.
 
-    The arm must reach it, and the place to which the thing is carried, `carry` (2,) from here. None: not possible.
+    The arm must reach it, and the place to which the thing is carried, `carry` (3,) from here. None: not possible.
 
     Both fingers must find room beside it (or inside it, at the rim of a bowl) and nothing else between them; best is
-    what is held deep, symmetrically, across parallel sides, near its middle, and without turning far.
+    what is held deep, symmetrically, across parallel sides, near its middle, and without turning or stretching far.
     """
     if not seen.own.any():
         return None
@@ -103,11 +110,11 @@ def plan(seen: Heights, yaw: float, shoulder: Floats, carry: Floats) -> Grasp | 
     cells = np.nonzero(seen.own)
     points = seen.centre + np.stack([line[cells[0]], line[cells[1]]], axis=-1)
     from_middle = np.linalg.norm(points - points.mean(axis=0), axis=1)
+    above = np.array([0.0, 0.0, _RISE])
     inside = np.abs(_FINGERS) < OPENING / 2 - STEP / 2
     best, lowest = None, np.inf
     for turned in _YAWS:
         height, own = seen.around(points, turned, _FINGERS, _SIDES)
-        strain = np.zeros(len(points))
         below_palm = seen.around(points, turned, *_PALM)[0].max(axis=(1, 2))
         z = np.maximum(height[:, ~inside, _PADS].max(axis=(1, 2)) + TIP, below_palm - PALM) + _CLEARANCE
         between = (height > z[:, None, None] + 0.002) & inside[None, :, None]
@@ -116,23 +123,24 @@ def plan(seen: Heights, yaw: float, shoulder: Floats, carry: Floats) -> Grasp | 
         slants = (np.abs(start - start[:, 2:3]) + np.abs(end - end[:, 2:3])) * found
         depth = np.where(between[:, :, 2], height[:, :, 2], -np.inf).max(axis=1) - z
         possible = found[:, 2] & ~(between & ~own)[:, :, _PADS].any(axis=(1, 2)) & (width <= OPENING - 2 * STEP + 1e-9)
-        for arm, cost_of_more in ((_COMFORT, 0.05), (_ARM, np.inf)):
-            highest = np.minimum(ceiling(points, shoulder, arm), ceiling(points + carry, shoulder, arm))
-            strain = np.where(z + _RISE > highest, cost_of_more, strain)
-        possible &= (depth >= _DEPTH) & (slants[:, _PADS].max(axis=1) <= _SLANT)
+        direction = np.array([np.cos(turned), np.sin(turned)])
+        low = np.column_stack([points + middle[:, None] * direction, z])
+        farthest = np.max([stretch(low + way, shoulder) for way in (0 * above, above, carry, carry + above)], axis=0)
+        possible &= (farthest <= _ARM) & (depth >= _DEPTH) & (slants[:, _PADS].max(axis=1) <= _SLANT)
         cost = (
             slants.max(axis=1)
             + 2 * np.abs(middle)
             + 0.5 * from_middle
             + 0.01 * abs(angle(turned - yaw))
+            + 0.01 * (~found[:, _PADS]).sum(axis=1)
+            + 2 * np.maximum(farthest - _COMFORT, 0)
             - np.minimum(depth, 0.02)
         )
-        cost = np.where(possible, cost + strain + 0.01 * (~found[:, _PADS]).sum(axis=1), np.inf)
+        cost = np.where(possible, cost, np.inf)
         k = int(cost.argmin())
         if cost[k] < lowest:
             lowest = cost[k]
-            direction = np.array([np.cos(turned), np.sin(turned)])
-            best = Grasp(np.append(points[k] + middle[k] * direction, z[k]), float(turned))
+            best = Grasp(low[k], float(turned))
     return best
 
 
