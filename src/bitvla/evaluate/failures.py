@@ -20,8 +20,8 @@ class Watch:
     - Goal misunderstanding: a thing that the goal does not name was held `CARRIED` or more from where it stood.
     - Trajectory planning: a thing whose part of the goal is not done at the end was held, or touched where it is not to
       be carried. It was found, and not brought where it belongs in time.
-    - Spatial localisation: such a thing was never held, and a finger touched it, or the hand was closed within `NEAR` of
-      it: a grasp, but beside it.
+    - Spatial localisation: such a thing was never held, and a finger touched it, or the hand was closed within `NEAR`
+      of it: a grasp, but beside it.
     - Other: none of it happened.
     """
 
