@@ -11,16 +11,15 @@ from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image
 
 from bitvla.cli import main
+from bitvla.data.llava import LlavaDataset
 from bitvla.errors import BitvlaError
 from bitvla.evaluate.questions import read_questions
 from bitvla.processing.prompt import ASK_FOR_A_LETTER
 from bitvla.sim import questions as asking
 from bitvla.sim.metaworld import MetaWorld, Toy
 from bitvla.sim.questions import Scene, caption, make_questions, questions
-from bitvla.train.conversations import read_conversations
 
 SCENE = Scene(
     thing="drawer",
@@ -64,12 +63,12 @@ def test_answers_are_those_of_the_scene() -> None:
 
 
 def test_files_are_what_training_and_evaluation_read(made: Path) -> None:
-    captions, instructions = (read_conversations(made / f"{name}.json") for name in ("captions", "instructions"))
-    assert len(captions) == len(instructions) == 8
-    assert [len(entry.turns) for entry in captions] == [1] * 8
-    assert all(1 <= len(entry.turns) <= asking.TURNS for entry in instructions)
-    assert Image.open(captions[0].images[0]).size == (32, 32)
-    letters = [turn for entry in instructions for turn in entry.turns if turn.prompt.endswith(ASK_FOR_A_LETTER)]
+    captions, instructions = (LlavaDataset(made / f"{name}.json") for name in ("captions", "instructions"))
+    assert len(captions.entries) == len(instructions.entries) == 8
+    assert [len(entry.turns) for entry in captions.entries] == [1] * 8
+    assert all(1 <= len(entry.turns) <= asking.TURNS for entry in instructions.entries)
+    assert captions.image(captions.entries[0].images[0]).shape == (32, 32, 3)
+    letters = [turn for entry in instructions.entries for turn in entry.turns if turn.prompt.endswith(ASK_FOR_A_LETTER)]
     assert all(turn.answer in "ABCD" for turn in letters)
     layout, rows = read_questions([made / "test.jsonl"])
     asked = [row for row in rows if row]
