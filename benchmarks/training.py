@@ -26,7 +26,8 @@ def seconds_a_step(settings: list[str], precision: str, data: str, init: Path | 
         config.write_text("\n".join(lines))
         run("finetune", config, data, Path(folder) / "run", init=init)
         rows = [json.loads(line) for line in (Path(folder) / "run" / "metrics.jsonl").read_text().splitlines()]
-    return float(np.median([1 / row["steps_per_second"] for row in rows if row["step"] > 10]))
+    speeds = [row["steps_per_second"] for row in rows if row["step"] > 10 and "steps_per_second" in row]
+    return float(1 / np.median(speeds))
 
 
 def main() -> None:
