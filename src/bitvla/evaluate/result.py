@@ -158,7 +158,7 @@ def compare(a: Result, b: Result) -> Comparison:
     Raises BitvlaError when the protocols or the initial states differ, or an episode had an error: such results may
     not be compared.
     """
-    _same("protocol", msgspec.structs.asdict(a.protocol), msgspec.structs.asdict(b.protocol))
+    check_same("protocol", msgspec.structs.asdict(a.protocol), msgspec.structs.asdict(b.protocol))
     pairs = list(zip(a.episodes, b.episodes, strict=True))
     for x, y in pairs:
         broken = x.error or y.error
@@ -179,7 +179,8 @@ def compare(a: Result, b: Result) -> Comparison:
     )
 
 
-def _same(what: str, a: dict[str, Any], b: dict[str, Any]) -> None:
+def check_same(what: str, a: dict[str, Any], b: dict[str, Any]) -> None:
+    """BitvlaError naming the first field in which two results may not differ, and do."""
     for name, value in a.items():
         if value != b[name]:
             raise BitvlaError(f"cannot compare: the {what}s differ in {name} ({value} and {b[name]})")

@@ -22,7 +22,7 @@ from bitvla.errors import BitvlaError
 from bitvla.evaluate.files import Journal, save
 from bitvla.evaluate.questions import Question, chosen_letter, count_questions, read_questions
 from bitvla.evaluate.record import Machine, Record
-from bitvla.evaluate.result import Comparison
+from bitvla.evaluate.result import Comparison, check_same
 from bitvla.evaluate.rollout import ERRORS_IN_A_ROW, machine
 from bitvla.evaluate.statistics import Latency, Rate, latency, paired, rate_of
 from bitvla.processing.images import read_image
@@ -148,10 +148,7 @@ def compare(a: VqaResult, b: VqaResult) -> Comparison:
 
     Raises BitvlaError when the rules differ, or a question could not be asked.
     """
-    one, other = ({**to_dict(result.rules), "model": ""} for result in (a, b))
-    for name, value in one.items():
-        if value != other[name]:
-            raise BitvlaError(f"cannot compare: the rules differ in {name} ({value} and {other[name]})")
+    check_same("rule", *({**to_dict(result.rules), "model": ""} for result in (a, b)))
     pairs = list(zip(a.answers, b.answers, strict=True))
     for answers in pairs:
         for answer in answers:
