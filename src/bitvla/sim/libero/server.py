@@ -40,6 +40,7 @@ class Simulation:
         self._env: Any = None
         self._initial: Any = None
         self._observation: dict[str, Any] = {}
+        self._unplaced: list[tuple[int, list[float], list[float]]] = []
         self._sight: Any = None
         self._world: Any = None
 
@@ -84,6 +85,9 @@ class Simulation:
                 f"{suite}/{number} lists {len(self._initial)} initial states, there is no number {episode}"
             )
         np.random.seed([seed, episode])  # noqa: NPY002 -- LIBERO places its fixtures with the global generator
+        for body, at, turned in self._unplaced:
+            self._env.sim.model.body_pos[body] = at
+            self._env.sim.model.body_quat[body] = turned
         for robot in self._env.robots:  # a soft reset would leave the fingers' last command in force
             robot.gripper.current_action = np.zeros(robot.gripper.dof)
         self._observation = self._env.reset()
@@ -139,6 +143,7 @@ class Simulation:
             bddl_file_name=tasks.get_task_bddl_file_path(number), use_camera_obs=False, hard_reset=False
         )
         self._env.seed(0)
+        self._unplaced = unplaced_fixtures(self._env.env)
         self._sight, self._world = Sight(self._env.env), World(self._env.env)
         self._initial = tasks.get_task_init_states(number)
         self._task = (suite, number)
@@ -148,6 +153,21 @@ class Simulation:
         if self._env is not None:
             self._env.close()
         self._env, self._sight, self._world, self._task = None, None, None, None
+
+
+def unplaced_fixtures(env: Any) -> list[tuple[int, list[float], list[float]]]:
+    """Each fixture's body, and its position and quaternion in the model as it is loaded.
+
+    LIBERO adds the place of a site (a burner, a shelf) to that of its fixture, as if the fixture had never been placed.
+    Without a hard reset it stands where the last episode had it, and a thing would start beside the site.
+    """
+    places = []
+    for fixture in env.fixtures:
+        loaded = env.model.worldbody.find(f".//body[@name='{fixture.root_body}']")
+        at, turned = (loaded.get(key, default).split() for key, default in (("pos", "0 0 0"), ("quat", "1 0 0 0")))
+        body = env.sim.model.body_name2id(fixture.root_body)
+        places.append((body, [float(x) for x in at], [float(x) for x in turned]))
+    return places
 
 
 class Sight:
