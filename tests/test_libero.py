@@ -346,6 +346,24 @@ def test_the_real_benchmark_follows_the_conventions():
 @pytest.mark.libero
 @pytest.mark.slow
 @pytest.mark.skipif(installed() is None, reason="LIBERO is not installed: make libero")
+def test_drawn_states_are_like_the_listed_ones():
+    with Libero() as simulator:
+
+        def places(task, seeds):
+            for seed in seeds:
+                simulator.reset(task, seed)
+                yield simulator.environment_state()
+
+        for task in ("libero_spatial/4", "libero_spatial/7", "libero_spatial/9"):  # in a drawer, on a burner, on a roof
+            listed = np.mean(list(places(task, range(3))), axis=0)
+            drawn = np.stack(list(places(task, range(TRAINING_SEEDS, TRAINING_SEEDS + 3))))
+            assert np.abs(drawn - listed).max() < 0.08, task
+            assert not np.allclose(drawn[0], drawn[1], atol=1e-3)
+
+
+@pytest.mark.libero
+@pytest.mark.slow
+@pytest.mark.skipif(installed() is None, reason="LIBERO is not installed: make libero")
 def test_a_perturbed_sentence_is_the_one_that_is_said():
     with Libero() as simulator:
         said = {
