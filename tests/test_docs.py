@@ -26,12 +26,14 @@ DOCUMENTS = [
     ROOT / "CONTRIBUTING.md",
     *sorted(ROOT.glob("docs/*.md")),
     *ROOT.glob("benchmarks/*.md"),
+    *sorted(ROOT.glob("src/bitvla/policies/*.md")),
 ]
 EVERY_DOCUMENT = pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
 
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 INLINE = re.compile(r"`([^`\n]+)`")
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
+HEADING = re.compile(r"^#+ (.+)$", re.MULTILINE)
 REPOSITORY_PATH = re.compile(r"^(\.ci|benchmarks|configs|csrc|docs|examples|scripts|src|tests)/[\w./-]*$")
 
 
@@ -51,9 +53,32 @@ def command_lines(document: Path) -> Iterator[str]:
 
 @EVERY_DOCUMENT
 def test_links_lead_somewhere(document: Path) -> None:
+    assert not dead_links(document)
+
+
+def dead_links(document: Path) -> list[str]:
+    """Links of `document` to files that do not exist, or to headings that their file does not have."""
+    dead = []
     for target in LINK.findall(FENCE.sub("", document.read_text())):
-        if not target.startswith(("https://", "#")):
-            assert (document.parent / target.split("#")[0]).exists(), f"{document.name} links to {target}"
+        name, _, anchor = target.partition("#")
+        path = document.parent / name if name else document
+        if not target.startswith("https://") and not (path.exists() and (not anchor or anchor in anchors(path))):
+            dead.append(target)
+    return dead
+
+
+def anchors(document: Path) -> set[str]:
+    """What GitHub makes of the headings of `document`."""
+    headings = HEADING.findall(FENCE.sub("", document.read_text()))
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def test_dead_links_are_found(tmp_path: Path) -> None:
+    (tmp_path / "other.md").write_text("# Success: MT10\n```\n# no heading\n```\n")
+    links = ("other.md", "other.md#success-mt10", "#here", "other.md#no-heading", "#there", "missing.md")
+    document = tmp_path / "document.md"
+    document.write_text("## Here\n" + " ".join(f"[link]({link})" for link in links))
+    assert dead_links(document) == ["other.md#no-heading", "#there", "missing.md"]
 
 
 @EVERY_DOCUMENT
