@@ -201,8 +201,21 @@ def test_what_is_wrong_is_named(data, tmp_path, stage, changes, message):
         run(stage, write_config(tmp_path, **changes), data, tmp_path / "out")
 
 
+def test_cameras_of_other_names_are_told_where_to_be_named(data, tmp_path):
+    config = write_config(tmp_path, policy=POLICY.replace('name = "test"', 'name = "test"\ncameras = ["full"]'))
+    with pytest.raises(BitvlaError, match=r"no camera 'full', only front; .* \[data.random\] cameras = { full = "):
+        run("finetune", config, data, tmp_path / "out")
+
+
+def test_the_log_of_a_short_run_is_plain(data, tmp_path, capsys):
+    run("finetune", write_config(tmp_path, steps=1, validation_batches=0), data, tmp_path / "out")
+    log = capsys.readouterr().err
+    assert "step 1: validation left out" in log
+    assert "nan" not in log
+
+
 def test_a_policy_is_needed(data, tmp_path):
-    with pytest.raises(BitvlaError, match=r"\[policy\]"):
+    with pytest.raises(BitvlaError, match=r"no \[policy\] section: give the checkpoint to go on from \(--init"):
         run("finetune", write_config(tmp_path, policy=""), data, tmp_path / "out")
     config, file = write_config(tmp_path, policy=""), tmp_path / "policy.safetensors"
     file.touch()

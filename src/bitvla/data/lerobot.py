@@ -612,10 +612,15 @@ def read_info(root: Place) -> dict[str, Any]:
         version = info["codebase_version"]
         info["features"], info["fps"], info["total_episodes"], info["total_frames"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise BitvlaError(f"{root} is not a LeRobotDataset: meta/info.json cannot be read ({error!r})") from None
+        reason = getattr(error, "strerror", None) or repr(error)
+        raise BitvlaError(
+            f"{root} is not a LeRobotDataset: meta/info.json cannot be read ({reason}); give the folder that holds "
+            "meta/, or an id on the Hugging Face Hub, owner/name"
+        ) from None
     if version != VERSION:
         raise BitvlaError(
-            f"{root} is a LeRobotDataset {version}, needed is {VERSION}; convert it with the lerobot tools"
+            f"{root} is a LeRobotDataset {version}, needed is {VERSION}; convert it with lerobot's "
+            "convert_dataset_v21_to_v30"
         )
     return dict(info)
 

@@ -46,7 +46,7 @@ from bitvla.model.policy import TorchPolicy
 from bitvla.processing.prompt import Prompt, train_tokenizer
 from bitvla.train import stages
 from bitvla.train.batches import Mixture, TokenWindow, Window, Windows, batches
-from bitvla.train.config import TrainConfig, extended, for_dataset, load, policy_config
+from bitvla.train.config import NO_POLICY, TrainConfig, extended, for_dataset, load, policy_config
 
 STATE_FILE = "training_state.pt"
 GOLDEN_OBSERVATIONS = 2
@@ -454,7 +454,8 @@ class Trainer:
         if not self.accelerator.is_main_process:
             return
         validation = self._validate()
-        console.print(f"step {self.step}: validation " + _show(validation))
+        shown = _show(validation) or "left out (few episodes, or validation_batches = 0)"
+        console.print(f"step {self.step}: validation {shown}")
         self._record({f"validation_{k}": v for k, v in validation.items()})
         provenance = {**self.provenance, "steps": self.step, "validation": validation}
         save_checkpoint(self.out, self.averaged.cpu(), self.tokenizer, self._golden(), provenance)
@@ -528,10 +529,9 @@ class Trainer:
         rate = float(self.schedules[0].get_last_lr()[0])
         self._record({"learning_rate": rate, "steps_per_second": speed, **losses})
         if not sys.stderr.isatty():
-            left = (self.config.steps - self.step) / speed / 60 if speed else math.nan
-            self.console.print(
-                f"step {self.step}/{self.config.steps}  {_show(losses)}  {speed:.2f} steps/s  {left:.0f} min left"
-            )
+            left = (self.config.steps - self.step) / speed / 60 if speed else 0.0
+            pace = f"  {speed:.2f} steps/s  {left:.0f} min left" if speed else ""
+            self.console.print(f"step {self.step}/{self.config.steps}  {_show(losses)}{pace}")
         return losses
 
     def _record(self, values: dict[str, float]) -> None:
@@ -664,7 +664,7 @@ def start_config(stage: str, config: TrainConfig, start: Source | None, dataset:
         )
     elif config.policy is None:
         raise BitvlaError(
-            "the configuration has no [policy] section and no --init checkpoint gives one"
+            NO_POLICY
             if start is None
             else f"{start.folder} is pre-trained and knows no action head; describe the policy in a [policy] section"
         )
