@@ -18,6 +18,7 @@ from bitvla.cli import build_parser
 from bitvla.config import PolicyConfig
 from bitvla.convert.make_checkpoint import make_checkpoint
 from bitvla.convert.pack import pack
+from bitvla.train.config import load
 from checkpoints import observation, pack_random, tiny_config
 
 ROOT = Path(__file__).parent.parent
@@ -105,6 +106,24 @@ def parses(words: list[str]) -> bool:
     except SystemExit as stop:
         return stop.code == 0
     return True
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("configs/*.toml")), ids=lambda path: path.stem)
+def test_configurations_are_read_and_say_their_command(path: Path) -> None:
+    load(path)
+    comment = path.read_text().replace("\\\n#", "")
+    commands = re.findall(rf"^#\s+bitvla (train \w+ --config configs/{path.name} .*)$", comment, re.MULTILINE)
+    assert commands, f"{path.name} does not say how it is used"
+    assert all(parses(shlex.split(command)) for command in commands)
+
+
+@pytest.mark.parametrize("card", sorted(ROOT.glob("src/bitvla/policies/*.md")), ids=lambda path: path.stem)
+def test_cards_count_the_frames_that_their_files_were_trained_on(card: Path) -> None:
+    trained = read(card.with_suffix(".safetensors")).document.provenance["data"]
+    (data,) = trained if isinstance(trained, list) else [trained]
+    assert re.findall(r"([\d,]+)\s+demonstrations\s+\(([\d,]+)\s+frames\)", card.read_text()) == [
+        (f"{data['episodes']:,}", f"{data['frames']:,}")
+    ]
 
 
 def test_commands_with_a_mistake_do_not_parse() -> None:
