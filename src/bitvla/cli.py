@@ -180,9 +180,11 @@ def _verify(args: argparse.Namespace) -> Any:
 
 
 def _inspect(args: argparse.Namespace) -> Any:
+    from bitvla import display
     from bitvla.runtime.inspect import inspect
 
-    return inspect(args.policy)
+    description = inspect(args.policy)
+    return description if args.json else display.inspection(description)
 
 
 def _bench(args: argparse.Namespace) -> Any:
