@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 from bitvla.convert.pack import pack
-from bitvla.data.lerobot import LeRobotDataset
+from bitvla.data.lerobot import Conventions, LeRobotDataset
 from bitvla.errors import BitvlaError
 from bitvla.model.policy import TorchPolicy
 from bitvla.train import batches, stages
@@ -256,6 +256,18 @@ def test_validation_holds_out_whole_episodes_at_no_regular_distance(data, tmp_pa
         len({batches.held_out(episode.to_bytes(4, "little")) and episode % 10 for episode in range(2000)} - {False})
         >= 9
     )
+
+
+def test_the_episodes_to_hold_out_can_be_named(data, tmp_path):
+    dataset = LeRobotDataset(data, Conventions(held_out=(3, 7)))
+    apart, trained = (windows(dataset, tmp_path, split=split)._frames for split in ("validation", "train"))
+    assert set(dataset.episode_index[apart]) == {3, 7}
+    assert set(dataset.episode_index[trained]) == set(range(dataset.num_episodes)) - {3, 7}
+    for wrong in ((dataset.num_episodes,), tuple(range(dataset.num_episodes))):
+        with pytest.raises(
+            BitvlaError, match=rf"held_out must be some, not all, of .* 0 to {dataset.num_episodes - 1}"
+        ):
+            LeRobotDataset(data, Conventions(held_out=wrong))
 
 
 def test_balanced_tasks_are_seen_equally_often(tmp_path):
