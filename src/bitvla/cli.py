@@ -597,8 +597,8 @@ def _add_data(add: _Add, commands: Any) -> None:
     group = data.add_subparsers(dest="action", metavar="ACTION", required=True)
     check = add(_data_check, "measure a dataset and grade what is wrong", example, group=group)
     check.add_argument("--out", type=Path, metavar="OUT.html", help="draw the report, one file with everything in it")
-    check.add_argument("--split", type=Path, metavar="OUT.json", help="write the proposed split by region, for held_out "
-                       "in the [data.NAME] section of a training configuration")  # fmt: skip
+    check.add_argument("--split", type=Path, metavar="OUT.json", help="write a proposed split by region, for "
+                       "held_out in the [data.NAME] section of a training configuration")  # fmt: skip
     check.add_argument("--horizon", type=_count, default=8, metavar="N", help="actions of a chunk (default: 8)")
 
     statistics = add(
