@@ -18,6 +18,7 @@ from bitvla.cli import build_parser
 from bitvla.config import PolicyConfig
 from bitvla.convert.make_checkpoint import make_checkpoint
 from bitvla.convert.pack import pack
+from bitvla.serve.guard import Guard, load_limits
 from bitvla.train.config import load
 from checkpoints import observation, pack_random, tiny_config
 
@@ -124,6 +125,15 @@ def test_cards_count_the_frames_that_their_files_were_trained_on(card: Path) -> 
     assert re.findall(r"([\d,]+)\s+demonstrations\s+\(([\d,]+)\s+frames\)", card.read_text()) == [
         (f"{data['episodes']:,}", f"{data['frames']:,}")
     ]
+
+
+def test_the_limits_of_a_robot_are_a_file_that_the_guard_takes(tmp_path: Path) -> None:
+    (shown,) = [block for block in blocks(ROOT / "docs/robot.md", "") if block.startswith("# limits.toml")]
+    (tmp_path / "limits.toml").write_text(shown)
+    limits = load_limits(tmp_path / "limits.toml")
+    guard = Guard(limits, 30.0, [axis.name for axis in limits.axes])
+    guard.observe({"images": {}, "state": np.zeros(1, np.float32)})
+    assert guard(np.full(1, 80, np.float32)) == pytest.approx(60 / 30), "a joint goes no faster than max_speed"
 
 
 def test_commands_with_a_mistake_do_not_parse() -> None:
