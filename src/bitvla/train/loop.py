@@ -502,7 +502,8 @@ class Trainer:
         parameters = sum(parameter.numel() for parameter in self.network.parameters())
         trained = sum(parameter.numel() for parameter in self.parameters)
         episodes = sum(dataset.num_episodes for dataset in self.datasets)
-        amount = f"frames of {episodes} episodes" if episodes else "conversations"
+        # Not frames: where tasks are balanced, those of short ones count several times in an epoch.
+        amount = f"windows an epoch, of {episodes} episodes" if episodes else "conversations"
         self.console.print(
             f"{self.stage} of '{self.network.config.name}' ({config.precision} precision, {parameters / 1e6:.2f} M "
             f"parameters, {trained / 1e6:.2f} M trained): {windows.num_frames} {amount}, {config.steps} steps of "
