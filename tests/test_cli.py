@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from bitvla import cli
+from bitvla import cli, display
 from bitvla.errors import BitvlaError
 
 COMMANDS = [
@@ -177,6 +177,7 @@ def named(name: str, function: Callable[[Any], Any]) -> Callable[[Any], Any]:
     return function
 
 
+SHIPPED = Path(cli.__file__).parent / "policies" / "metaworld-mt10-nano.safetensors"
 RESULT = {"passed": True, "ratio": float("nan"), "count": np.int64(3), "where": Path("a/b"), "rows": [{"x": 1.5}]}
 
 
@@ -188,6 +189,19 @@ def test_results_are_printed_for_people(inspection: Replace, capsys: pytest.Capt
     assert "passed: yes" in printed
     assert "1.5" in printed
     assert "name: [p]" in printed, "markup of a value is shown, not interpreted"
+
+
+def test_people_see_the_stages_of_a_policy_and_files_by_their_names(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["inspect", str(SHIPPED)]) == 0
+    printed = capsys.readouterr().out
+    assert len(printed.splitlines()) < 150
+    stages = [line.split() for line in printed[printed.index("stages") :].splitlines()]
+    assert [words[:3] for words in stages if words and words[0] in cli.STAGES] == [
+        ["localize", "1,500", "full"], ["finetune", "3,000", "full"], ["distill", "500", "ternary"],
+        ["finetune", "800", "ternary"],
+    ]  # fmt: skip
+    display.show({"files": {"action_head--10_checkpoint.pt": "0", "bits_per_parameter": 2}})
+    assert {"action_head--10_checkpoint.pt:", "bits"} <= set(capsys.readouterr().out.split())
 
 
 @pytest.mark.parametrize(("passed", "status"), [(True, 0), (False, 1)])

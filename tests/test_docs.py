@@ -18,6 +18,8 @@ from bitvla.cli import build_parser
 from bitvla.config import PolicyConfig
 from bitvla.convert.make_checkpoint import make_checkpoint
 from bitvla.convert.pack import pack
+from bitvla.serve.guard import Guard, load_limits
+from bitvla.train.config import load
 from checkpoints import observation, pack_random, tiny_config
 
 ROOT = Path(__file__).parent.parent
@@ -26,12 +28,14 @@ DOCUMENTS = [
     ROOT / "CONTRIBUTING.md",
     *sorted(ROOT.glob("docs/*.md")),
     *ROOT.glob("benchmarks/*.md"),
+    *sorted(ROOT.glob("src/bitvla/policies/*.md")),
 ]
 EVERY_DOCUMENT = pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
 
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 INLINE = re.compile(r"`([^`\n]+)`")
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
+HEADING = re.compile(r"^#+ (.+)$", re.MULTILINE)
 REPOSITORY_PATH = re.compile(r"^(\.ci|benchmarks|configs|csrc|docs|examples|scripts|src|tests)/[\w./-]*$")
 
 
@@ -51,9 +55,32 @@ def command_lines(document: Path) -> Iterator[str]:
 
 @EVERY_DOCUMENT
 def test_links_lead_somewhere(document: Path) -> None:
+    assert not dead_links(document)
+
+
+def dead_links(document: Path) -> list[str]:
+    """Links of `document` to files that do not exist, or to headings that their file does not have."""
+    dead = []
     for target in LINK.findall(FENCE.sub("", document.read_text())):
-        if not target.startswith(("https://", "#")):
-            assert (document.parent / target.split("#")[0]).exists(), f"{document.name} links to {target}"
+        name, _, anchor = target.partition("#")
+        path = document.parent / name if name else document
+        if not target.startswith("https://") and not (path.exists() and (not anchor or anchor in anchors(path))):
+            dead.append(target)
+    return dead
+
+
+def anchors(document: Path) -> set[str]:
+    """What GitHub makes of the headings of `document`."""
+    headings = HEADING.findall(FENCE.sub("", document.read_text()))
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def test_dead_links_are_found(tmp_path: Path) -> None:
+    (tmp_path / "other.md").write_text("# Success: MT10\n```\n# no heading\n```\n")
+    links = ("other.md", "other.md#success-mt10", "#here", "other.md#no-heading", "#there", "missing.md")
+    document = tmp_path / "document.md"
+    document.write_text("## Here\n" + " ".join(f"[link]({link})" for link in links))
+    assert dead_links(document) == ["other.md#no-heading", "#there", "missing.md"]
 
 
 @EVERY_DOCUMENT
@@ -80,6 +107,33 @@ def parses(words: list[str]) -> bool:
     except SystemExit as stop:
         return stop.code == 0
     return True
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("configs/*.toml")), ids=lambda path: path.stem)
+def test_configurations_are_read_and_say_their_command(path: Path) -> None:
+    load(path)
+    comment = path.read_text().replace("\\\n#", "")
+    commands = re.findall(rf"^#\s+bitvla (train \w+ --config configs/{path.name} .*)$", comment, re.MULTILINE)
+    assert commands, f"{path.name} does not say how it is used"
+    assert all(parses(shlex.split(command)) for command in commands)
+
+
+@pytest.mark.parametrize("card", sorted(ROOT.glob("src/bitvla/policies/*.md")), ids=lambda path: path.stem)
+def test_cards_count_the_frames_that_their_files_were_trained_on(card: Path) -> None:
+    trained = read(card.with_suffix(".safetensors")).document.provenance["data"]
+    (data,) = trained if isinstance(trained, list) else [trained]
+    assert re.findall(r"([\d,]+)\s+demonstrations\s+\(([\d,]+)\s+frames\)", card.read_text()) == [
+        (f"{data['episodes']:,}", f"{data['frames']:,}")
+    ]
+
+
+def test_the_limits_of_a_robot_are_a_file_that_the_guard_takes(tmp_path: Path) -> None:
+    (shown,) = [block for block in blocks(ROOT / "docs/robot.md", "") if block.startswith("# limits.toml")]
+    (tmp_path / "limits.toml").write_text(shown)
+    limits = load_limits(tmp_path / "limits.toml")
+    guard = Guard(limits, 30.0, [axis.name for axis in limits.axes])
+    guard.observe({"images": {}, "state": np.zeros(1, np.float32)})
+    assert guard(np.full(1, 80, np.float32)) == pytest.approx(60 / 30), "a joint goes no faster than max_speed"
 
 
 def test_commands_with_a_mistake_do_not_parse() -> None:

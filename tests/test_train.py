@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 from bitvla.convert.pack import pack
-from bitvla.data.lerobot import LeRobotDataset
+from bitvla.data.lerobot import Conventions, LeRobotDataset
 from bitvla.errors import BitvlaError
 from bitvla.model.policy import TorchPolicy
 from bitvla.train import batches, stages
@@ -201,8 +201,22 @@ def test_what_is_wrong_is_named(data, tmp_path, stage, changes, message):
         run(stage, write_config(tmp_path, **changes), data, tmp_path / "out")
 
 
+def test_cameras_of_other_names_are_told_where_to_be_named(data, tmp_path):
+    config = write_config(tmp_path, policy=POLICY.replace('name = "test"', 'name = "test"\ncameras = ["full"]'))
+    with pytest.raises(BitvlaError, match=r"no camera 'full', only front; .* \[data.random\] cameras = { full = "):
+        run("finetune", config, data, tmp_path / "out")
+
+
+def test_the_log_of_a_short_run_is_plain(data, tmp_path, capsys):
+    run("finetune", write_config(tmp_path, steps=1, validation_batches=0), data, tmp_path / "out")
+    log = capsys.readouterr().err
+    assert "step 1: validation left out" in log
+    assert "nan" not in log
+    assert f"windows an epoch, of {LeRobotDataset(data).num_episodes} episodes" in " ".join(log.split())
+
+
 def test_a_policy_is_needed(data, tmp_path):
-    with pytest.raises(BitvlaError, match=r"\[policy\]"):
+    with pytest.raises(BitvlaError, match=r"no \[policy\] section: give the checkpoint to go on from \(--init"):
         run("finetune", write_config(tmp_path, policy=""), data, tmp_path / "out")
     config, file = write_config(tmp_path, policy=""), tmp_path / "policy.safetensors"
     file.touch()
@@ -243,6 +257,18 @@ def test_validation_holds_out_whole_episodes_at_no_regular_distance(data, tmp_pa
         len({batches.held_out(episode.to_bytes(4, "little")) and episode % 10 for episode in range(2000)} - {False})
         >= 9
     )
+
+
+def test_the_episodes_to_hold_out_can_be_named(data, tmp_path):
+    dataset = LeRobotDataset(data, Conventions(held_out=(3, 7)))
+    apart, trained = (windows(dataset, tmp_path, split=split)._frames for split in ("validation", "train"))
+    assert set(dataset.episode_index[apart]) == {3, 7}
+    assert set(dataset.episode_index[trained]) == set(range(dataset.num_episodes)) - {3, 7}
+    for wrong in ((dataset.num_episodes,), tuple(range(dataset.num_episodes))):
+        with pytest.raises(
+            BitvlaError, match=rf"held_out must be some, not all, of .* 0 to {dataset.num_episodes - 1}"
+        ):
+            LeRobotDataset(data, Conventions(held_out=wrong))
 
 
 def test_balanced_tasks_are_seen_equally_often(tmp_path):

@@ -180,9 +180,11 @@ def _verify(args: argparse.Namespace) -> Any:
 
 
 def _inspect(args: argparse.Namespace) -> Any:
+    from bitvla import display
     from bitvla.runtime.inspect import inspect
 
-    return inspect(args.policy)
+    description = inspect(args.policy)
+    return description if args.json else display.inspection(description)
 
 
 def _bench(args: argparse.Namespace) -> Any:
@@ -595,7 +597,8 @@ def _add_data(add: _Add, commands: Any) -> None:
     group = data.add_subparsers(dest="action", metavar="ACTION", required=True)
     check = add(_data_check, "measure a dataset and grade what is wrong", example, group=group)
     check.add_argument("--out", type=Path, metavar="OUT.html", help="draw the report, one file with everything in it")
-    check.add_argument("--split", type=Path, metavar="OUT.json", help="write the proposed held-out split by region")
+    check.add_argument("--split", type=Path, metavar="OUT.json", help="write a proposed split by region, for "
+                       "held_out in the [data.NAME] section of a training configuration")  # fmt: skip
     check.add_argument("--horizon", type=_count, default=8, metavar="N", help="actions of a chunk (default: 8)")
 
     statistics = add(
@@ -665,7 +668,7 @@ def _add_running(add: _Add) -> None:
         "--execute-horizon", type=_count, metavar="N", help="actions of a chunk to play (default: the policy's)"
     )
     _add_prune(evaluate)
-    evaluate.add_argument("--first-seed", type=_seed, default=0, metavar="N", help="initial state of the first episode")
+    evaluate.add_argument("--first-seed", type=_seed, default=0, metavar="N", help="first initial state (default: 0)")
     evaluate.add_argument("--protocol", metavar="P", help="LIBERO's: official (default), lerobot or vla.cpp")
     evaluate.add_argument("--restart", action="store_true", help="do not go on from an interrupted evaluation")
 
@@ -805,12 +808,16 @@ def _add_serving(add: _Add) -> None:
     run.add_argument("--seed", type=_seed, default=0, help="a simulator's first initial state (default: 0)")
     run.add_argument("--seconds", type=_amount, default=30.0, metavar="S", help="longest episode (default: 30); 0: "
                      "measure and prove, move nothing")  # fmt: skip
-    run.add_argument("--episodes", type=_count, default=1, metavar="N", help="episodes, one after the other")
+    run.add_argument("--episodes", type=_count, default=1, metavar="N", help="episodes in a row (default: 1)")
     run.add_argument("--hz", type=_amount, metavar="F", help="actions a second (default: as the policy was trained)")
-    run.add_argument("--joining", choices=JOININGS, default="replace", metavar="J", help=" | ".join(JOININGS))
+    joinings = " | ".join(JOININGS)
+    run.add_argument(
+        "--joining", choices=JOININGS, default="replace", metavar="J", help=f"{joinings} (default: replace)"
+    )
     run.add_argument("--synchronous", action="store_true", help="stand still while the next chunk is computed")
     run.add_argument("--lagged", action="store_true", help="play every action, late; bears twice the latency")
-    run.add_argument("--max-hold", type=_amount, default=1.0, metavar="S", help="stop after so long without an action")
+    run.add_argument("--max-hold", type=_amount, default=1.0, metavar="S", help="end after S seconds without an action "
+                     "(default: 1)")  # fmt: skip
     run.add_argument("--limits", type=Path, metavar="FILE", help="TOML file of the guard (default: training range)")
     run.add_argument("--record", type=Path, metavar="OUT", help="dataset that gets every episode, to train or replay")
     run.add_argument("--log", type=Path, metavar="FILE", help="every chunk and step, as JSON lines")

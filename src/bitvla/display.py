@@ -135,6 +135,34 @@ def run(result: dict[str, Any]) -> dict[str, Any]:
     return {**result, "plan": f"ask {plan.replan} actions in; {proof}", "episodes": rows}
 
 
+def inspection(result: dict[str, Any]) -> dict[str, Any]:
+    """What a person wants to know of a policy file: of its history the stages, without their settings."""
+    provenance = result.get("provenance", {})
+    if "stage" not in provenance:
+        return result
+    kept = {name: provenance[name] for name in ("versions", "packed") if name in provenance}
+    return result | {"provenance": {"stages (--json: all of their settings)": _stages(provenance), **kept}}
+
+
+def _stages(provenance: dict[str, Any]) -> list[dict[str, Any]]:
+    """What a checkpoint went through, the first stage first."""
+    parents = provenance.get("parents", {})
+    parent = parents.get("init") or parents.get("teacher")
+    before = _stages(parent["provenance"]) if parent else []
+    data = provenance.get("data", [])
+    data = [data] if isinstance(data, dict) else data  # as it was until the mixtures
+    return [
+        *before,
+        {
+            "stage": provenance.get("stage", "published checkpoint"),
+            "steps": provenance.get("steps"),
+            "precision": provenance.get("config", {}).get("precision"),
+            "frames": sum(part.get("frames", 0) for part in data) or None,
+            "validation loss": provenance.get("validation", {}).get("loss"),
+        },
+    ]
+
+
 def checkup(result: Checkup) -> dict[str, Any]:
     """What a person wants to know of a dataset's check."""
     return {
@@ -197,7 +225,8 @@ def _table(rows: list[dict[str, Any]]) -> Table:
 
 
 def _label(name: object) -> str:
-    return _cell(name.replace("_", " ") if isinstance(name, str) else name)
+    # The name of a field is made readable; that of a file stays as it is.
+    return _cell(name.replace("_", " ") if isinstance(name, str) and name.isidentifier() else name)
 
 
 def _cell(value: Any) -> str:

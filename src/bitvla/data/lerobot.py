@@ -236,11 +236,14 @@ class Conventions(Record, frozen=True, kw_only=True, forbid_unknown_fields=True)
 
     `cameras`: the names of the robot's cameras, and of the same ones in the data; the others are not seen. `rotate180`:
     the pictures were turned after they were taken. `control_hz`: the rate of the actions, where `fps` is not it.
+    `held_out`: numbers of the episodes that are never trained on, as `bitvla data check --split` proposes them; none:
+    about one in 25, chosen by chance.
     """
 
     cameras: dict[str, str] = msgspec.field(default_factory=dict)
     rotate180: bool = False
     control_hz: float | None = None
+    held_out: tuple[int, ...] = ()
 
 
 AS_STORED = Conventions()
@@ -254,7 +257,7 @@ class LeRobotDataset:
 
     Attributes (N frames): state (N, S), action (N, A) and environment_state (N, E) or None, float32; keypoints
     (N, cameras, things, 2) or None, float32, shares of the image's width and height; episode_index, frame_index (N,)
-    int64; episode_ranges, task_strings by episode; stats by feature.
+    int64; episode_ranges, task_strings by episode; held_out, episode numbers; stats by feature.
 
     Raises BitvlaError, naming the file or the episode, for anything that would silently spoil a training.
     """
@@ -277,6 +280,11 @@ class LeRobotDataset:
         self.num_episodes, self.num_frames = int(self.info["total_episodes"]), int(self.info["total_frames"])
         if self.num_episodes == 0:
             raise BitvlaError(f"the dataset {self.root} holds no episode")
+        self.held_out = conventions.held_out
+        if not set(self.held_out) < set(range(self.num_episodes)):
+            raise BitvlaError(
+                f"data.{self.name}.held_out must be some, not all, of the episodes 0 to {self.num_episodes - 1}"
+            )
         self.episodes = read_episodes(self.root, self.info)
         self._frames = self._frame_table()
         self.state = self.vectors("observation.state")
@@ -612,10 +620,15 @@ def read_info(root: Place) -> dict[str, Any]:
         version = info["codebase_version"]
         info["features"], info["fps"], info["total_episodes"], info["total_frames"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise BitvlaError(f"{root} is not a LeRobotDataset: meta/info.json cannot be read ({error!r})") from None
+        reason = getattr(error, "strerror", None) or repr(error)
+        raise BitvlaError(
+            f"{root} is not a LeRobotDataset: meta/info.json cannot be read ({reason}); give the folder that holds "
+            "meta/, or an id on the Hugging Face Hub, owner/name"
+        ) from None
     if version != VERSION:
         raise BitvlaError(
-            f"{root} is a LeRobotDataset {version}, needed is {VERSION}; convert it with the lerobot tools"
+            f"{root} is a LeRobotDataset {version}, needed is {VERSION}; convert it with lerobot's "
+            "convert_dataset_v21_to_v30"
         )
     return dict(info)
 

@@ -135,7 +135,7 @@ def make_simulator(name: str, **options: Any) -> Simulator:
     for package in ("metaworld", "mujoco"):
         if importlib.util.find_spec(package) is None:
             raise BitvlaError(
-                f"simulator '{name}' needs the package '{package}', which is not installed: pip install bitvla[sim]"
+                f"simulator '{name}' needs the package '{package}', which is not installed: pip install 'bitvla[sim]'"
             )
     from bitvla.sim.metaworld import MetaWorld
 

@@ -104,7 +104,10 @@ class Windows(Dataset[Window]):
         episodes = np.asarray(dataset.episode_index)
         self._episode = episodes
         self._episode_end = np.asarray([end for _, end in dataset.episode_ranges])
-        apart = np.array([held_out(number.to_bytes(4, "little")) for number in range(len(dataset.episode_ranges))])
+        numbers = range(dataset.num_episodes)
+        apart = np.isin(numbers, dataset.held_out)
+        if not dataset.held_out:
+            apart = np.array([held_out(number.to_bytes(4, "little")) for number in numbers])
         self._frames = np.flatnonzero(apart[episodes] == (split == "validation"))
         if balance_tasks and len(self._frames):  # a short dataset has none apart
             self._frames = _balanced(self._frames, _task_of_frames(dataset))

@@ -38,6 +38,10 @@ class Augmentation(Record, frozen=True, kw_only=True, forbid_unknown_fields=True
 
 
 Part = Literal["tower", "connector", "decoder", "head"]
+NO_POLICY = (
+    "the configuration has no [policy] section: give the checkpoint to go on from (--init, or --teacher to distill), "
+    "or describe a new policy there"
+)
 NO_STATE = Statistics(names=(), units=(), low=(), high=(), mask=())
 
 
@@ -159,7 +163,10 @@ def policy_config(new: NewPolicy, dataset: LeRobotDataset, precision: Literal["f
     names = dataset.cameras if new.cameras is None else new.cameras
     for name in names:
         if name not in dataset.cameras:
-            raise BitvlaError(f"{dataset.root} has no camera '{name}', only {', '.join(dataset.cameras)}")
+            raise BitvlaError(
+                f"{dataset.root} has no camera '{name}', only {', '.join(dataset.cameras)}; change policy.cameras, or "
+                f'say what each is called there: [data.{dataset.name}] cameras = {{ {name} = "...", ... }}'
+            )
     sizes = {"state_dim": (new.action.state_dim, dataset.state), "dim": (new.action.dim, dataset.action)}
     for name, (size, vectors) in sizes.items():
         if size and size != vectors.shape[1]:

@@ -101,7 +101,10 @@ def start_config(
     elif config.model is not None:
         model = config.model
     else:
-        raise BitvlaError("the configuration has no [model] section and no --init checkpoint of a model gives one")
+        raise BitvlaError(
+            "the configuration has no [model] section: give the model to go on from (--init, or --teacher to distill), "
+            "or describe a new one there"
+        )
     if model.vision is None:
         raise BitvlaError(f"the model '{model.name}' has no vision tower; describe one in [model]")
     if isinstance(stored, PolicyConfig):

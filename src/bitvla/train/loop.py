@@ -46,7 +46,7 @@ from bitvla.model.policy import TorchPolicy
 from bitvla.processing.prompt import Prompt, train_tokenizer
 from bitvla.train import stages
 from bitvla.train.batches import Mixture, TokenWindow, Window, Windows, batches
-from bitvla.train.config import TrainConfig, extended, for_dataset, load, policy_config
+from bitvla.train.config import NO_POLICY, TrainConfig, extended, for_dataset, load, policy_config
 
 STATE_FILE = "training_state.pt"
 GOLDEN_OBSERVATIONS = 2
@@ -454,7 +454,8 @@ class Trainer:
         if not self.accelerator.is_main_process:
             return
         validation = self._validate()
-        console.print(f"step {self.step}: validation " + _show(validation))
+        shown = _show(validation) or "left out (few episodes, or validation_batches = 0)"
+        console.print(f"step {self.step}: validation {shown}")
         self._record({f"validation_{k}": v for k, v in validation.items()})
         provenance = {**self.provenance, "steps": self.step, "validation": validation}
         save_checkpoint(self.out, self.averaged.cpu(), self.tokenizer, self._golden(), provenance)
@@ -501,7 +502,8 @@ class Trainer:
         parameters = sum(parameter.numel() for parameter in self.network.parameters())
         trained = sum(parameter.numel() for parameter in self.parameters)
         episodes = sum(dataset.num_episodes for dataset in self.datasets)
-        amount = f"frames of {episodes} episodes" if episodes else "conversations"
+        # Not frames: where tasks are balanced, those of short ones count several times in an epoch.
+        amount = f"windows an epoch, of {episodes} episodes" if episodes else "conversations"
         self.console.print(
             f"{self.stage} of '{self.network.config.name}' ({config.precision} precision, {parameters / 1e6:.2f} M "
             f"parameters, {trained / 1e6:.2f} M trained): {windows.num_frames} {amount}, {config.steps} steps of "
@@ -528,10 +530,9 @@ class Trainer:
         rate = float(self.schedules[0].get_last_lr()[0])
         self._record({"learning_rate": rate, "steps_per_second": speed, **losses})
         if not sys.stderr.isatty():
-            left = (self.config.steps - self.step) / speed / 60 if speed else math.nan
-            self.console.print(
-                f"step {self.step}/{self.config.steps}  {_show(losses)}  {speed:.2f} steps/s  {left:.0f} min left"
-            )
+            left = (self.config.steps - self.step) / speed / 60 if speed else 0.0
+            pace = f"  {speed:.2f} steps/s  {left:.0f} min left" if speed else ""
+            self.console.print(f"step {self.step}/{self.config.steps}  {_show(losses)}{pace}")
         return losses
 
     def _record(self, values: dict[str, float]) -> None:
@@ -664,7 +665,7 @@ def start_config(stage: str, config: TrainConfig, start: Source | None, dataset:
         )
     elif config.policy is None:
         raise BitvlaError(
-            "the configuration has no [policy] section and no --init checkpoint gives one"
+            NO_POLICY
             if start is None
             else f"{start.folder} is pre-trained and knows no action head; describe the policy in a [policy] section"
         )

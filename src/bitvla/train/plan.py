@@ -30,7 +30,7 @@ from bitvla.model.network import Batch, BitVLA, VisionLanguageModel, VisionTower
 from bitvla.model.ternary import TernaryLinear
 from bitvla.train import stages
 from bitvla.train.batches import TokenWindow, Window
-from bitvla.train.config import NewPolicy, TrainConfig, extended, load
+from bitvla.train.config import NO_POLICY, NewPolicy, TrainConfig, extended, load
 from bitvla.train.language import start_config
 from bitvla.train.loop import check_adapters, check_stage, check_teacher, optimizers, trains_language
 
@@ -320,7 +320,7 @@ def _policy(
     if isinstance(stored, PolicyConfig) and bool(stored.action.bins) == (stage == "pretrain"):
         return extended(msgspec.structs.replace(stored, precision=config.precision), config)
     if config.policy is None:
-        raise BitvlaError("the configuration has no [policy] section and no --init checkpoint gives one")
+        raise BitvlaError(NO_POLICY)
     new = config.policy
     names = new.cameras
     if names is None and data is not None:
