@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import json
 import os
 import re
@@ -19,8 +20,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
 
-from bitvla import cli
+from bitvla import cli, display
 from bitvla.errors import BitvlaError
 
 COMMANDS = [
@@ -299,3 +302,20 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert stop.value.code == 0
     project = tomllib.loads((Path(__file__).parent.parent / "pyproject.toml").read_text())["project"]
     assert capsys.readouterr().out == f"bitvla {project['version']}\n"
+
+
+def test_progress_is_a_line_now_and_then_where_nothing_can_be_drawn(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    log, now = io.StringIO(), 0.0
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    with display.Progress(*columns, console=Console(file=log, width=20), get_time=lambda: now) as bar:
+        task = bar.add_task("recording a long task", total=10)
+        for _ in range(5):
+            now += 20
+            bar.update(task, advance=1)
+    assert log.getvalue() == "recording a long task  2/10\nrecording a long task  4/10\n"
+    monkeypatch.setattr(display, "PLAIN_LINE_SECONDS", 0)
+    with display.progress("checking") as show:
+        show(1, 2, "")
+    assert capsys.readouterr().err == "checking 1/2 0:00:00\n"

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import pytest
 from rich.console import Console
 
 import bitvla
+from bitvla import display
 from bitvla.errors import BitvlaError
 from bitvla.evaluate.demo import demo
 from bitvla.evaluate.files import load
@@ -43,6 +45,14 @@ def test_every_episode_is_recorded(tmp_path):
     assert len(result.episodes[0].chunk_ms) == -(-result.episodes[0].steps // 3)
     assert load(tmp_path / "r.json", Result) == result
     assert not list(tmp_path.glob("*.partial.jsonl"))
+
+
+def test_progress_is_seen_without_a_terminal(monkeypatch, capsys):
+    monkeypatch.setattr(display, "PLAIN_LINE_SECONDS", 0)
+    evaluate(Walker, env=Line, suite="left", episodes=2, processes=1)
+    lines = capsys.readouterr().err.splitlines()
+    assert [re.findall(r"\d/\d", line) for line in lines] == [["0/2"], ["1/2"], ["2/2"]]
+    assert "success 100%" in lines[-1]
 
 
 def test_a_deaf_policy_is_found_out():

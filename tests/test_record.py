@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import time
 import numpy as np
 import pytest
 
+from bitvla import display
 from bitvla.data.lerobot import LeRobotDataset, claim
 from bitvla.errors import BitvlaError
 from bitvla.sim import record as recorder
@@ -137,9 +139,11 @@ def test_ctrl_c_is_one_line_and_keeps_what_is_recorded(tmp_path):
     assert list(out.glob(".staging/*.npz"))
 
 
-def test_a_larger_number_continues_and_a_second_run_is_complete(whole, tmp_path):
+def test_a_larger_number_continues_and_a_second_run_is_complete(whole, tmp_path, monkeypatch, capsys):
     out = tmp_path / "out"
+    monkeypatch.setattr(display, "PLAIN_LINE_SECONDS", 0)
     assert record("metaworld", TASK, 1, out, image_size=32, processes=1)["recorded_now"] == 1
+    assert re.fullmatch(rf"recording 1/1 \S+ {TASK}-v3 \d+ frames\n", capsys.readouterr().err)
     assert record("metaworld", TASK, 3, out, image_size=32, processes=1)["recorded_now"] == 2
     assert record("metaworld", TASK, 3, out, image_size=32, processes=1)["recorded_now"] == 0
     assert same(out, whole)

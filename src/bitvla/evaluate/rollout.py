@@ -13,8 +13,9 @@ from typing import Any
 
 import msgspec
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from bitvla.display import Progress
 from bitvla.errors import BitvlaError
 from bitvla.evaluate.files import Journal, save
 from bitvla.evaluate.policy_host import PolicySource
@@ -65,7 +66,7 @@ def evaluate(
             and the same call goes on from them; `resume=False` starts anew.
         films: folder for a film (MP4) of each task's first episode.
         on_episode: called with each episode when it has ended.
-        console: where a progress bar is shown (default: standard error).
+        console: where progress is shown (default: standard error).
 
     Raises:
         BitvlaError: policy and simulator cannot be had or do not fit, files cannot be written, or every episode
@@ -183,7 +184,7 @@ def _keep_film(episode: Episode, film: bytes, folder: Path, beside: Path | None)
 
 @contextlib.contextmanager
 def _progress(total: int, journal: Journal[Episode], console: Console | None) -> Iterator[Callable[[], None]]:
-    """A progress bar on standard error with the success rate so far."""
+    """A progress bar with the success rate so far."""
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -191,7 +192,7 @@ def _progress(total: int, journal: Journal[Episode], console: Console | None) ->
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=console or Console(stderr=True)) as bar:
+    with Progress(*columns, console=console) as bar:
         task = bar.add_task("starting", total=total)
 
         def show() -> None:

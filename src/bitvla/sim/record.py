@@ -23,10 +23,10 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 
 from bitvla.data.lerobot import Episode, LeRobotWriter, claim
+from bitvla.display import Progress
 from bitvla.errors import BitvlaError
 from bitvla.sim.base import TRAINING_SEEDS, Simulator, make_simulator
 
@@ -113,11 +113,10 @@ def _record_all(jobs: list[Job], settings: Settings, writer: LeRobotWriter, out:
     staging.mkdir(exist_ok=True)
     missing = [job for job in jobs if not _staged(staging, job).exists()]
     missing.sort(key=lambda job: (job.number // BATCH, job.task))  # changing the task can cost seconds
-    console = Console(stderr=True)
     columns = [TextColumn("recording"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()]
     pool = ProcessPoolExecutor(processes, mp_context=get_context("spawn"), initializer=_start_worker)
     try:
-        with Progress(*columns, TextColumn("{task.fields[last]}"), console=console) as progress:
+        with Progress(*columns, TextColumn("{task.fields[last]}")) as progress:
             total = jobs[-1].number + 1
             bar = progress.add_task("", total=total, completed=total - len(missing), last="")
             futures: dict[Future[str], Job] = {pool.submit(_work, job, settings, staging): job for job in missing}
