@@ -290,6 +290,16 @@ def test_a_simulator_that_dies_costs_no_episode_and_counts_none_twice(tmp_path):
     assert written["versions"]["libero/world"] == "1"
 
 
+def test_more_episodes_than_initial_states_are_refused_before_the_first(tmp_path):
+    script = tmp_path / "world.py"
+    script.write_text(WORLD)
+    env = partial(Libero, python=Path(sys.executable), server=script)
+    call = {"env": env, "suite": "libero_goal/2", "processes": 1, "max_steps": 8, "console": Console(quiet=True)}
+    with pytest.raises(BitvlaError, match=r"3 episodes from seed 48 .* 50 initial states .* at most 2$"):
+        evaluate(Ahead, first_seed=48, episodes=3, **call)
+    assert evaluate(Ahead, first_seed=48, episodes=2, **call).errors == 0
+
+
 def test_a_suite_is_measured_with_its_perturbed_versions(tmp_path):
     script = tmp_path / "world.py"
     script.write_text(WORLD)

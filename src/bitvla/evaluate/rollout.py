@@ -118,6 +118,11 @@ def _protocol(
     horizon = execute_horizon or policy.execute_horizon
     if not 1 <= horizon <= policy.horizon:
         raise BitvlaError(f"cannot play {horizon} actions of a chunk: the policy answers {policy.horizon} at a time")
+    if first_seed + episodes > simulator.initial_states:
+        raise BitvlaError(
+            f"{episodes} episodes from seed {first_seed} are more than the {simulator.initial_states} initial states "
+            f"that '{simulator.name}' has a task: ask for at most {max(0, simulator.initial_states - first_seed)}"
+        )
     return Protocol(
         simulator=simulator.name,
         suite=suite,

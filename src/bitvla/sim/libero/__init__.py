@@ -102,6 +102,7 @@ class Libero:
     action_noise: tuple[float, ...] = (1.0, 1.0, 1.0, 0.1, 0.1, 0.1, 1.0)  # 1 is 5 cm, but half a radian
     control_hz = 20.0
     max_steps = 520  # of the longest suite; `steps_of` tells each
+    initial_states = EPISODES
 
     def __init__(
         self, image_size: int = 256, protocol: str = "official", python: Path | None = None, server: Path | None = None
