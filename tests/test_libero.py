@@ -153,6 +153,18 @@ def test_a_rotation_is_an_axis_times_an_angle_without_a_choice_of_sign(quaternio
     assert np.allclose(server().axis_angle(quaternion), expected)
 
 
+def test_a_suite_without_its_initial_states_is_refused():
+    class Suite:
+        def get_task_init_states(self, number):
+            raise FileNotFoundError("initial states unavailable: a.npz")
+
+    module = server()
+    simulation = object.__new__(module.Simulation)
+    simulation._env, simulation._suites, simulation._made = None, {"libero_goal_env": Suite}, {}
+    with pytest.raises(module.RefusedError, match="libero_goal_env/3 is incomplete: initial states unavailable: a.npz"):
+        simulation._open("libero_goal_env", 3)
+
+
 def test_an_episode_runs_in_the_other_process(world):
     world.reset("libero_goal/3", 7)
     assert world.environment_state().tolist() == [3, 7, 1, 1, 10, 7]  # of the first thing that is not there yet

@@ -34,8 +34,8 @@ MAX_TOKENS = 16  # of an answer, in lmms-eval
 
 
 class Rules(Record, frozen=True, kw_only=True):
-    """Results are comparable when these are equal. `files` are the names of the questions' files by their SHA-256;
-    `limit` is how many questions were asked, from the first on, None for all."""
+    """Results are comparable when these are equal. `files` are the names of the questions' files by their SHA-256, in
+    the order in which they are asked; `limit` is how many questions were asked, from the first on, None for all."""
 
     format: int = FORMAT
     layout: str

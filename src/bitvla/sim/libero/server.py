@@ -131,16 +131,19 @@ class Simulation:
         return self._made[name]
 
     def _open(self, suite: str, number: int) -> None:
-        from libero.libero.envs import OffScreenRenderEnv
-
         self.close()
         tasks = self._suite(suite)
+        try:
+            self._initial = tasks.get_task_init_states(number)
+        except FileNotFoundError as error:  # the package knows more suites than it has files for
+            raise RefusedError(f"{suite}/{number} is incomplete: {error}") from None
+        from libero.libero.envs import OffScreenRenderEnv
+
         self._env = OffScreenRenderEnv(
             bddl_file_name=tasks.get_task_bddl_file_path(number), use_camera_obs=False, hard_reset=False
         )
         self._env.seed(0)
         self._sight, self._world = Sight(self._env.env), World(self._env.env)
-        self._initial = tasks.get_task_init_states(number)
         self._task = (suite, number)
 
     def close(self) -> None:
