@@ -124,7 +124,8 @@ class Journal(Generic[E]):
 
 def _check_same(path: Path, expected: msgspec.Struct, found: msgspec.Struct) -> None:
     for name in expected.__struct_fields__:
-        if getattr(found, name) != getattr(expected, name):
+        # As JSON, so that the order of a dictionary counts: it numbers the questions of several files.
+        if msgspec.json.encode(getattr(found, name)) != msgspec.json.encode(getattr(expected, name)):
             raise BitvlaError(
                 f"{path} holds an unfinished evaluation with another {name}; finish it as it was begun, or delete it"
             )

@@ -108,9 +108,12 @@ def evaluate(
     model = LanguageModel.load(source, threads)
     if model.vision is None:
         raise BitvlaError(f"{source}: {NO_TOWER}")
+    names = {sha256(path): path.name for path in files}
+    if len(names) < len(files):
+        raise BitvlaError(f"{', '.join(map(str, files))}: two of these are the same questions; leave one out")
     rules = Rules(
         layout=layout,
-        files={sha256(path): path.name for path in files},
+        files=names,
         limit=limit,
         max_tokens=max_tokens,
         model=model.bundle.sha256,
