@@ -76,12 +76,17 @@ def _data_check(args: argparse.Namespace) -> Any:
 
     with display.progress("checking") as progress:
         checkup = check(args.dataset, horizon=args.horizon, progress=progress)
+    shown = msgspec.to_builtins(checkup) if args.json else display.checkup(checkup)
     written = {}
     if args.out is not None:
         written["report"] = report(checkup, args.out)
     if args.split is not None:
-        written["split"] = write_split(checkup, args.split)
-    return msgspec.to_builtins(checkup) if args.json else display.checkup(checkup) | written
+        try:
+            written["split"] = write_split(checkup, args.split)
+        except BitvlaError:
+            _print(shown, args)  # what was found may be why
+            raise
+    return shown if args.json else shown | written
 
 
 def _data_convert(args: argparse.Namespace) -> Any:

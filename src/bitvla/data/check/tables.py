@@ -37,7 +37,7 @@ class Tables:
     high: dict[str, Floats] = field(default_factory=dict)
     outside: dict[str, Floats] = field(default_factory=dict)
     count: Counter[str] = field(default_factory=Counter)
-    periods: list[float] = field(default_factory=list)
+    periods: dict[int, float] = field(default_factory=dict)
     gaps: dict[int, float] = field(default_factory=dict)
     uneven: dict[int, float] = field(default_factory=dict)
     steps: int = 0
@@ -123,7 +123,7 @@ def _read_times(dataset: Source, table: Tables, episode: int, rows: pd.DataFrame
     if "timestamp" not in rows or len(rows) < 2:
         return
     steps = np.diff(rows["timestamp"].to_numpy(np.float64))
-    table.periods.append(float(np.median(steps)))
+    table.periods[episode] = float(np.median(steps))
     period = 1 / dataset.fps
     if steps.max() > rules.GAP * period:
         table.gaps[episode] = float(steps.max())
@@ -192,20 +192,21 @@ def _judge(dimension: Dimension) -> Iterator[Finding]:
 def check_times(dataset: Source, table: Tables, horizon: int, findings: list[Finding]) -> None:
     """The rate, gaps and lengths of the episodes."""
     period = 1 / dataset.fps
-    if table.periods and abs(np.median(table.periods) - period) > rules.JITTER * period:
+    # A period that is not a number is off too.
+    off = [i for i, step in table.periods.items() if not abs(step - period) <= rules.JITTER * period]
+    if off:
         findings.append(
             rules.WRONG_RATE.found(
-                subject="the rate of the timestamps",
-                value=f"{1 / float(np.median(table.periods)):.4g} Hz",
-                threshold=f"{dataset.fps:g} fps in meta/info.json, within {100 * rules.JITTER:g} %",
+                subject=f"the timestamps of {rules.named(off)}",
+                value=f"{1e3 * table.periods[off[0]]:.4g} ms between two frames",
+                threshold=f"{1e3 * period:.4g} ms at {dataset.fps:g} fps, within {100 * rules.JITTER:g} %",
             )
         )
-    elif table.gaps:
-        worst = max(table.gaps.values())
+    if gaps := {i: step for i, step in table.gaps.items() if i not in off}:
         findings.append(
             rules.DROPPED_FRAMES.found(
-                subject=rules.named(table.gaps),
-                value=f"{1e3 * worst:.4g} ms between two frames",
+                subject=rules.named(gaps),
+                value=f"{1e3 * max(gaps.values()):.4g} ms between two frames",
                 threshold=f"{1e3 * rules.GAP * period:.4g} ms",
             )
         )
