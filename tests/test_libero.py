@@ -161,7 +161,7 @@ def test_a_suite_without_its_initial_states_is_refused():
     module = server()
     simulation = object.__new__(module.Simulation)
     simulation._env, simulation._suites, simulation._made = None, {"libero_goal_env": Suite}, {}
-    with pytest.raises(module.RefusedError, match="libero_goal_env/3 is incomplete: initial states unavailable: a.npz"):
+    with pytest.raises(module.RefusedError, match=r"libero_goal_env/3 is incomplete: .* a\.npz$"):
         simulation._open("libero_goal_env", 3)
 
 
@@ -238,7 +238,7 @@ def test_a_killed_simulator_is_an_error_that_says_so(world):
 def test_a_process_that_cannot_start_gives_its_last_words(tmp_path):
     script = tmp_path / "broken.py"
     script.write_text("import no_such_package")
-    with pytest.raises(LiberoProcessError, match=r"ended with status 1.*no_such_package"):
+    with pytest.raises(BitvlaError, match=r"ended with status 1.*no_such_package.*make libero"):
         Libero(python=Path(sys.executable), server=script)
 
 

@@ -44,6 +44,7 @@ def _demo(args: argparse.Namespace) -> Any:
 
 
 def _record(args: argparse.Namespace) -> Any:
+    from bitvla.runtime.machine import cores
     from bitvla.sim.record import record
 
     return record(
@@ -51,7 +52,7 @@ def _record(args: argparse.Namespace) -> Any:
         suite=args.suite,
         episodes=args.episodes,
         out=args.out,
-        processes=args.processes,
+        processes=args.processes or cores(),
         image_size=args.image_size,
         seed=args.seed,
     )

@@ -50,7 +50,8 @@ class Progress(rich.progress.Progress):
         super().update(*args, **options)
         if self.disable and self.get_time() - self._last_line >= PLAIN_LINE_SECONDS:
             self._last_line = self.get_time()
-            cells = (column(task) for task in self.tasks for column in self.columns)
+            columns = [column for column in self.columns if isinstance(column, ProgressColumn)]
+            cells = (column(task) for task in self.tasks for column in columns)
             self.console.print(*(cell for cell in cells if isinstance(cell, Text)), soft_wrap=True)
 
 

@@ -25,6 +25,7 @@ from bitvla.evaluate.result import FORMAT, Result, summarize
 from bitvla.evaluate.statistics import rate_of
 from bitvla.evaluate.worker import SimulatorFacts, SimulatorSource
 from bitvla.files import write_whole
+from bitvla.runtime.machine import cores, processor
 
 ERRORS_IN_A_ROW = 5  # so many errors without one good episode: something is broken, stop
 
@@ -100,7 +101,7 @@ def evaluate(
 
 def _pool(spec: tuple[Any, ...], processes: int | None, threads: int, ray: str | None) -> Pool:
     if ray is None:
-        return Pool(spec, processes or available_cores(), threads)
+        return Pool(spec, processes or cores(), threads)
     from bitvla.evaluate.cluster import RayPool
 
     return RayPool(spec, processes, threads, ray)
@@ -209,15 +210,7 @@ def _progress(total: int, journal: Journal[Episode], console: Console | None) ->
         yield show
 
 
-def available_cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def machine() -> Machine:
     """What this evaluation runs on."""
-    cpu = platform.processor() or platform.machine()
-    with contextlib.suppress(OSError, IndexError):
-        cpu = Path("/proc/cpuinfo").read_text().split("model name")[1].split("\n")[0].strip(" \t:")
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return Machine(cpu=cpu, cores=available_cores(), memory_bytes=memory, system=platform.platform())
+    return Machine(cpu=processor(), cores=cores(), memory_bytes=memory, system=platform.platform())

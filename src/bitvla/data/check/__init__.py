@@ -98,8 +98,9 @@ def split(checkup: Checkup) -> dict[str, list[int]]:
     """The proposed split: episode numbers to train on, and the region of the workspace held out."""
     if checkup.coverage is None:
         raise BitvlaError(
-            f"no region of {checkup.dataset} can be held out: that takes at least {MIN_SPLIT} episodes ({checkup.episodes} "
-            "are there), each with a finite state in its first frame, and not all from one place; mend what was found"
+            f"no region of {checkup.dataset} can be held out: that takes at least {MIN_SPLIT} episodes "
+            f"({checkup.episodes} are there), each with a finite state in its first frame, and not all from one place; "
+            "mend what was found, or record more"
         )
     inside = [cluster == checkup.coverage.held_out for cluster in checkup.coverage.clusters]
     return {

@@ -30,8 +30,9 @@ def coverage_of(dataset: Source, table: Tables, findings: list[Finding]) -> Cove
     None where there are not two: of few episodes, of any without a finite state at first, of all from one place.
     """
     keys = [key for key in dataset.vectors if key != "action"]
-    starts = [[table.starts[key][i] for key in keys] for i in range(len(table.lengths))]
-    if not keys or len(starts) < rules.MIN_SPLIT or any(part is None for parts in starts for part in parts):
+    episodes = range(len(table.lengths))
+    starts = [[part for key in keys if (part := table.starts[key][i]) is not None] for i in episodes]
+    if not keys or len(starts) < rules.MIN_SPLIT or any(len(parts) < len(keys) for parts in starts):
         return None
     points = np.stack([np.concatenate(parts) for parts in starts])
     frame = pd.DataFrame(points)

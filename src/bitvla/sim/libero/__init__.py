@@ -84,7 +84,7 @@ class Libero:
     of the OSC_POSE controller and the gripper (-1 opens, 1 closes).
 
     Raises:
-        BitvlaError: LIBERO is not installed, unknown protocol, or a size out of range.
+        BitvlaError: LIBERO is not installed or does not start, unknown protocol, or a size out of range.
         LiberoProcessError: the process died (also from any method).
     """
 
@@ -121,6 +121,9 @@ class Libero:
         self._server = _Server(python or find_python(), server or Path(__file__).with_name("server.py"))
         try:
             self.versions: dict[str, str] = self._server.call("versions")
+        except LiberoProcessError as error:
+            self.close()
+            raise BitvlaError(f"LIBERO does not start: {error}; `make libero` makes its environment anew") from None
         except BaseException:
             self.close()
             raise
