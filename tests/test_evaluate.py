@@ -90,6 +90,23 @@ def test_a_crash_is_tried_again_then_counted_as_a_failure(tmp_path):
     assert "SIGKILL" in next(e.error for e in twice.episodes if e.error)
 
 
+def test_only_what_could_not_run_is_run_again(tmp_path):
+    out, crasher, ran = tmp_path / "r.json", partial(Crasher, tmp_path / "count", 2), []
+    assert run(crasher, episodes=2, out=out).errors == 1
+    result = run(crasher, episodes=2, out=out, on_episode=ran.append)
+    assert [(episode.task, episode.seed) for episode in ran] == [("left", 0)]
+    assert (result.total.successes, result.errors) == (4, 0)
+    assert load(out, Result) == result
+    assert [path.name for path in tmp_path.iterdir() if "partial" in path.name] == []
+
+
+def test_a_folder_is_no_place_for_a_result(tmp_path):
+    ran = []
+    with pytest.raises(BitvlaError, match=r"is a folder: name a file in it, as in .*result\.json"):
+        run(out=tmp_path, on_episode=ran.append)
+    assert not ran
+
+
 class Unlucky(Pool):
     """Its first worker dies as it starts."""
 

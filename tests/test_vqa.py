@@ -224,9 +224,12 @@ def test_questions_that_cannot_be_asked_are_wrong(
     broken = AI2D | {"image": {"bytes": b"no image", "path": None}}
     path = write_parquet(tmp_path / "ai2d.parquet", [broken, AI2D])
     Writes(monkeypatch, "B")
-    result = evaluate(model_file, [path])
+    result = evaluate(model_file, [path], out=tmp_path / "record.json")
     assert (result.total, result.errors) == (wilson(1, 2), 1)
     assert result.answers[0].error.startswith("an image of question 0 cannot be read as an image")
+    writes = Writes(monkeypatch)
+    assert evaluate(model_file, [path], out=tmp_path / "record.json").total == wilson(1, 2)
+    assert writes.asked == []  # what was answered is not asked again
     path = write_parquet(tmp_path / "all.parquet", [broken] * 9)
     with pytest.raises(BitvlaError, match="none of the first 5 questions could be asked: an image"):
         evaluate(model_file, [path])

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from bitvla.evaluate.statistics import Paired, Rate
     from bitvla.evaluate.vqa import VqaResult
 
+_AGAIN = "the same command tries these alone again"
 PLAIN_LINE_SECONDS = 30.0  # between two lines where nothing can be drawn
 
 
@@ -82,7 +83,7 @@ def evaluation(result: Result) -> dict[str, Any]:
         "milliseconds a chunk (median)": result.latency and result.latency.p50,
         "policy process MB (peak)": result.policy_peak_bytes / 1e6,
     }
-    return summary | ({"episodes that could not run": result.errors} if result.errors else {})
+    return summary | ({"episodes that could not run": f"{result.errors}; {_AGAIN}"} if result.errors else {})
 
 
 def answers(result: VqaResult) -> dict[str, Any]:
@@ -100,7 +101,7 @@ def answers(result: VqaResult) -> dict[str, Any]:
         "answers without a letter": result.without_letter,
         "milliseconds a question (median)": result.latency and result.latency.p50,
     }
-    summary |= {"questions that could not be asked": result.errors} if result.errors else {}
+    summary |= {"questions that could not be asked": f"{result.errors}; {_AGAIN}"} if result.errors else {}
     return summary | ({"questions without choices, skipped": result.skipped} if result.skipped else {})
 
 

@@ -63,7 +63,7 @@ def evaluate(
         threads: of each policy process.
         ray: address of a Ray cluster on whose machines the simulators run (processes: default, one for each of its
             CPUs); "" is the one that this machine belongs to, or else a new one here.
-        out: write the result there (JSON). Until it is complete, its episodes lie beside it in OUT.partial.jsonl,
+        out: write the result there (JSON). Until every episode could run, they lie beside it in OUT.partial.jsonl,
             and the same call goes on from them; `resume=False` starts anew.
         films: folder for a film (MP4) of each task's first episode.
         on_episode: called with each episode when it has ended.
@@ -95,7 +95,7 @@ def evaluate(
             )
             if out is not None:
                 save(result, out)
-            journal.complete = True
+            journal.complete = not result.errors
     return result
 
 
@@ -151,7 +151,7 @@ def _journal(
         prune=policy.prune,
         versions=simulator.versions,
     )
-    return Journal(out and out.with_name(f"{out.name}.partial.jsonl"), header, Episode, resume)
+    return Journal(out, header, Episode, resume)
 
 
 def _run(

@@ -98,9 +98,9 @@ def evaluate(
 ) -> VqaResult:
     """Ask the model in `source` the questions in `files` and return the result, with the 95 % interval of its accuracy.
 
-    `out` is where the result is written (JSON). Until it is complete, answers lie beside it in OUT.partial.jsonl, and
-    the same call goes on from them; `resume=False` starts anew. Raises BitvlaError for a model that sees no images, for
-    files that are no questions, and where the first questions all cannot be asked.
+    `out` is where the result is written (JSON). Until all could be asked, answers lie beside it in OUT.partial.jsonl,
+    and the same call goes on from them; `resume=False` starts anew. Raises BitvlaError for a model that sees no images,
+    for files that are no questions, and where the first questions all cannot be asked.
     """
     start = time.perf_counter()
     layout, questions = read_questions(files)
@@ -118,9 +118,8 @@ def evaluate(
         max_tokens=max_tokens,
         model=model.bundle.sha256,
     )
-    skipped, path = 0, out and out.with_name(f"{out.name}.partial.jsonl")
-    conversation = None
-    with Journal(path, rules, Answer, resume) as journal:
+    skipped, conversation = 0, None
+    with Journal(out, rules, Answer, resume) as journal:
         for number, question in _first(questions, limit):
             if question is None:
                 skipped += 1
@@ -135,7 +134,7 @@ def evaluate(
         result = _summarize(rules, model, answers, skipped, time.perf_counter() - start)
         if out is not None:
             save(result, out)
-        journal.complete = True
+        journal.complete = not result.errors
     return result
 
 
