@@ -149,6 +149,24 @@ def test_missing_and_constant_statistics(dataset):
     assert "q01 and q99" in action.value
 
 
+def test_statistics_without_a_list(dataset):
+    change_statistics(dataset, lambda stats: stats["observation.state"].update(q01=0.5))
+    (finding,) = check(dataset).findings
+    assert finding.subject == "'observation.state'"
+
+
+def test_of_few_frames_the_least_and_the_greatest_are_outside_the_quantiles(tmp_path):
+    root = write(tmp_path / "d", lambda index, _: episode(index, length=12), count=1)
+    assert [finding.check for finding in check(root).findings if finding.check != "recoveries"] == []
+
+
+def test_an_impossible_rate_is_one_error(dataset):
+    path = dataset / "meta" / "info.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"fps": 0}))
+    with pytest.raises(BitvlaError, match="an fps of 0"):
+        check(dataset)
+
+
 def test_statistics_of_other_data(dataset):
     change_statistics(dataset, lambda stats: stats["action"].update(q01=[-0.5] * 3, q99=[0.5] * 3))
     findings = found(dataset, "quantiles")

@@ -617,6 +617,8 @@ def read_info(root: Place) -> dict[str, Any]:
         raise BitvlaError(
             f"{root} is a LeRobotDataset {version}, needed is {VERSION}; convert it with the lerobot tools"
         )
+    if not (isinstance(info["fps"], int | float) and info["fps"] > 0):
+        raise BitvlaError(f"{root} has an fps of {info['fps']!r}: write the rate of the recording into meta/info.json")
     return dict(info)
 
 

@@ -105,18 +105,11 @@ def _read_vector(
 
 
 def _outside(dataset: Source, key: str, values: Floats) -> Floats:
-    low, high = _quantiles(dataset, key)
+    low, high = dataset.quantiles(key)
     if low is None or high is None:
         return np.zeros(values.shape[1])
     slack = 1e-6 * (1 + np.abs(values))  # the quantiles went through text
     return ((values < low - slack) | (values > high + slack)).sum(axis=0).astype(np.float64)
-
-
-def _quantiles(dataset: Source, key: str) -> tuple[Floats | None, Floats | None]:
-    size, stats = len(dataset.names(key)), dataset.stats.get(key, {})
-    bounds = [np.asarray(stats[name], np.float64) if stats.get(name) else None for name in ("q01", "q99")]
-    low, high = (None if bound is None or bound.shape != (size,) else bound for bound in bounds)
-    return low, high
 
 
 def _read_times(dataset: Source, table: Tables, episode: int, rows: pd.DataFrame) -> None:
@@ -140,7 +133,7 @@ def dimensions_of(dataset: Source, table: Tables, findings: list[Finding]) -> li
     for key in dataset.vectors:
         if key not in table.low:
             continue
-        low, high = _quantiles(dataset, key)
+        low, high = dataset.quantiles(key)
         trained = key != "observation.environment_state"  # that one only describes the scene
         if trained and (low is None or high is None):
             findings.append(
@@ -164,28 +157,29 @@ def dimensions_of(dataset: Source, table: Tables, findings: list[Finding]) -> li
             )
             dimensions.append(dimension)
             if trained and known:
-                findings += _judge(dimension)
+                findings += _judge(dimension, table.count[key])
     return dimensions
 
 
-def _judge(dimension: Dimension) -> Iterator[Finding]:
+def _judge(dimension: Dimension, count: int) -> Iterator[Finding]:
     subject = f"'{dimension.name}' of '{dimension.feature}'"
     assert dimension.q01 is not None
     assert dimension.q99 is not None
     assert dimension.outside is not None
     width = dimension.q99 - dimension.q01
+    warning, error = (share + 2 / count for share in (rules.OUTSIDE_WARNING, rules.OUTSIDE_ERROR))  # of few, the ends
     if not width > rules.CONSTANT:  # also NaN
         yield rules.CONSTANT_DIMENSION.found(
             subject=subject,
             value=f"constant or not finite: q01 {dimension.q01:.6g}, q99 {dimension.q99:.6g}",
             threshold=f"q99 - q01 above {rules.CONSTANT:g}",
         )
-    elif dimension.outside > rules.OUTSIDE_WARNING:
-        severe = dimension.outside > rules.OUTSIDE_ERROR
+    elif dimension.outside > warning:
+        severe = dimension.outside > error
         yield (rules.FAR_OFF_QUANTILES if severe else rules.OFF_QUANTILES).found(
             subject=subject,
             value=f"{100 * dimension.outside:.1f} % of the values outside q01 to q99",
-            threshold=f"{100 * (rules.OUTSIDE_ERROR if severe else rules.OUTSIDE_WARNING):g} %",
+            threshold=f"{100 * (error if severe else warning):.3g} %",
         )
 
 
