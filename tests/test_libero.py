@@ -153,6 +153,14 @@ def test_a_rotation_is_an_axis_times_an_angle_without_a_choice_of_sign(quaternio
     assert np.allclose(server().axis_angle(quaternion), expected)
 
 
+def test_an_unknown_suite_is_answered_with_the_nearest():
+    module = server()
+    simulation = object.__new__(module.Simulation)
+    simulation._suites = dict.fromkeys(["libero_10", "libero_goal", "libero_spatial", *map(str, range(99))])
+    with pytest.raises(module.RefusedError, match=r"'libero_spatal': there are libero_spatial, .*`libero-pro list`"):
+        simulation.tasks("libero_spatal")
+
+
 def test_a_suite_without_its_initial_states_is_refused():
     class Suite:
         def get_task_init_states(self, number):

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import difflib
 import math
 import os
 import socket
@@ -125,7 +126,10 @@ class Simulation:
 
     def _suite(self, name: str) -> Any:
         if name not in self._suites:
-            raise RefusedError(f"unknown LIBERO suite '{name}': available are {', '.join(sorted(self._suites))}")
+            near = difflib.get_close_matches(name, self._suites, n=3) or sorted(self._suites)[:3]
+            raise RefusedError(
+                f"unknown LIBERO suite '{name}': there are {', '.join(near)} and others, which `libero-pro list` names"
+            )
         if name not in self._made:
             self._made[name] = self._suites[name]()
         return self._made[name]
