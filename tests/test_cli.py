@@ -148,6 +148,19 @@ def test_a_missing_file_is_an_error_of_the_real_commands(tmp_path: Path, capsys:
     assert not list(tmp_path.iterdir())
 
 
+def test_other_rules_are_another_record(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """By its default name, so that no evaluation writes over that of other rules."""
+    records: list[Path] = []
+    monkeypatch.setattr("bitvla.evaluate.rollout.evaluate", lambda policy, *, out, **options: records.append(out))
+    monkeypatch.setattr(display, "evaluation", lambda result: {})
+    usual = ["eval", "p.safetensors", "--env", "libero", "--suite", "libero_10", "--episodes", "1"]
+    for rules in ([], ["--protocol", "lerobot"], ["--execute-horizon", "2"], ["--first-seed", "9"], ["--prune", "0.5"]):
+        assert cli.main(usual + rules) == 0
+    assert str(records[0]) == "reports/p-libero_10.json"
+    assert len(set(records)) == len(records)
+    capsys.readouterr()
+
+
 def test_what_is_pruned_is_a_policy_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     evaluation = ["eval", str(tmp_path), "--suite", "reach", "--episodes", "1", "--full-precision"]
     for command, line in (

@@ -221,6 +221,8 @@ def _eval(args: argparse.Namespace) -> Any:
         policy = partial(bitvla.load, args.policy, threads=1, prune=args.prune)
     precision = "-full-precision" if args.full_precision else f"-pruned-{args.prune:g}" if args.prune else ""
     rules = f"-{args.protocol}" if args.protocol else ""
+    rules += f"-execute-{args.execute_horizon}" if args.execute_horizon else ""
+    rules += f"-from-{args.first_seed}" if args.first_seed else ""
     suite = args.suite.replace("/", "-")
     default = Path("reports") / f"{args.policy.stem}-{suite}{rules}{precision}.json"
     out = args.json if isinstance(args.json, Path) else default
