@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import json
 import os
 import re
@@ -19,6 +20,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
 
 from bitvla import cli, display
 from bitvla.errors import BitvlaError
@@ -143,6 +146,19 @@ def test_a_missing_file_is_an_error_of_the_real_commands(tmp_path: Path, capsys:
         assert output.err.count("\n") == 1
         assert "none.safetensors" in output.err
     assert not list(tmp_path.iterdir())
+
+
+def test_other_rules_are_another_record(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """By its default name, so that no evaluation writes over that of other rules."""
+    records: list[Path] = []
+    monkeypatch.setattr("bitvla.evaluate.rollout.evaluate", lambda policy, *, out, **options: records.append(out))
+    monkeypatch.setattr(display, "evaluation", lambda result: {})
+    usual = ["eval", "p.safetensors", "--env", "libero", "--suite", "libero_10", "--episodes", "1"]
+    for rules in ([], ["--protocol", "lerobot"], ["--execute-horizon", "2"], ["--first-seed", "9"], ["--prune", "0.5"]):
+        assert cli.main(usual + rules) == 0
+    assert str(records[0]) == "reports/p-libero_10.json"
+    assert len(set(records)) == len(records)
+    capsys.readouterr()
 
 
 def test_what_is_pruned_is_a_policy_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -313,3 +329,20 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert stop.value.code == 0
     project = tomllib.loads((Path(__file__).parent.parent / "pyproject.toml").read_text())["project"]
     assert capsys.readouterr().out == f"bitvla {project['version']}\n"
+
+
+def test_progress_is_a_line_now_and_then_where_nothing_can_be_drawn(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    log, now = io.StringIO(), 0.0
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    with display.Progress(*columns, console=Console(file=log, width=20), get_time=lambda: now) as bar:
+        task = bar.add_task("recording a long task", total=10)
+        for _ in range(5):
+            now += 20
+            bar.update(task, advance=1)
+    assert log.getvalue() == "recording a long task  2/10\nrecording a long task  4/10\n"
+    monkeypatch.setattr(display, "PLAIN_LINE_SECONDS", 0)
+    with display.progress("checking") as show:
+        show(1, 2, "")
+    assert capsys.readouterr().err == "checking 1/2 0:00:00\n"

@@ -101,6 +101,14 @@ def plant_rate(table):
     table["timestamp"] *= np.float32(2)
 
 
+def plant_still_clock(table):
+    table.loc[table["episode_index"] == 4, "timestamp"] = np.float32(0)
+
+
+def plant_no_time(table):
+    table.at[30, "timestamp"] = np.float32("nan")
+
+
 @pytest.mark.parametrize(
     ("plant", "name", "grade", "subject", "value"),
     [
@@ -108,7 +116,9 @@ def plant_rate(table):
         (plant_other_size, "vectors", "error", "'action' of episode 1", "another size"),
         (plant_gap, "dropped frames", "error", "episode 3", "400 ms"),
         (plant_jitter, "timestamps", "warning", "episode 4", "20 ms"),
-        (plant_rate, "timestamps", "error", "the rate", "5 Hz"),
+        (plant_rate, "timestamps", "error", "episodes 0-23", "200 ms"),
+        (plant_still_clock, "timestamps", "error", "episode 4", "0 ms"),
+        (plant_no_time, "timestamps", "error", "episode 1", "nan ms"),
     ],
 )
 def test_defects_of_the_tables(dataset, plant, name, grade, subject, value):
@@ -137,6 +147,24 @@ def test_missing_and_constant_statistics(dataset):
     assert "constant" in state.value
     assert action.subject == "'action'"
     assert "q01 and q99" in action.value
+
+
+def test_statistics_without_a_list(dataset):
+    change_statistics(dataset, lambda stats: stats["observation.state"].update(q01=0.5))
+    (finding,) = check(dataset).findings
+    assert finding.subject == "'observation.state'"
+
+
+def test_of_few_frames_the_least_and_the_greatest_are_outside_the_quantiles(tmp_path):
+    root = write(tmp_path / "d", lambda index, _: episode(index, length=12), count=1)
+    assert [finding.check for finding in check(root).findings if finding.check != "recoveries"] == []
+
+
+def test_an_impossible_rate_is_one_error(dataset):
+    path = dataset / "meta" / "info.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"fps": 0}))
+    with pytest.raises(BitvlaError, match="an fps of 0"):
+        check(dataset)
 
 
 def test_statistics_of_other_data(dataset):
@@ -206,9 +234,30 @@ def test_the_split_holds_a_whole_region_out(clean):
     assert not set(clusters[parts["train"]]) & set(clusters[parts["held_out"]])
 
 
-def test_too_few_episodes_to_split(tmp_path):
-    with pytest.raises(BitvlaError, match="too few"):
+def test_a_split_of_few_starting_places_holds_one_out(tmp_path):
+    def three_places(index, whole):
+        state = whole.vectors["observation.state"].copy()
+        state[0] = (0.2, 0.3, 0.1 * (index % 3))
+        vectors = {"observation.state": state, "observation.environment_state": state[:, :2]}
+        return replace(whole, vectors={**whole.vectors, **vectors}, extra={"env_task": "drawer"})
+
+    parts = split(check(write(tmp_path / "d", three_places)))
+    assert {episode % 3 for episode in parts["held_out"]} == {parts["held_out"][0] % 3}
+    assert (len(parts["train"]), len(parts["held_out"])) == (16, 8)
+
+
+def test_no_split_says_what_it_takes_and_shows_the_findings(tmp_path, dataset, capsys):
+    with pytest.raises(BitvlaError, match=r"at least 10 episodes \(5 are there\)"):
         split(check(write(tmp_path / "d", count=5)))
+
+    def plant(table):
+        table.at[24, "observation.state"] = np.full(3, np.nan, np.float32)
+
+    rewrite(dataset, plant)
+    assert main(["data", "check", str(dataset), "--split", str(tmp_path / "s.json")]) == 1
+    printed = capsys.readouterr()
+    assert "not finite" in printed.out
+    assert "finite state in its first frame" in printed.err
 
 
 def test_no_dataset_is_one_error(tmp_path):

@@ -17,8 +17,10 @@ import torch
 from fsspec.implementations.memory import MemoryFileSystem
 from PIL import Image
 
+from bitvla import display
 from bitvla.data.check import check
 from bitvla.data.lerobot import Conventions, LeRobotDataset, write_statistics
+from bitvla.data.pictures import Pictures
 from bitvla.errors import BitvlaError
 from bitvla.train import batches
 from bitvla.train.loop import run
@@ -193,6 +195,16 @@ def test_a_bounded_cache_gives_the_same_batches_and_keeps_its_bound(data, far, t
 
 def on_disk(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.rglob("*.rgb"))
+
+
+def test_decoding_shows_how_far_it_is(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(display, "PLAIN_LINE_SECONDS", 0)
+    frame = np.zeros((2, 2, 3), np.uint8)
+    shapes = {"front": frame.shape}
+    pictures = Pictures(lambda camera, episode: iter([frame]), folder=tmp_path, shapes=shapes, lengths=[1, 1])
+    for _ in range(2):
+        pictures.load(["front"], range(2), "decoding front")
+    assert [line[:18] for line in capsys.readouterr().err.splitlines()] == ["decoding front 1/2", "decoding front 2/2"]
 
 
 def test_the_next_group_is_decoded_ahead(data, tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import pytest
 from rich.console import Console
 
 import bitvla
+from bitvla import display
 from bitvla.errors import BitvlaError
 from bitvla.evaluate.demo import demo
 from bitvla.evaluate.files import load
@@ -43,6 +45,14 @@ def test_every_episode_is_recorded(tmp_path):
     assert len(result.episodes[0].chunk_ms) == -(-result.episodes[0].steps // 3)
     assert load(tmp_path / "r.json", Result) == result
     assert not list(tmp_path.glob("*.partial.jsonl"))
+
+
+def test_progress_is_seen_without_a_terminal(monkeypatch, capsys):
+    monkeypatch.setattr(display, "PLAIN_LINE_SECONDS", 0)
+    evaluate(Walker, env=Line, suite="left", episodes=2, processes=1)
+    lines = capsys.readouterr().err.splitlines()
+    assert [re.findall(r"\d/\d", line) for line in lines] == [["0/2"], ["1/2"], ["2/2"]]
+    assert "success 100%" in lines[-1]
 
 
 def test_a_deaf_policy_is_found_out():
@@ -78,6 +88,23 @@ def test_a_crash_is_tried_again_then_counted_as_a_failure(tmp_path):
     assert twice.errors == 1
     assert twice.tasks["left"].successes == 1
     assert "SIGKILL" in next(e.error for e in twice.episodes if e.error)
+
+
+def test_only_what_could_not_run_is_run_again(tmp_path):
+    out, crasher, ran = tmp_path / "r.json", partial(Crasher, tmp_path / "count", 2), []
+    assert run(crasher, episodes=2, out=out).errors == 1
+    result = run(crasher, episodes=2, out=out, on_episode=ran.append)
+    assert [(episode.task, episode.seed) for episode in ran] == [("left", 0)]
+    assert (result.total.successes, result.errors) == (4, 0)
+    assert load(out, Result) == result
+    assert [path.name for path in tmp_path.iterdir() if "partial" in path.name] == []
+
+
+def test_a_folder_is_no_place_for_a_result(tmp_path):
+    ran = []
+    with pytest.raises(BitvlaError, match=r"is a folder: name a file in it, as in .*result\.json"):
+        run(out=tmp_path, on_episode=ran.append)
+    assert not ran
 
 
 class Unlucky(Pool):

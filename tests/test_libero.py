@@ -153,6 +153,26 @@ def test_a_rotation_is_an_axis_times_an_angle_without_a_choice_of_sign(quaternio
     assert np.allclose(server().axis_angle(quaternion), expected)
 
 
+def test_an_unknown_suite_is_answered_with_the_nearest():
+    module = server()
+    simulation = object.__new__(module.Simulation)
+    simulation._suites = dict.fromkeys(["libero_10", "libero_goal", "libero_spatial", *map(str, range(99))])
+    with pytest.raises(module.RefusedError, match=r"'libero_spatal': there are libero_spatial, .*`libero-pro list`"):
+        simulation.tasks("libero_spatal")
+
+
+def test_a_suite_without_its_initial_states_is_refused():
+    class Suite:
+        def get_task_init_states(self, number):
+            raise FileNotFoundError("initial states unavailable: a.npz")
+
+    module = server()
+    simulation = object.__new__(module.Simulation)
+    simulation._env, simulation._suites, simulation._made = None, {"libero_goal_env": Suite}, {}
+    with pytest.raises(module.RefusedError, match=r"libero_goal_env/3 is incomplete: .* a\.npz$"):
+        simulation._open("libero_goal_env", 3)
+
+
 def test_an_episode_runs_in_the_other_process(world):
     world.reset("libero_goal/3", 7)
     assert world.environment_state().tolist() == [3, 7, 1, 1, 10, 7]  # of the first thing that is not there yet
@@ -226,7 +246,7 @@ def test_a_killed_simulator_is_an_error_that_says_so(world):
 def test_a_process_that_cannot_start_gives_its_last_words(tmp_path):
     script = tmp_path / "broken.py"
     script.write_text("import no_such_package")
-    with pytest.raises(LiberoProcessError, match=r"ended with status 1.*no_such_package"):
+    with pytest.raises(BitvlaError, match=r"ended with status 1.*no_such_package.*make libero"):
         Libero(python=Path(sys.executable), server=script)
 
 
@@ -288,6 +308,16 @@ def test_a_simulator_that_dies_costs_no_episode_and_counts_none_twice(tmp_path):
     assert written["protocol"]["benchmark_protocol"] == "official"
     assert written["protocol"]["max_steps"] == 300
     assert written["versions"]["libero/world"] == "1"
+
+
+def test_more_episodes_than_initial_states_are_refused_before_the_first(tmp_path):
+    script = tmp_path / "world.py"
+    script.write_text(WORLD)
+    env = partial(Libero, python=Path(sys.executable), server=script)
+    call = {"env": env, "suite": "libero_goal/2", "processes": 1, "max_steps": 8, "console": Console(quiet=True)}
+    with pytest.raises(BitvlaError, match=r"3 episodes from seed 48 .* 50 initial states .* at most 2$"):
+        evaluate(Ahead, first_seed=48, episodes=3, **call)
+    assert evaluate(Ahead, first_seed=48, episodes=2, **call).errors == 0
 
 
 def test_a_suite_is_measured_with_its_perturbed_versions(tmp_path):

@@ -3,20 +3,24 @@
 import errno
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
+from bitvla import display
 from bitvla.data.lerobot import LeRobotDataset, claim
 from bitvla.errors import BitvlaError
 from bitvla.sim import record as recorder
 from bitvla.sim.base import TRAINING_SEEDS, make_simulator
 from bitvla.sim.instructions import instruction
-from bitvla.sim.record import Job, record, record_episode
+from bitvla.sim.record import Job, Settings, record, record_episode
 
 TASK = "drawer-close"
 
@@ -137,9 +141,11 @@ def test_ctrl_c_is_one_line_and_keeps_what_is_recorded(tmp_path):
     assert list(out.glob(".staging/*.npz"))
 
 
-def test_a_larger_number_continues_and_a_second_run_is_complete(whole, tmp_path):
+def test_a_larger_number_continues_and_a_second_run_is_complete(whole, tmp_path, monkeypatch, capsys):
     out = tmp_path / "out"
+    monkeypatch.setattr(display, "PLAIN_LINE_SECONDS", 0)
     assert record("metaworld", TASK, 1, out, image_size=32, processes=1)["recorded_now"] == 1
+    assert re.fullmatch(rf"recording 1/1 \S+ {TASK}-v3 \d+ frames\n", capsys.readouterr().err)
     assert record("metaworld", TASK, 3, out, image_size=32, processes=1)["recorded_now"] == 2
     assert record("metaworld", TASK, 3, out, image_size=32, processes=1)["recorded_now"] == 0
     assert same(out, whole)
@@ -159,6 +165,46 @@ def test_a_full_disk_is_named_and_loses_nothing(whole, tmp_path, monkeypatch):
     monkeypatch.setattr(recorder.LeRobotWriter, "append", append)
     record("metaworld", TASK, 3, out, image_size=32, processes=1)
     assert same(out, whole)
+
+
+def test_a_simulator_that_dies_is_replaced_once(monkeypatch):
+    settings, job, made, closed = Settings("metaworld", TASK, 0, 32), Job(0, TASK, 0), [], []
+
+    def make(env, image_size):
+        made.append(env)
+        return SimpleNamespace(dies=len(made) in deadly, close=lambda: closed.append(env))
+
+    def demonstrate(simulator, job, seed):
+        if simulator.dies:
+            raise RuntimeError("the process was ended by SIGKILL")
+        return "episode"
+
+    monkeypatch.setattr(recorder, "make_simulator", make)
+    monkeypatch.setattr(recorder, "record_episode", demonstrate)
+    monkeypatch.setattr(recorder, "_simulators", {})
+    deadly = {1}
+    assert recorder._with_simulator(job, settings) == "episode"
+    assert (len(made), len(closed)) == (2, 1)
+    deadly = {3, 4}
+    recorder._simulators.clear()
+    with pytest.raises(BitvlaError, match=r"failed twice at 'drawer-close' .*SIGKILL.*bitvla doctor"):
+        recorder._with_simulator(job, settings)
+    assert not recorder._simulators
+
+
+def test_a_worker_that_is_killed_is_named_and_loses_nothing(tmp_path):
+    out = tmp_path / "out"
+    process = subprocess.Popen(command(out, 50), stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+    deadline = time.monotonic() + 60
+    while not list(out.glob(".staging/*.npz")) and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.02)
+    for worker in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split():
+        if b"spawn_main" in Path(f"/proc/{worker}/cmdline").read_bytes():
+            os.kill(int(worker), signal.SIGKILL)
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == 1
+    assert "fewer --processes" in errors
+    assert list(out.glob(".staging/*.npz"))
 
 
 def test_a_second_recording_into_the_same_folder_is_refused(whole):

@@ -95,6 +95,16 @@ def write_lines(path: Path, rows: list[dict[str, Any]]) -> Path:
     return path
 
 
+def test_a_line_ends_at_a_newline_alone(tmp_path: Path) -> None:
+    """Not at the separators of Unicode that a sentence may hold."""
+    path = write_lines(tmp_path / "rows.jsonl", [SEED])
+    path.write_text(path.read_text(encoding="utf-8").replace("How many?", "How\u2028many?"), encoding="utf-8")
+    assert count_questions([path]) == 1
+    (question,) = read_questions([path])[1]
+    assert question is not None
+    assert question.text.startswith("How\u2028many?")
+
+
 @pytest.mark.parametrize("layout", ROWS)
 @pytest.mark.parametrize("write", [write_parquet, write_lines])
 def test_layouts_are_read(tmp_path: Path, layout: str, write: Any) -> None:
@@ -189,15 +199,37 @@ def test_an_interrupted_evaluation_goes_on(model_file: Path, tmp_path: Path, mon
     assert result.total == wilson(3, 4)
 
 
+def test_files_in_another_order_are_other_questions(
+    model_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    files = [write_parquet(tmp_path / f"{n}.parquet", [AI2D | {"answer": n}] * 2) for n in "12"]
+    records = [tmp_path / f"{name}.json" for name in "ab"]
+    for record, order in zip(records, (files, files[::-1]), strict=True):
+        Writes(monkeypatch, "B", "B", "C", "C")
+        evaluate(model_file, order, out=record)
+    assert main(["compare", *map(str, records)]) == 1
+    assert "differ in files" in capsys.readouterr().err
+    Writes(monkeypatch, "B", KeyboardInterrupt())
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(model_file, files, out=records[0])
+    with pytest.raises(BitvlaError, match="unfinished evaluation with another files"):
+        evaluate(model_file, files[::-1], out=records[0])
+    with pytest.raises(BitvlaError, match="the same questions; leave one out"):
+        evaluate(model_file, [files[0]] * 2)
+
+
 def test_questions_that_cannot_be_asked_are_wrong(
     model_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     broken = AI2D | {"image": {"bytes": b"no image", "path": None}}
     path = write_parquet(tmp_path / "ai2d.parquet", [broken, AI2D])
     Writes(monkeypatch, "B")
-    result = evaluate(model_file, [path])
+    result = evaluate(model_file, [path], out=tmp_path / "record.json")
     assert (result.total, result.errors) == (wilson(1, 2), 1)
     assert result.answers[0].error.startswith("an image of question 0 cannot be read as an image")
+    writes = Writes(monkeypatch)
+    assert evaluate(model_file, [path], out=tmp_path / "record.json").total == wilson(1, 2)
+    assert writes.asked == []  # what was answered is not asked again
     path = write_parquet(tmp_path / "all.parquet", [broken] * 9)
     with pytest.raises(BitvlaError, match="none of the first 5 questions could be asked: an image"):
         evaluate(model_file, [path])

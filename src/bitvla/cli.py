@@ -44,6 +44,7 @@ def _demo(args: argparse.Namespace) -> Any:
 
 
 def _record(args: argparse.Namespace) -> Any:
+    from bitvla.runtime.machine import cores
     from bitvla.sim.record import record
 
     return record(
@@ -51,7 +52,7 @@ def _record(args: argparse.Namespace) -> Any:
         suite=args.suite,
         episodes=args.episodes,
         out=args.out,
-        processes=args.processes,
+        processes=args.processes or cores(),
         image_size=args.image_size,
         seed=args.seed,
     )
@@ -76,12 +77,17 @@ def _data_check(args: argparse.Namespace) -> Any:
 
     with display.progress("checking") as progress:
         checkup = check(args.dataset, horizon=args.horizon, progress=progress)
+    shown = msgspec.to_builtins(checkup) if args.json else display.checkup(checkup)
     written = {}
     if args.out is not None:
         written["report"] = report(checkup, args.out)
     if args.split is not None:
-        written["split"] = write_split(checkup, args.split)
-    return msgspec.to_builtins(checkup) if args.json else display.checkup(checkup) | written
+        try:
+            written["split"] = write_split(checkup, args.split)
+        except BitvlaError:
+            _print(shown, args)  # what was found may be why
+            raise
+    return shown if args.json else shown | written
 
 
 def _data_convert(args: argparse.Namespace) -> Any:
@@ -217,6 +223,8 @@ def _eval(args: argparse.Namespace) -> Any:
         policy = partial(bitvla.load, args.policy, threads=1, prune=args.prune)
     precision = "-full-precision" if args.full_precision else f"-pruned-{args.prune:g}" if args.prune else ""
     rules = f"-{args.protocol}" if args.protocol else ""
+    rules += f"-execute-{args.execute_horizon}" if args.execute_horizon else ""
+    rules += f"-from-{args.first_seed}" if args.first_seed else ""
     suite = args.suite.replace("/", "-")
     default = Path("reports") / f"{args.policy.stem}-{suite}{rules}{precision}.json"
     out = args.json if isinstance(args.json, Path) else default

@@ -8,18 +8,23 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import msgspec
+import rich.progress
 from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.padding import Padding
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, ProgressColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
+from rich.text import Text
 
 if TYPE_CHECKING:
     from bitvla.data.check import Checkup
     from bitvla.evaluate.result import Comparison, Drop, Result
     from bitvla.evaluate.statistics import Paired, Rate
     from bitvla.evaluate.vqa import VqaResult
+
+_AGAIN = "the same command tries these alone again"
+PLAIN_LINE_SECONDS = 30.0  # between two lines where nothing can be drawn
 
 
 def as_json(result: Any) -> str:
@@ -34,12 +39,28 @@ def show(result: Any) -> None:
     _put(msgspec.to_builtins(result, enc_hook=_encode), console)
 
 
+class Progress(rich.progress.Progress):
+    """rich's bars on standard error; where that is no terminal (nohup, CI, systemd), a plain line now and then."""
+
+    def __init__(self, *columns: ProgressColumn, console: Console | None = None, **options: Any) -> None:
+        console = console or Console(stderr=True)
+        super().__init__(*columns, console=console, disable=not console.is_terminal, **options)
+        self._last_line = self.get_time()
+
+    def update(self, *args: Any, **options: Any) -> None:
+        super().update(*args, **options)
+        if self.disable and self.get_time() - self._last_line >= PLAIN_LINE_SECONDS:
+            self._last_line = self.get_time()
+            columns = [column for column in self.columns if isinstance(column, ProgressColumn)]
+            cells = (column(task) for task in self.tasks for column in columns)
+            self.console.print(*(cell for cell in cells if isinstance(cell, Text)), soft_wrap=True)
+
+
 @contextmanager
 def progress(description: str) -> Iterator[Callable[[int, int, str], None]]:
-    """A bar on standard error, and the function that moves it: done, in all, and what was done last."""
+    """A bar that goes when it is full, and the function that moves it: done, in all, and what was done last."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    console = Console(stderr=True)
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+    with Progress(*columns, transient=True) as bar:
         task = bar.add_task(description, total=None)
         yield lambda done, total, last: bar.update(task, completed=done, total=total)
 
@@ -62,7 +83,7 @@ def evaluation(result: Result) -> dict[str, Any]:
         "milliseconds a chunk (median)": result.latency and result.latency.p50,
         "policy process MB (peak)": result.policy_peak_bytes / 1e6,
     }
-    return summary | ({"episodes that could not run": result.errors} if result.errors else {})
+    return summary | ({"episodes that could not run": f"{result.errors}; {_AGAIN}"} if result.errors else {})
 
 
 def answers(result: VqaResult) -> dict[str, Any]:
@@ -80,7 +101,7 @@ def answers(result: VqaResult) -> dict[str, Any]:
         "answers without a letter": result.without_letter,
         "milliseconds a question (median)": result.latency and result.latency.p50,
     }
-    summary |= {"questions that could not be asked": result.errors} if result.errors else {}
+    summary |= {"questions that could not be asked": f"{result.errors}; {_AGAIN}"} if result.errors else {}
     return summary | ({"questions without choices, skipped": result.skipped} if result.skipped else {})
 
 

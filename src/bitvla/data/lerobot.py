@@ -630,6 +630,8 @@ def read_info(root: Place) -> dict[str, Any]:
             f"{root} is a LeRobotDataset {version}, needed is {VERSION}; convert it with lerobot's "
             "convert_dataset_v21_to_v30"
         )
+    if not (isinstance(info["fps"], int | float) and info["fps"] > 0):
+        raise BitvlaError(f"{root} has an fps of {info['fps']!r}: write the rate of the recording into meta/info.json")
     return dict(info)
 
 

@@ -16,9 +16,8 @@ from threading import get_ident
 
 import numpy as np
 from numpy.typing import NDArray
-from rich.console import Console
-from rich.progress import track
 
+from bitvla.display import progress
 from bitvla.errors import BitvlaError
 
 Frame = NDArray[np.uint8]
@@ -71,11 +70,11 @@ class Pictures:
                 os.utime(self._path(camera, episode))
             except FileNotFoundError:
                 missing.append((camera, episode))
-        shown: Iterable[tuple[str, int]] = missing
-        if description and missing:
-            shown = track(missing, description, console=Console(stderr=True))
-        for camera, episode in shown:
-            self._write(camera, episode)
+        with progress(description) if description and missing else contextlib.nullcontext() as show:
+            for done, (camera, episode) in enumerate(missing, 1):
+                self._write(camera, episode)
+                if show:
+                    show(done, len(missing), "")
 
     def _path(self, camera: str, episode: int) -> str:
         return f"{self._folder}/{camera}-{episode:06d}.rgb"

@@ -54,20 +54,23 @@ def _decode(text: bytes, kind: type[T], origin: str) -> T:
 class Journal(Generic[E]):
     """The entries of an unfinished evaluation, one a line, safe against being killed at any moment.
 
-    The first line is `header`: what must be the same for the evaluation to go on. Opening it returns to what was done
-    before: `entries`, of type `kind`, holds by its job what need not be done again (an entry with an error is). With
-    `path` None it lives in memory only. When it closes after `complete` was set, the file goes. Raises BitvlaError when
-    the file belongs to another evaluation, or another evaluation is writing it now.
+    They lie in OUT.partial.jsonl beside the result `out`; with None in memory only. The first line is `header`: what
+    must be the same for the evaluation to go on. Opening it returns to what was done before: `entries`, of type `kind`,
+    holds by its job what need not be done again (an entry with an error is). When it closes after `complete` was set,
+    the file goes. Raises BitvlaError when the file belongs to another evaluation, when another evaluation is writing it
+    now, and where `out` cannot be a file.
     """
 
-    def __init__(self, path: Path | None, header: msgspec.Struct, kind: type[E], resume: bool = True) -> None:
-        self.path = path
+    def __init__(self, out: Path | None, header: msgspec.Struct, kind: type[E], resume: bool = True) -> None:
+        self.path = path = out and out.with_name(f"{out.name}.partial.jsonl")
         self.entries: dict[Any, E] = {}
         self._kind = kind
         self.complete = False
         self._file: io.FileIO | None = None
-        if path is None:
+        if out is None or path is None:
             return
+        if out.is_dir():
+            raise BitvlaError(f"{out} is a folder: name a file in it, as in {out / 'result.json'}")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             self._file = io.FileIO(path, "a+")
@@ -124,7 +127,8 @@ class Journal(Generic[E]):
 
 def _check_same(path: Path, expected: msgspec.Struct, found: msgspec.Struct) -> None:
     for name in expected.__struct_fields__:
-        if getattr(found, name) != getattr(expected, name):
+        # As JSON, so that the order of a dictionary counts: it numbers the questions of several files.
+        if msgspec.json.encode(getattr(found, name)) != msgspec.json.encode(getattr(expected, name)):
             raise BitvlaError(
                 f"{path} holds an unfinished evaluation with another {name}; finish it as it was begun, or delete it"
             )

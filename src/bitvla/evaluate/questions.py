@@ -167,7 +167,7 @@ def _parquet(path: Path) -> Any:
 
 def _lines(path: Path) -> list[str]:
     try:
-        return [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        return [line for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         raise BitvlaError(f"{path} cannot be read as JSON Lines: {getattr(error, 'strerror', None) or error}") from None
 

@@ -182,7 +182,7 @@ def compare(a: Result, b: Result) -> Comparison:
 def check_same(what: str, a: dict[str, Any], b: dict[str, Any]) -> None:
     """BitvlaError naming the first field in which two results may not differ, and do."""
     for name, value in a.items():
-        if value != b[name]:
+        if msgspec.json.encode(value) != msgspec.json.encode(b[name]):  # the order of files numbers the questions
             raise BitvlaError(f"cannot compare: the {what}s differ in {name} ({value} and {b[name]})")
 
 

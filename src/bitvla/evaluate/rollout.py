@@ -13,8 +13,9 @@ from typing import Any
 
 import msgspec
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from bitvla.display import Progress
 from bitvla.errors import BitvlaError
 from bitvla.evaluate.files import Journal, save
 from bitvla.evaluate.policy_host import PolicySource
@@ -24,6 +25,7 @@ from bitvla.evaluate.result import FORMAT, Result, summarize
 from bitvla.evaluate.statistics import rate_of
 from bitvla.evaluate.worker import SimulatorFacts, SimulatorSource
 from bitvla.files import write_whole
+from bitvla.runtime.machine import cores, processor
 
 ERRORS_IN_A_ROW = 5  # so many errors without one good episode: something is broken, stop
 
@@ -61,11 +63,11 @@ def evaluate(
         threads: of each policy process.
         ray: address of a Ray cluster on whose machines the simulators run (processes: default, one for each of its
             CPUs); "" is the one that this machine belongs to, or else a new one here.
-        out: write the result there (JSON). Until it is complete, its episodes lie beside it in OUT.partial.jsonl,
+        out: write the result there (JSON). Until every episode could run, they lie beside it in OUT.partial.jsonl,
             and the same call goes on from them; `resume=False` starts anew.
         films: folder for a film (MP4) of each task's first episode.
         on_episode: called with each episode when it has ended.
-        console: where a progress bar is shown (default: standard error).
+        console: where progress is shown (default: standard error).
 
     Raises:
         BitvlaError: policy and simulator cannot be had or do not fit, files cannot be written, or every episode
@@ -93,13 +95,13 @@ def evaluate(
             )
             if out is not None:
                 save(result, out)
-            journal.complete = True
+            journal.complete = not result.errors
     return result
 
 
 def _pool(spec: tuple[Any, ...], processes: int | None, threads: int, ray: str | None) -> Pool:
     if ray is None:
-        return Pool(spec, processes or available_cores(), threads)
+        return Pool(spec, processes or cores(), threads)
     from bitvla.evaluate.cluster import RayPool
 
     return RayPool(spec, processes, threads, ray)
@@ -117,6 +119,11 @@ def _protocol(
     horizon = execute_horizon or policy.execute_horizon
     if not 1 <= horizon <= policy.horizon:
         raise BitvlaError(f"cannot play {horizon} actions of a chunk: the policy answers {policy.horizon} at a time")
+    if first_seed + episodes > simulator.initial_states:
+        raise BitvlaError(
+            f"{episodes} episodes from seed {first_seed} are more than the {simulator.initial_states} initial states "
+            f"that '{simulator.name}' has a task: ask for at most {max(0, simulator.initial_states - first_seed)}"
+        )
     return Protocol(
         simulator=simulator.name,
         suite=suite,
@@ -144,7 +151,7 @@ def _journal(
         prune=policy.prune,
         versions=simulator.versions,
     )
-    return Journal(out and out.with_name(f"{out.name}.partial.jsonl"), header, Episode, resume)
+    return Journal(out, header, Episode, resume)
 
 
 def _run(
@@ -183,7 +190,7 @@ def _keep_film(episode: Episode, film: bytes, folder: Path, beside: Path | None)
 
 @contextlib.contextmanager
 def _progress(total: int, journal: Journal[Episode], console: Console | None) -> Iterator[Callable[[], None]]:
-    """A progress bar on standard error with the success rate so far."""
+    """A progress bar with the success rate so far."""
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -191,7 +198,7 @@ def _progress(total: int, journal: Journal[Episode], console: Console | None) ->
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=console or Console(stderr=True)) as bar:
+    with Progress(*columns, console=console) as bar:
         task = bar.add_task("starting", total=total)
 
         def show() -> None:
@@ -203,15 +210,7 @@ def _progress(total: int, journal: Journal[Episode], console: Console | None) ->
         yield show
 
 
-def available_cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def machine() -> Machine:
     """What this evaluation runs on."""
-    cpu = platform.processor() or platform.machine()
-    with contextlib.suppress(OSError, IndexError):
-        cpu = Path("/proc/cpuinfo").read_text().split("model name")[1].split("\n")[0].strip(" \t:")
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return Machine(cpu=cpu, cores=available_cores(), memory_bytes=memory, system=platform.platform())
+    return Machine(cpu=processor(), cores=cores(), memory_bytes=memory, system=platform.platform())

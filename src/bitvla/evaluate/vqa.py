@@ -34,8 +34,8 @@ MAX_TOKENS = 16  # of an answer, in lmms-eval
 
 
 class Rules(Record, frozen=True, kw_only=True):
-    """Results are comparable when these are equal. `files` are the names of the questions' files by their SHA-256;
-    `limit` is how many questions were asked, from the first on, None for all."""
+    """Results are comparable when these are equal. `files` are the names of the questions' files by their SHA-256, in
+    the order in which they are asked; `limit` is how many questions were asked, from the first on, None for all."""
 
     format: int = FORMAT
     layout: str
@@ -98,9 +98,9 @@ def evaluate(
 ) -> VqaResult:
     """Ask the model in `source` the questions in `files` and return the result, with the 95 % interval of its accuracy.
 
-    `out` is where the result is written (JSON). Until it is complete, answers lie beside it in OUT.partial.jsonl, and
-    the same call goes on from them; `resume=False` starts anew. Raises BitvlaError for a model that sees no images, for
-    files that are no questions, and where the first questions all cannot be asked.
+    `out` is where the result is written (JSON). Until all could be asked, answers lie beside it in OUT.partial.jsonl,
+    and the same call goes on from them; `resume=False` starts anew. Raises BitvlaError for a model that sees no images,
+    for files that are no questions, and where the first questions all cannot be asked.
     """
     start = time.perf_counter()
     layout, questions = read_questions(files)
@@ -108,16 +108,18 @@ def evaluate(
     model = LanguageModel.load(source, threads)
     if model.vision is None:
         raise BitvlaError(f"{source}: {NO_TOWER}")
+    names = {sha256(path): path.name for path in files}
+    if len(names) < len(files):
+        raise BitvlaError(f"{', '.join(map(str, files))}: two of these are the same questions; leave one out")
     rules = Rules(
         layout=layout,
-        files={sha256(path): path.name for path in files},
+        files=names,
         limit=limit,
         max_tokens=max_tokens,
         model=model.bundle.sha256,
     )
-    skipped, path = 0, out and out.with_name(f"{out.name}.partial.jsonl")
-    conversation = None
-    with Journal(path, rules, Answer, resume) as journal:
+    skipped, conversation = 0, None
+    with Journal(out, rules, Answer, resume) as journal:
         for number, question in _first(questions, limit):
             if question is None:
                 skipped += 1
@@ -132,7 +134,7 @@ def evaluate(
         result = _summarize(rules, model, answers, skipped, time.perf_counter() - start)
         if out is not None:
             save(result, out)
-        journal.complete = True
+        journal.complete = not result.errors
     return result
 
 

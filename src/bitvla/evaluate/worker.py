@@ -20,6 +20,7 @@ from bitvla.evaluate.policy_host import PolicyHost, PolicySource
 from bitvla.evaluate.process import Remote
 from bitvla.evaluate.record import Episode, Job, PolicyFacts, Protocol, Record, Seconds
 from bitvla.evaluate.video import Film
+from bitvla.sim.base import TRAINING_SEEDS
 
 if TYPE_CHECKING:
     from bitvla.sim.base import Simulator
@@ -37,6 +38,7 @@ class SimulatorFacts(Record, frozen=True, kw_only=True):
     groups: tuple[tuple[str, ...], ...]
     max_steps: int
     image_size: int
+    initial_states: int
     versions: dict[str, str]
     benchmark_protocol: str | None = None
 
@@ -70,6 +72,7 @@ class Worker:
             groups=tuple(groups(self._suite)) if groups and self._suite == "swap" else (),
             max_steps=steps_of(self._suite) if steps_of else simulator.max_steps,
             image_size=simulator.image_size,
+            initial_states=getattr(simulator, "initial_states", TRAINING_SEEDS),
             versions=_versions(simulator),
             benchmark_protocol=getattr(simulator, "benchmark_protocol", None),
         )

@@ -44,7 +44,8 @@ class Simulator(Protocol):
     """A simulated robot with cameras, one task at a time.
 
     The initial state after ``reset`` is a pure function of ``(task, seed, ambiguous)``. One that also has
-    ``moment() -> Moment`` gets its failures sorted by the evaluation.
+    ``moment() -> Moment`` gets its failures sorted by the evaluation; one whose benchmark lists its initial states says
+    in ``initial_states`` how many.
     """
 
     name: str

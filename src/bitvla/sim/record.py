@@ -16,6 +16,7 @@ import threading
 import zlib
 from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
 from multiprocessing import get_context, parent_process
 from pathlib import Path
@@ -23,10 +24,10 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 
 from bitvla.data.lerobot import Episode, LeRobotWriter, claim
+from bitvla.display import Progress
 from bitvla.errors import BitvlaError
 from bitvla.sim.base import TRAINING_SEEDS, Simulator, make_simulator
 
@@ -64,7 +65,7 @@ def record(
     *,
     seed: int = 0,
     image_size: int = 128,
-    processes: int | None = None,
+    processes: int = 1,
 ) -> dict[str, Any]:
     """Record `episodes` demonstrations of every task of `suite` into the dataset `out`, or go on doing so.
 
@@ -101,8 +102,8 @@ def record(
         jobs = [Job(i * len(tasks) + k, task, i) for i in range(episodes) for k, task in enumerate(tasks)]
         pending = jobs[writer.num_episodes :]
         if pending:
-            with _named_disk_errors(out):
-                _record_all(pending, settings, writer, out, processes or os.cpu_count() or 1)
+            with _explained(out):
+                _record_all(pending, settings, writer, out, processes)
         shutil.rmtree(out / ".staging", ignore_errors=True)
     summary = {"out": str(out), "tasks": len(tasks), "episodes": writer.num_episodes, "recorded_now": len(pending)}
     return summary | ({"left_out": left_out} if left_out else {})
@@ -113,11 +114,10 @@ def _record_all(jobs: list[Job], settings: Settings, writer: LeRobotWriter, out:
     staging.mkdir(exist_ok=True)
     missing = [job for job in jobs if not _staged(staging, job).exists()]
     missing.sort(key=lambda job: (job.number // BATCH, job.task))  # changing the task can cost seconds
-    console = Console(stderr=True)
     columns = [TextColumn("recording"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()]
     pool = ProcessPoolExecutor(processes, mp_context=get_context("spawn"), initializer=_start_worker)
     try:
-        with Progress(*columns, TextColumn("{task.fields[last]}"), console=console) as progress:
+        with Progress(*columns, TextColumn("{task.fields[last]}")) as progress:
             total = jobs[-1].number + 1
             bar = progress.add_task("", total=total, completed=total - len(missing), last="")
             futures: dict[Future[str], Job] = {pool.submit(_work, job, settings, staging): job for job in missing}
@@ -168,10 +168,7 @@ def _end_with_parent() -> None:
 
 
 def _work(job: Job, settings: Settings, staging: Path) -> str:
-    key = (settings.env, settings.image_size)
-    if key not in _simulators:
-        _simulators[key] = make_simulator(settings.env, image_size=settings.image_size)
-    episode = record_episode(_simulators[key], job, settings.seed)
+    episode = _with_simulator(job, settings)
     path = _staged(staging, job)
     temporary = path.with_suffix(".tmp")
     arrays: dict[str, NDArray[Any]] = {f"images/{name}": images for name, images in episode.images.items()}
@@ -180,6 +177,27 @@ def _work(job: Job, settings: Settings, staging: Path) -> str:
         np.savez(file, task=episode.task, extra=json.dumps(dict(episode.extra)), **arrays)  # type: ignore[arg-type]
     os.replace(temporary, path)
     return f"{job.task} {episode.length} frames"
+
+
+def _with_simulator(job: Job, settings: Settings) -> Episode:
+    """The episode. A simulator that dies is replaced; one that dies at the same job again is a BitvlaError."""
+    key = (settings.env, settings.image_size)
+    for last in (False, True):
+        try:
+            if key not in _simulators:
+                _simulators[key] = make_simulator(settings.env, image_size=settings.image_size)
+            return record_episode(_simulators[key], job, settings.seed)
+        except BitvlaError:
+            raise
+        except Exception as error:
+            if key in _simulators:
+                _simulators.pop(key).close()
+            if last:
+                raise BitvlaError(
+                    f"the simulator failed twice at '{job.task}' (episode {job.index}): {error}. What was recorded is "
+                    "kept; `bitvla doctor` tells what this machine lacks"
+                ) from None
+    raise AssertionError
 
 
 def record_episode(simulator: Simulator, job: Job, seed: int) -> Episode:
@@ -280,9 +298,14 @@ def _load(path: Path) -> Episode:
 
 
 @contextlib.contextmanager
-def _named_disk_errors(out: Path) -> Iterator[None]:
+def _explained(out: Path) -> Iterator[None]:
     try:
         yield
+    except BrokenProcessPool:
+        raise BitvlaError(
+            f"recording to {out} stopped: one of its processes was ended from outside, as where memory runs out. "
+            "Everything recorded so far is kept; run the same command again, with fewer --processes"
+        ) from None
     except OSError as error:
         raise BitvlaError(
             f"recording to {out} stopped: {error.strerror or error}. Everything recorded so far is kept; free some "

@@ -15,7 +15,7 @@ from pathlib import Path
 import msgspec
 
 from bitvla.data.check.cameras import CameraRecord, watch_camera
-from bitvla.data.check.rules import Finding
+from bitvla.data.check.rules import MIN_SPLIT, Finding
 from bitvla.data.check.source import Source
 from bitvla.data.check.tables import Dimension, check_times, count_tasks, dimensions_of, read_tables, recovery_share
 from bitvla.data.check.workspace import Coverage, coverage_of
@@ -97,7 +97,11 @@ def _forward(progress: Progress, begin: int, total: int, what: str, done: int) -
 def split(checkup: Checkup) -> dict[str, list[int]]:
     """The proposed split: episode numbers to train on, and the region of the workspace held out."""
     if checkup.coverage is None:
-        raise BitvlaError(f"{checkup.dataset} has too few usable episodes to hold a region out; record at least ten")
+        raise BitvlaError(
+            f"no region of {checkup.dataset} can be held out: that takes at least {MIN_SPLIT} episodes "
+            f"({checkup.episodes} are there), each with a finite state in its first frame, and not all from one place; "
+            "mend what was found, or record more"
+        )
     inside = [cluster == checkup.coverage.held_out for cluster in checkup.coverage.clusters]
     return {
         "train": [i for i, held in enumerate(inside) if not held],

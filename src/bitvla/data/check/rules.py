@@ -24,6 +24,7 @@ RECOVERIES = 0.10  # share of the episodes; recordings of this project hold 20 %
 IMBALANCE = 5.0  # most over least episodes of a task
 THIN_CLUSTER = 0.02  # share of the episodes
 MIN_CLUSTERS, MAX_CLUSTERS, HELD_OUT = 5, 12, 0.10  # enough that one is about a tenth
+MIN_SPLIT = 10  # episodes
 THUMBNAIL, BLOCK, REFERENCES = 64, 8, 25
 
 

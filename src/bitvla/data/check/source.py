@@ -60,11 +60,19 @@ class Source:
             return None
         return np.stack(list(rows[key])).astype(np.float64)
 
+    def quantiles(self, key: str) -> tuple[Floats | None, Floats | None]:
+        """The stored q01 and q99 (n,); None for what is missing or of another size."""
+        stored = (self.stats.get(key, {}).get(name) for name in ("q01", "q99"))
+        bounds = (None if bound is None else np.asarray(bound, np.float64) for bound in stored)
+        low, high = (
+            bound if bound is not None and bound.shape == (len(self.names(key)),) else None for bound in bounds
+        )
+        return low, high
+
     def scale(self, key: str) -> Floats:
         """The range of each dimension by the stored quantiles, 1 where these say nothing."""
-        size, stats = len(self.names(key)), self.stats.get(key, {})
-        low, high = stats.get("q01") or [], stats.get("q99") or []
-        if len(low) != size or len(high) != size:
-            return np.ones(size)
-        width = np.asarray(high, np.float64) - np.asarray(low, np.float64)
+        low, high = self.quantiles(key)
+        if low is None or high is None:
+            return np.ones(len(self.names(key)))
+        width = high - low
         return np.where(np.isfinite(width) & (width > rules.CONSTANT), width, 1.0)

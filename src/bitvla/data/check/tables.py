@@ -37,7 +37,7 @@ class Tables:
     high: dict[str, Floats] = field(default_factory=dict)
     outside: dict[str, Floats] = field(default_factory=dict)
     count: Counter[str] = field(default_factory=Counter)
-    periods: list[float] = field(default_factory=list)
+    periods: dict[int, float] = field(default_factory=dict)
     gaps: dict[int, float] = field(default_factory=dict)
     uneven: dict[int, float] = field(default_factory=dict)
     steps: int = 0
@@ -105,25 +105,18 @@ def _read_vector(
 
 
 def _outside(dataset: Source, key: str, values: Floats) -> Floats:
-    low, high = _quantiles(dataset, key)
+    low, high = dataset.quantiles(key)
     if low is None or high is None:
         return np.zeros(values.shape[1])
     slack = 1e-6 * (1 + np.abs(values))  # the quantiles went through text
     return ((values < low - slack) | (values > high + slack)).sum(axis=0).astype(np.float64)
 
 
-def _quantiles(dataset: Source, key: str) -> tuple[Floats | None, Floats | None]:
-    size, stats = len(dataset.names(key)), dataset.stats.get(key, {})
-    bounds = [np.asarray(stats[name], np.float64) if stats.get(name) else None for name in ("q01", "q99")]
-    low, high = (None if bound is None or bound.shape != (size,) else bound for bound in bounds)
-    return low, high
-
-
 def _read_times(dataset: Source, table: Tables, episode: int, rows: pd.DataFrame) -> None:
     if "timestamp" not in rows or len(rows) < 2:
         return
     steps = np.diff(rows["timestamp"].to_numpy(np.float64))
-    table.periods.append(float(np.median(steps)))
+    table.periods[episode] = float(np.median(steps))
     period = 1 / dataset.fps
     if steps.max() > rules.GAP * period:
         table.gaps[episode] = float(steps.max())
@@ -140,7 +133,7 @@ def dimensions_of(dataset: Source, table: Tables, findings: list[Finding]) -> li
     for key in dataset.vectors:
         if key not in table.low:
             continue
-        low, high = _quantiles(dataset, key)
+        low, high = dataset.quantiles(key)
         trained = key != "observation.environment_state"  # that one only describes the scene
         if trained and (low is None or high is None):
             findings.append(
@@ -164,48 +157,50 @@ def dimensions_of(dataset: Source, table: Tables, findings: list[Finding]) -> li
             )
             dimensions.append(dimension)
             if trained and known:
-                findings += _judge(dimension)
+                findings += _judge(dimension, table.count[key])
     return dimensions
 
 
-def _judge(dimension: Dimension) -> Iterator[Finding]:
+def _judge(dimension: Dimension, count: int) -> Iterator[Finding]:
     subject = f"'{dimension.name}' of '{dimension.feature}'"
     assert dimension.q01 is not None
     assert dimension.q99 is not None
     assert dimension.outside is not None
     width = dimension.q99 - dimension.q01
+    warning, error = (share + 2 / count for share in (rules.OUTSIDE_WARNING, rules.OUTSIDE_ERROR))  # of few, the ends
     if not width > rules.CONSTANT:  # also NaN
         yield rules.CONSTANT_DIMENSION.found(
             subject=subject,
             value=f"constant or not finite: q01 {dimension.q01:.6g}, q99 {dimension.q99:.6g}",
             threshold=f"q99 - q01 above {rules.CONSTANT:g}",
         )
-    elif dimension.outside > rules.OUTSIDE_WARNING:
-        severe = dimension.outside > rules.OUTSIDE_ERROR
+    elif dimension.outside > warning:
+        severe = dimension.outside > error
         yield (rules.FAR_OFF_QUANTILES if severe else rules.OFF_QUANTILES).found(
             subject=subject,
             value=f"{100 * dimension.outside:.1f} % of the values outside q01 to q99",
-            threshold=f"{100 * (rules.OUTSIDE_ERROR if severe else rules.OUTSIDE_WARNING):g} %",
+            threshold=f"{100 * (error if severe else warning):.3g} %",
         )
 
 
 def check_times(dataset: Source, table: Tables, horizon: int, findings: list[Finding]) -> None:
     """The rate, gaps and lengths of the episodes."""
     period = 1 / dataset.fps
-    if table.periods and abs(np.median(table.periods) - period) > rules.JITTER * period:
+    # A period that is not a number is off too.
+    off = [i for i, step in table.periods.items() if not abs(step - period) <= rules.JITTER * period]
+    if off:
         findings.append(
             rules.WRONG_RATE.found(
-                subject="the rate of the timestamps",
-                value=f"{1 / float(np.median(table.periods)):.4g} Hz",
-                threshold=f"{dataset.fps:g} fps in meta/info.json, within {100 * rules.JITTER:g} %",
+                subject=f"the timestamps of {rules.named(off)}",
+                value=f"{1e3 * table.periods[off[0]]:.4g} ms between two frames",
+                threshold=f"{1e3 * period:.4g} ms at {dataset.fps:g} fps, within {100 * rules.JITTER:g} %",
             )
         )
-    elif table.gaps:
-        worst = max(table.gaps.values())
+    if gaps := {i: step for i, step in table.gaps.items() if i not in off}:
         findings.append(
             rules.DROPPED_FRAMES.found(
-                subject=rules.named(table.gaps),
-                value=f"{1e3 * worst:.4g} ms between two frames",
+                subject=rules.named(gaps),
+                value=f"{1e3 * max(gaps.values()):.4g} ms between two frames",
                 threshold=f"{1e3 * rules.GAP * period:.4g} ms",
             )
         )

@@ -25,20 +25,21 @@ class Coverage(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def coverage_of(dataset: Source, table: Tables, findings: list[Finding]) -> Coverage | None:
-    """Clusters of where episodes begin, in deviations from their task's mean, so that none of them is just a task."""
+    """Clusters of where episodes begin, in deviations from their task's mean, so that none of them is just a task.
+
+    None where there are not two: of few episodes, of any without a finite state at first, of all from one place.
+    """
     keys = [key for key in dataset.vectors if key != "action"]
-    starts = [
-        [values for key in keys if (values := table.starts[key][i]) is not None] for i in range(len(table.lengths))
-    ]
-    usable = [i for i, parts in enumerate(starts) if len(parts) == len(keys)]
-    if len(usable) < max(10, len(table.lengths)) or not keys:
+    episodes = range(len(table.lengths))
+    starts = [[part for key in keys if (part := table.starts[key][i]) is not None] for i in episodes]
+    if not keys or len(starts) < rules.MIN_SPLIT or any(len(parts) < len(keys) for parts in starts):
         return None
     points = np.stack([np.concatenate(parts) for parts in starts])
     frame = pd.DataFrame(points)
     tasks = dataset.tasks() if "env_task" in dataset.episodes else [""] * len(points)
     # Recoveries begin far from where a robot is switched on; they would be a cluster of their own.
     usual = ~dataset.episodes.get("recovery", pd.Series(np.zeros(len(points)))).to_numpy(bool)
-    if usual.sum() < 10:
+    if usual.sum() < rules.MIN_SPLIT:
         usual[:] = True
     by_task = frame.where(pd.Series(usual), axis=0).groupby(np.array(tasks))
     spread = by_task.transform("std")
@@ -48,6 +49,8 @@ def coverage_of(dataset: Source, table: Tables, findings: list[Finding]) -> Cove
         return None
     labels = _cluster(relative, usual)
     sizes = np.bincount(labels)
+    if len(sizes) == 1:
+        return None
     findings += [
         rules.THIN_REGION.found(
             subject=f"region {cluster} of the workspace: {rules.named(np.flatnonzero(labels == cluster))}",
@@ -71,7 +74,7 @@ def _cluster(everything: Floats, usual: NDArray[np.bool_]) -> NDArray[np.int64]:
     """
     points = everything[usual]
     best, labels = -np.inf, np.zeros(len(everything), np.int64)
-    most = min(rules.MAX_CLUSTERS, len(points) // 5)
+    most = min(rules.MAX_CLUSTERS, len(points) // 5, len(np.unique(points, axis=0)))
     for count in range(min(rules.MIN_CLUSTERS, most), most + 1):
         try:
             centers, candidate = kmeans2(points, count, minit="++", rng=0, missing="raise")

@@ -84,7 +84,7 @@ class Libero:
     of the OSC_POSE controller and the gripper (-1 opens, 1 closes).
 
     Raises:
-        BitvlaError: LIBERO is not installed, unknown protocol, or a size out of range.
+        BitvlaError: LIBERO is not installed or does not start, unknown protocol, or a size out of range.
         LiberoProcessError: the process died (also from any method).
     """
 
@@ -102,6 +102,7 @@ class Libero:
     action_noise: tuple[float, ...] = (1.0, 1.0, 1.0, 0.1, 0.1, 0.1, 1.0)  # 1 is 5 cm, but half a radian
     control_hz = 20.0
     max_steps = 520  # of the longest suite; `steps_of` tells each
+    initial_states = EPISODES
 
     def __init__(
         self, image_size: int = 256, protocol: str = "official", python: Path | None = None, server: Path | None = None
@@ -120,6 +121,9 @@ class Libero:
         self._server = _Server(python or find_python(), server or Path(__file__).with_name("server.py"))
         try:
             self.versions: dict[str, str] = self._server.call("versions")
+        except LiberoProcessError as error:
+            self.close()
+            raise BitvlaError(f"LIBERO does not start: {error}; `make libero` makes its environment anew") from None
         except BaseException:
             self.close()
             raise

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import difflib
 import math
 import os
 import socket
@@ -129,23 +130,29 @@ class Simulation:
 
     def _suite(self, name: str) -> Any:
         if name not in self._suites:
-            raise RefusedError(f"unknown LIBERO suite '{name}': available are {', '.join(sorted(self._suites))}")
+            near = difflib.get_close_matches(name, self._suites, n=3) or sorted(self._suites)[:3]
+            raise RefusedError(
+                f"unknown LIBERO suite '{name}': there are {', '.join(near)} and others, which `libero-pro list` names"
+            )
         if name not in self._made:
             self._made[name] = self._suites[name]()
         return self._made[name]
 
     def _open(self, suite: str, number: int) -> None:
-        from libero.libero.envs import OffScreenRenderEnv
-
         self.close()
         tasks = self._suite(suite)
+        try:
+            self._initial = tasks.get_task_init_states(number)
+        except FileNotFoundError as error:  # the package knows more suites than it has files for
+            raise RefusedError(f"{suite}/{number} is incomplete: {error}") from None
+        from libero.libero.envs import OffScreenRenderEnv
+
         self._env = OffScreenRenderEnv(
             bddl_file_name=tasks.get_task_bddl_file_path(number), use_camera_obs=False, hard_reset=False
         )
         self._env.seed(0)
         self._unplaced = unplaced_fixtures(self._env.env)
         self._sight, self._world = Sight(self._env.env), World(self._env.env)
-        self._initial = tasks.get_task_init_states(number)
         self._task = (suite, number)
 
     def close(self) -> None:
