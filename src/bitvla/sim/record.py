@@ -154,6 +154,7 @@ _simulators: dict[tuple[str, int], Simulator] = {}
 
 
 def _start_worker() -> None:
+    os.environ.setdefault("LP_NUM_THREADS", "0")  # Mesa renders in this thread: there is a simulator on each core
     # Ctrl-C belongs to the main process, which ends the workers.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
