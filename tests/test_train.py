@@ -17,9 +17,10 @@ from safetensors.torch import load_file
 from bitvla.convert.pack import pack
 from bitvla.data.lerobot import LeRobotDataset
 from bitvla.errors import BitvlaError
+from bitvla.model.network import BitVLA
 from bitvla.model.policy import TorchPolicy
 from bitvla.train import batches, stages
-from bitvla.train.config import Augmentation
+from bitvla.train.config import Augmentation, load, policy_config
 from bitvla.train.loop import run
 from datasets import make_writer, random_episode, write_dataset
 from training import FLOW, POLICY, TOKENS, losses_of, windows, write_config
@@ -173,6 +174,64 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_checkpoint(data, tmp
         run("finetune", write_config(tmp_path), data, tmp_path / "out")
     assert torch.load(tmp_path / "out" / "training_state.pt", weights_only=True)["step"] == 4
     TorchPolicy.load(tmp_path / "out")
+
+
+def test_a_gradient_that_is_not_finite_moves_nothing(data, tmp_path, monkeypatch):
+    """Of a finite loss: with it the next checkpoint, at step 4, would hold nothing but NaN."""
+    from bitvla.train import loop
+
+    calls, backward = [], loop.Accelerator.backward
+
+    def poisoned(self, loss):
+        backward(self, loss)
+        calls.append(loss)
+        if len(calls) == 4:
+            self._optimizers[0].param_groups[0]["params"][0].grad.fill_(float("nan"))
+
+    monkeypatch.setattr(loop.Accelerator, "backward", poisoned)
+    with pytest.raises(
+        BitvlaError, match=r"gradient became nan at step 3, on episodes [0-9, ]+ of random; nothing was"
+    ):
+        run("finetune", write_config(tmp_path, clip_gradient=0), data, tmp_path / "out")
+    assert not (tmp_path / "out" / "model.safetensors").exists()
+
+
+def test_ctrl_c_is_heard_while_videos_are_decoded(data, tmp_path, monkeypatch):
+    monkeypatch.setattr(batches.Windows, "prepare", lambda self, step: os.kill(os.getpid(), signal.SIGINT))
+    with pytest.raises(KeyboardInterrupt):
+        run("finetune", write_config(tmp_path), data, tmp_path / "out")
+    assert not (tmp_path / "out" / "model.safetensors").exists()
+
+
+def test_a_run_on_a_gpu_goes_on_without_one(data, tmp_path, monkeypatch):
+    config = write_config(tmp_path)
+    monkeypatch.setattr(torch.serialization, "location_tag", lambda storage: "cuda:0")
+    run("finetune", config, data, tmp_path / "out")
+    monkeypatch.undo()
+    assert run("finetune", config, data, tmp_path / "out")["steps"] == 8
+
+
+def test_matrices_decay_and_places_do_not(data, tmp_path):
+    from bitvla.train import loop
+
+    policy = POLICY.replace("head_hidden_size = 16, head_blocks = 1", f"flow = {_inline(FLOW)}").replace(
+        "slots_per_step = 1,", "slots_per_step = 1, head_hidden_size = 0, head_blocks = 0,"
+    )
+    config = load(write_config(tmp_path, policy))
+    network = BitVLA(policy_config(config.policy, LeRobotDataset(data), "full"), image_id=0, proprio_id=2)
+    names = {id(parameter): name for name, parameter in network.named_parameters()}
+    decaying = {
+        names[id(parameter)]
+        for optimizer in loop.optimizers(network, torch.nn.Module(), config)
+        for group in optimizer.param_groups
+        for parameter in group["params"]
+        if group["weight_decay"]
+    }
+    assert decaying == {n for n, p in network.named_parameters() if p.ndim >= 2 and "position" not in n}
+
+
+def _inline(values: dict[str, Any]) -> str:
+    return "{ " + ", ".join(f"{key} = {value}" for key, value in values.items()) + " }"
 
 
 def test_another_configuration_does_not_continue_a_run(data, tmp_path):

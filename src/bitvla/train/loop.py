@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ import msgspec
 import torch
 import transformers
 from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate.utils import InitProcessGroupKwargs, set_seed
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from tokenizers import Tokenizer
@@ -107,8 +108,7 @@ def run(
             for source, name in zip(sources, names, strict=True)
         ]
         trainer = Trainer(stage, config, datasets, Path(out), start, teacher, opened, sentences)
-    with _interruptible() as interrupted:
-        return trainer.train(interrupted)
+    return trainer.train()
 
 
 def check_stage(stage: str, teacher: Path | None) -> None:
@@ -195,7 +195,8 @@ class Trainer:
             keypoints = 0 if datasets[0].keypoints is None else datasets[0].keypoints.shape[2]
         self.auxiliary = stages.AuxiliaryHead(self.network.config, positions, keypoints)
         # Without gradients where nothing is asked of them, as several processes demand.
-        self.auxiliary.linear.requires_grad_(bool(positions and config.auxiliary_weight and stage != "pretrain"))
+        acts = stage in ("finetune", "distill")
+        self.auxiliary.linear.requires_grad_(bool(positions and config.auxiliary_weight and acts))
         self.auxiliary.points.requires_grad_(bool(keypoints and config.keypoint_weight and stage != "pretrain"))
         # What is saved: whole, and not on the device; brought up to date with the averages when it is needed.
         self.averaged = copy.deepcopy(self.network).requires_grad_(False)
@@ -251,17 +252,21 @@ class Trainer:
     def _sharded(self) -> bool:
         return self.config.shard and self.accelerator.num_processes > 1
 
-    def train(self, interrupted: list[int]) -> dict[str, Any]:
+    def train(self) -> dict[str, Any]:
         config, passes = self.config, self.config.gradient_accumulation
         split = {"rank": self.accelerator.process_index, "world_size": self.accelerator.num_processes}
         with self.accelerator.local_main_process_first():  # which decodes the videos once
+        try:
+            self.out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise BitvlaError(f"--out {self.out} cannot be a folder: {error.strerror}; choose another") from None
             self.windows = self._windows("train", **split)
             self.windows.prepare(self.step * passes)
         self._announce(self.windows)
         steps = range(self.step * passes, config.steps * passes)
         losses: dict[str, float] = {}
         latest: list[stages.Losses] = []
-        with self._progress() as progress:
+        with _interruptible() as interrupted, self._progress() as progress:
             bar = progress.add_task(self.stage, total=config.steps, completed=self.step, losses="")
             for number, window in zip(steps, batches(self.windows, steps, config.workers), strict=True):
                 self.number = number
@@ -286,15 +291,12 @@ class Trainer:
         with self.accelerator.accumulate(self.trained):
             with self.accelerator.autocast():
                 losses: stages.Losses = self.trained(_to(window, self.accelerator.device))
-            if not torch.isfinite(losses["loss"]):
-                raise BitvlaError(
-                    f"the loss became {losses['loss'].item()} at step {self.step}, on "
-                    f"{self.windows.where(self.number)}; the last good checkpoint is in {self.out}. Lower "
-                    "learning_rate or look at these data"
-                )
+            self._check_finite("loss", losses["loss"], passes=1)
             self.accelerator.backward(losses["loss"])
-            if self.accelerator.sync_gradients and self.config.clip_gradient:
-                self.accelerator.clip_grad_norm_(self.trained.parameters(), self.config.clip_gradient)
+            if self.accelerator.sync_gradients:
+                limit = self.config.clip_gradient or math.inf
+                norm = self.accelerator.clip_grad_norm_(self.trained.parameters(), limit)
+                self._check_finite("gradient", norm, passes=self.config.gradient_accumulation)
             for optimizer in self.optimizers:
                 if self.step == self.config.weight_decay_steps:
                     for group in optimizer.param_groups:
@@ -310,6 +312,18 @@ class Trainer:
 
     @torch.no_grad()
     def _average(self) -> None:
+    def _check_finite(self, what: str, value: Tensor, passes: int) -> None:
+        """Before it moves the weights: what is saved stays good. It is of the last so many `passes`."""
+        number = float(_whole(value.detach()))
+        if not math.isfinite(number):
+            places = dict.fromkeys(self.windows.where(i) for i in range(self.number + 1 - passes, self.number + 1))
+            kept = (self.out / STATE_FILE).exists()
+            raise BitvlaError(
+                f"the {what} became {number} at step {self.step}, on {'; '.join(places)}; "
+                f"{f'the last good checkpoint is in {self.out}' if kept else 'nothing was saved before'}. "
+                "Lower learning_rate or look at these data"
+            )
+
         """Exponential moving average that follows closely at first: a short run is not averaged with its start."""
         decay = min(self.config.ema_decay, (1 + self.step) / (10 + self.step)) if self.step else 0
         torch._foreach_lerp_(self.averages, [parameter.detach() for parameter in self.parameters], 1 - decay)
@@ -425,10 +439,12 @@ class Trainer:
         if not path.is_file():
             return None
         try:
-            state: dict[str, Any] = torch.load(path, weights_only=True)
+            # To memory, wherever it was: each process brings its own part to its own device.
+            state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+            identity = state["identity"]
         except Exception as error:
             raise BitvlaError(f"{path} cannot be read ({error}); delete it to start this run again") from None
-        if state["identity"] != self._identity():
+        if identity != self._identity():
             raise BitvlaError(
                 f"{self.out} holds a run with another configuration, data or start; choose another --out or delete it"
             )
@@ -536,7 +552,6 @@ class Trainer:
 
     def _record(self, values: dict[str, float]) -> None:
         if self.accelerator.is_main_process:
-            self.out.mkdir(parents=True, exist_ok=True)
             with (self.out / "metrics.jsonl").open("a") as file:
                 file.write(json.dumps({"step": self.step, **values}) + "\n")
             self.accelerator.log(values, step=self.step)
@@ -575,7 +590,7 @@ def optimizers(network: Backbone, auxiliary: torch.nn.Module, config: TrainConfi
     for p in [*network.parameters(), *auxiliary.parameters()]:
         if not p.requires_grad:
             continue
-        key = (config.optimizer == "muon" and id(p) in inside, id(p) in vision, p.ndim >= 2)
+        key = (config.optimizer == "muon" and id(p) in inside, id(p) in vision, p.ndim >= 2 and id(p) not in places)
         groups.setdefault(key, []).append(p)
     rates = {True: config.vision_learning_rate or config.learning_rate, False: config.learning_rate}
     by_kind: dict[bool, list[dict[str, Any]]] = {False: [], True: []}
@@ -585,6 +600,7 @@ def optimizers(network: Backbone, auxiliary: torch.nn.Module, config: TrainConfi
     adamw = torch.optim.AdamW(by_kind[False])
     # Updates as large as AdamW's, so that one learning rate serves both.
     return [adamw, torch.optim.Muon(by_kind[True], adjust_lr_fn="match_rms_adamw")] if by_kind[True] else [adamw]
+    places = {id(p) for name, p in network.named_parameters() if "position_embedding" in name}
 
 
 def shard(network: torch.nn.Module) -> None:
@@ -656,6 +672,8 @@ def _accelerator(config: TrainConfig, out: Path) -> Accelerator:
 def start_config(stage: str, config: TrainConfig, start: Source | None, dataset: LeRobotDataset) -> PolicyConfig:
     """The policy that a stage trains: the one of the checkpoint `start`, or a new one, as over a base model."""
     stored = start.config if start is not None and isinstance(start.config, PolicyConfig) else None
+        # All wait for the one that decodes videos or saves, which may take longer than ten minutes.
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=12))],
     if stored is not None and bool(stored.action.bins) == (stage == "pretrain"):
         policy = msgspec.structs.replace(stored, precision=config.precision)
     elif start is not None and stored is not None and stage == "pretrain":
