@@ -336,7 +336,7 @@ class LeRobotDataset:
         """What is said in each episode."""
         path = self.root / "meta" / "tasks.parquet"
         tasks = read_table(path, needed=["task_index"])
-        said = tasks["task"] if "task" in tasks else tasks.index  # LeRobot has it as the index
+        said = tasks.get("task", tasks.index)  # LeRobot has it as the index
         names = dict(zip(tasks["task_index"], said, strict=True))
         first = self._frames["task_index"].to_numpy()[[begin for begin, _ in self.episode_ranges]]
         for episode, number in enumerate(first):
