@@ -250,6 +250,9 @@ def test_another_configuration_does_not_continue_a_run(data, tmp_path):
         ("finetune", {"trackers": ["wandb"]}, "'wandb' is not installed"),
         ("finetune", {"batch_size": 0}, "batch_size must be positive"),
         ("finetune", {"precision": "int3"}, "int3"),
+        ("finetune", {"ema_decay": 1.0}, "ema_decay must be from 0 to below 1"),
+        ("finetune", {"vision_learning_rate": 0.0}, "vision_learning_rate must be positive, it is 0.0"),
+        ("finetune", {"warmup_steps": -1}, "warmup_steps must not be negative, it is -1"),
         ("distill", {}, "needs a full-precision teacher"),
         ("localize", {"keypoint_weight": 0}, "needs keypoint_weight above 0"),
         ("aling", {}, "unknown stage 'aling'"),
@@ -258,6 +261,41 @@ def test_another_configuration_does_not_continue_a_run(data, tmp_path):
 def test_what_is_wrong_is_named(data, tmp_path, stage, changes, message):
     with pytest.raises(BitvlaError, match=message):
         run(stage, write_config(tmp_path, **changes), data, tmp_path / "out")
+
+
+def test_what_does_not_fit_a_checkpoint_is_named_before_it_is_trained(data, teacher, tmp_path):
+    plain, out, three = write_config(tmp_path, ""), tmp_path / "out", tmp_path / "three"
+    make_writer(tmp_path / "large", size=32).append([random_episode(0, size=32)])
+    with pytest.raises(BitvlaError, match="pictures of 16 x 16 from the camera 'front', the data has 32 x 32"):
+        run("finetune", plain, tmp_path / "large", out, init=teacher)
+    slow = write_config(tmp_path, "", data={"random": {"control_hz": 5}})
+    with pytest.raises(BitvlaError, match=r"10 times a second, random has 5 .*: data\.random\.control_hz = 10"):
+        run("finetune", slow, data, out, init=teacher)
+    other = write_config(tmp_path, POLICY.replace("horizon = 3", "horizon = 5"))
+    with pytest.raises(BitvlaError, match=r"policy\.action\.horizon is 5, .*teacher has 3"):
+        run("finetune", other, data, out, init=teacher)
+    with pytest.raises(BitvlaError, match="stage 'finetune' follows no teacher"):
+        run("finetune", plain, data, out, teacher=teacher)
+    run("finetune", write_config(tmp_path, POLICY.replace("num_layers = 2", "num_layers = 3"), steps=1), data, three)
+    with pytest.raises(BitvlaError, match=r"the student's vision\.num_layers is 3, .*teacher has 2"):
+        run("distill", plain, data, out, init=three, teacher=teacher)
+    assert not out.exists()
+    (tmp_path / "file").touch()
+    with pytest.raises(BitvlaError, match=r"--out .*file cannot be a folder"):
+        run("finetune", plain, data, tmp_path / "file", init=teacher)
+    (tmp_path / "foreign").mkdir()
+    torch.save({}, tmp_path / "foreign" / "training_state.pt")
+    with pytest.raises(BitvlaError, match=r"training_state\.pt cannot be read"):
+        run("finetune", plain, data, tmp_path / "foreign", init=teacher)
+
+
+def test_a_new_policy_that_cannot_be_is_refused(data, tmp_path):
+    units = POLICY.replace('state_units = ["m", "m", "m"]', 'state_units = ["m"]')
+    with pytest.raises(BitvlaError, match=r"policy\.state_units names 1 units, policy\.action\.state_dim is 3"):
+        run("finetune", write_config(tmp_path, units), data, tmp_path / "out")
+    short = POLICY.replace("max_positions = 64", "max_positions = 11")
+    with pytest.raises(BitvlaError, match=r"random have up to \d+ tokens, language\.max_positions is 11"):
+        run("finetune", write_config(tmp_path, short), data, tmp_path / "out")
 
 
 def test_a_policy_is_needed(data, tmp_path):

@@ -12,7 +12,7 @@ import platform
 import signal
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -47,7 +47,7 @@ from bitvla.model.policy import TorchPolicy
 from bitvla.processing.prompt import Prompt, train_tokenizer
 from bitvla.train import stages
 from bitvla.train.batches import Mixture, TokenWindow, Window, Windows, batches
-from bitvla.train.config import TrainConfig, extended, for_dataset, load, policy_config
+from bitvla.train.config import NewPolicy, TrainConfig, extended, for_dataset, load, policy_config
 
 STATE_FILE = "training_state.pt"
 GOLDEN_OBSERVATIONS = 2
@@ -89,7 +89,7 @@ def run(
     names = [name_of(source) for source in sources]
     _check_mixture(stage, config, names)
     opened = {path: open_start(path) for path in (start, teacher) if path is not None}
-    if teacher is not None and stage == "distill":
+    if teacher is not None:
         check_teacher(opened[teacher].config, teacher, opened[teacher].provenance)
     of_language = trains_language(stage, None if teacher is None else opened[teacher].config)
     check_adapters(stage, config, of_language)
@@ -112,11 +112,13 @@ def run(
 
 
 def check_stage(stage: str, teacher: Path | None) -> None:
-    """BitvlaError for a stage that does not exist, or cannot do without a teacher."""
+    """BitvlaError for a stage that does not exist, cannot do without a teacher, or has none."""
     if stage not in stages.NAMES:
         raise BitvlaError(f"unknown stage '{stage}': use one of {', '.join(stages.NAMES)}")
     if stage == "distill" and teacher is None:
         raise BitvlaError("stage 'distill' needs a full-precision teacher: --teacher CHECKPOINT")
+    if stage != "distill" and teacher is not None:
+        raise BitvlaError(f"stage '{stage}' follows no teacher; leave out --teacher, or say --init to start from it")
 
 
 def check_teacher(
@@ -254,12 +256,12 @@ class Trainer:
 
     def train(self) -> dict[str, Any]:
         config, passes = self.config, self.config.gradient_accumulation
-        split = {"rank": self.accelerator.process_index, "world_size": self.accelerator.num_processes}
-        with self.accelerator.local_main_process_first():  # which decodes the videos once
         try:
             self.out.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise BitvlaError(f"--out {self.out} cannot be a folder: {error.strerror}; choose another") from None
+        split = {"rank": self.accelerator.process_index, "world_size": self.accelerator.num_processes}
+        with self.accelerator.local_main_process_first():  # which decodes the videos once
             self.windows = self._windows("train", **split)
             self.windows.prepare(self.step * passes)
         self._announce(self.windows)
@@ -310,8 +312,6 @@ class Trainer:
             self.step += 1
         return {name: value.detach() for name, value in losses.items()}
 
-    @torch.no_grad()
-    def _average(self) -> None:
     def _check_finite(self, what: str, value: Tensor, passes: int) -> None:
         """Before it moves the weights: what is saved stays good. It is of the last so many `passes`."""
         number = float(_whole(value.detach()))
@@ -324,6 +324,8 @@ class Trainer:
                 "Lower learning_rate or look at these data"
             )
 
+    @torch.no_grad()
+    def _average(self) -> None:
         """Exponential moving average that follows closely at first: a short run is not averaged with its start."""
         decay = min(self.config.ema_decay, (1 + self.step) / (10 + self.step)) if self.step else 0
         torch._foreach_lerp_(self.averages, [parameter.detach() for parameter in self.parameters], 1 - decay)
@@ -348,7 +350,7 @@ class Trainer:
             prompt = Prompt(config, tokenizer)
             network = BitVLA(config, prompt.image_id, prompt.proprio_id)
         stages.freeze(self.stage, self.config, network)
-        _check_frozen(network, start)
+        check_frozen(self.stage, network, start)
         return network, prompt, tokenizer
 
     def _objective(self, teacher: Source | None) -> stages.Objective:
@@ -358,12 +360,25 @@ class Trainer:
             )
         frozen: Any = None
         if self.stage == "distill" and teacher is not None:
+            self._check_follows(teacher)
             frozen = load_network(teacher)[0].requires_grad_(False).eval().to(self.accelerator.device)
             if self._sharded:
                 shard(frozen)
             if self.config.compile:
                 frozen = torch.compile(frozen)
         return stages.objective(self.stage, self.config, self.auxiliary, frozen)
+
+    def _check_follows(self, teacher: Source) -> None:
+        """States are compared one to one: of the same layers, over the same tokens of the same observation."""
+        student, followed, of = self.network.config, teacher.config, "the student's "
+        assert isinstance(followed, PolicyConfig)
+        check_same(f"{of}vision", student.vision, followed.vision, teacher, ("ternary", "film"))
+        check_same(f"{of}language", student.language, followed.language, teacher)
+        check_same(f"{of}action", student.action, followed.action, teacher,
+                   ("head_hidden_size", "head_blocks", "max_prefix", "flow"))  # fmt: skip
+        check_same(f"{of}processing", student.processing, followed.processing, teacher, ("execute_horizon",))
+        if self.tokenizer.to_str() != Tokenizer.from_str(teacher.tokenizer).to_str():
+            raise BitvlaError(f"the student has another tokenizer than its teacher {teacher.folder}; leave out --init")
 
     def _validation_objective(self) -> stages.Objective:
         return self.objective if self.stage != "distill" else stages.finetune(self.config, self.auxiliary)
@@ -420,7 +435,7 @@ class Trainer:
         return [
             {
                 # The exact statistics of every frame change when any value does, and are cheap to read.
-                "digest": hashlib.sha256((dataset.root / "meta" / "stats.json").read_bytes()).hexdigest(),
+                "digest": hashlib.sha256(dataset.stored_statistics()).hexdigest(),
                 "episodes": dataset.num_episodes,
                 "frames": dataset.num_frames,
                 # Which decides the order of the frames.
@@ -585,6 +600,7 @@ class _Trained(torch.nn.Module):
 def optimizers(network: Backbone, auxiliary: torch.nn.Module, config: TrainConfig) -> list[torch.optim.Optimizer]:
     """Matrices decay; norms, biases and embeddings of position do not. The vision tower may learn at its own rate."""
     inside = {id(p) for name, p in network.named_parameters() if ".layers." in name and p.ndim == 2}
+    places = {id(p) for name, p in network.named_parameters() if "position_embedding" in name}
     vision = {id(p) for p in network.vision_tower.parameters()}
     groups: dict[tuple[bool, bool, bool], list[Tensor]] = {}
     for p in [*network.parameters(), *auxiliary.parameters()]:
@@ -600,7 +616,6 @@ def optimizers(network: Backbone, auxiliary: torch.nn.Module, config: TrainConfi
     adamw = torch.optim.AdamW(by_kind[False])
     # Updates as large as AdamW's, so that one learning rate serves both.
     return [adamw, torch.optim.Muon(by_kind[True], adjust_lr_fn="match_rms_adamw")] if by_kind[True] else [adamw]
-    places = {id(p) for name, p in network.named_parameters() if "position_embedding" in name}
 
 
 def shard(network: torch.nn.Module) -> None:
@@ -657,6 +672,8 @@ def _accelerator(config: TrainConfig, out: Path) -> Accelerator:
         mixed_precision=config.mixed_precision,
         gradient_accumulation_steps=config.gradient_accumulation,
         log_with=list(config.trackers) or None,
+        # All wait for the one that decodes videos or saves, which may take longer than ten minutes.
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=12))],
         project_dir=out,
     )
     if config.batch_size % accelerator.num_processes:
@@ -672,10 +689,10 @@ def _accelerator(config: TrainConfig, out: Path) -> Accelerator:
 def start_config(stage: str, config: TrainConfig, start: Source | None, dataset: LeRobotDataset) -> PolicyConfig:
     """The policy that a stage trains: the one of the checkpoint `start`, or a new one, as over a base model."""
     stored = start.config if start is not None and isinstance(start.config, PolicyConfig) else None
-        # All wait for the one that decodes videos or saves, which may take longer than ten minutes.
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=12))],
-    if stored is not None and bool(stored.action.bins) == (stage == "pretrain"):
+    if start is not None and stored is not None and bool(stored.action.bins) == (stage == "pretrain"):
         policy = msgspec.structs.replace(stored, precision=config.precision)
+        if config.policy is not None:
+            _check_section(config.policy, stored, start)
     elif start is not None and stored is not None and stage == "pretrain":
         raise BitvlaError(
             f"{start.folder} regresses its actions; stage 'pretrain' goes on from a pre-trained checkpoint only"
@@ -706,23 +723,39 @@ def _check_backbone(policy: PolicyConfig, start: Source) -> None:
     causal = msgspec.structs.replace(policy.language, bidirectional=stored.language.bidirectional)
     filmed = policy.vision.film and stored.vision is not None and stored.vision.film
     tower = msgspec.structs.replace(policy.vision, film=filmed)
-    for name, wanted, found in (("vision", tower, stored.vision), ("language", causal, stored.language)):
-        for field in wanted.__struct_fields__:
-            if getattr(wanted, field) != getattr(found, field):
-                raise BitvlaError(
-                    f"policy.{name}.{field} is {getattr(wanted, field)}, {start.folder} has {getattr(found, field)}; "
-                    "give the policy the sizes of the checkpoint"
-                )
+    check_same("policy.vision", tower, stored.vision, start)
+    check_same("policy.language", causal, stored.language, start)
 
 
-def _check_frozen(network: BitVLA, start: Source | None) -> None:
-    """What does not learn must be in the checkpoint."""
+def _check_section(new: NewPolicy, stored: PolicyConfig, start: Source) -> None:
+    """Where the checkpoint says what the policy is, a [policy] section must not say otherwise."""
+    # Nothing said is as the checkpoint has it; a flow is put in by `extended`.
+    but = [name for name, said in (("film", new.vision.film), ("max_prefix", new.action.max_prefix)) if not said]
+    but += ["flow", "head_hidden_size", "head_blocks"] if new.action.flow else ["flow"]
+    for name, found in {"vision": stored.vision, "language": stored.language, "action": stored.action,
+                        "image": stored.processing.image, "prompt": stored.processing.prompt}.items():  # fmt: skip
+        check_same(f"policy.{name}", getattr(new, name), found, start, but)
+
+
+def check_same(section: str, wanted: Any, found: Any, start: Source, but: Collection[str] = ()) -> None:
+    """BitvlaError for a field of two records that differs, `but` for these."""
+    for field in wanted.__struct_fields__:
+        if field not in but and getattr(wanted, field) != getattr(found, field):
+            raise BitvlaError(
+                f"{section}.{field} is {getattr(wanted, field)}, {start.folder} has {getattr(found, field)}; make them "
+                "equal"
+            )
+
+
+def check_frozen(stage: str, network: Backbone, start: Source | None, part: str = "") -> None:
+    """What does not learn must be in the checkpoint, of which the `part` is taken that names begin with."""
     stored = {} if start is None else tensor_specs(start.config)
     for name, parameter in network.named_parameters():
-        if not parameter.requires_grad and name not in stored:
+        if not (parameter.requires_grad or (name in stored and name.startswith(part))):
             raise BitvlaError(
-                f"learning_parts leaves out {name}, which "
-                f"{'no --init gives' if start is None else f'{start.folder} does not have'}: it would stay random"
+                f"in stage '{stage}' {name} does not learn, and "
+                f"{'no --init gives it' if start is None else f'{start.folder} does not have it'}: it would stay "
+                "random; give --init a checkpoint with it, or name its part in learning_parts"
             )
 
 
@@ -733,11 +766,22 @@ def _check_fits(config: Any, dataset: LeRobotDataset, start: Path) -> None:
             f"{start} was trained on the cameras {wanted}, the data has {list(dataset.cameras)}; say in the "
             f"configuration which are which: data.{dataset.name}.cameras"
         )
+    for camera in config.processing.cameras:
+        if (size := dataset.shape(camera.name)[:2]) != (camera.height, camera.width):
+            raise BitvlaError(
+                f"{start} takes pictures of {camera.height} x {camera.width} from the camera '{camera.name}', the data "
+                f"has {size[0]} x {size[1]}; record or convert them at that size"
+            )
+    if not math.isclose(rate := config.processing.control_hz, dataset.fps, rel_tol=0.01):
+        raise BitvlaError(
+            f"{start} acts {rate:g} times a second, {dataset.name} has {dataset.fps:g} actions a second; where that is "
+            f"not their rate, say so in the configuration: data.{dataset.name}.control_hz = {rate:g}"
+        )
     state_dim = 0 if config.action.bins else dataset.state.shape[1]
     if dataset.action.shape[1] != config.action.dim or state_dim != config.action.state_dim:
         raise BitvlaError(
             f"{start} has {config.action.state_dim} state and {config.action.dim} action values, the data has "
-            f"{dataset.state.shape[1]} and {dataset.action.shape[1]}"
+            f"{dataset.state.shape[1]} and {dataset.action.shape[1]}; give data of the same robot"
         )
 
 
