@@ -175,6 +175,14 @@ def test_a_truncated_video_is_refused_and_leaves_no_cache(dataset):
         LeRobotDataset(dataset).images("wrist")
 
 
+def test_pictures_of_a_dataset_that_cannot_be_written_to_are_kept_elsewhere(dataset, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "caches"))
+    monkeypatch.setattr("os.access", lambda path, mode: False)
+    assert LeRobotDataset(dataset).images("front")[0].shape == (16, 16, 3)
+    assert list((tmp_path / "caches").rglob("front-000000.rgb"))
+    assert not (dataset / ".cache").exists()
+
+
 def test_sentences_may_be_a_column(dataset):
     sentences = LeRobotDataset(dataset).task_strings
     edit_table(dataset, TASKS, lambda table: table.reset_index())

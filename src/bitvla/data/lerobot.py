@@ -362,9 +362,10 @@ class LeRobotDataset:
         return (frame[::-1, ::-1] for frame in frames) if self._turned else frames
 
     def _cache_folder(self) -> Path:
-        """Of a dataset here, in it; of one that is far away, among this user's caches. Other data have another name."""
+        """In the dataset; of one that is far away or cannot be written to, among this user's caches. Other data have
+        another name."""
         stats = self.root / "meta" / "stats.json"
-        here = self.root / ".cache" if isinstance(self.root, Path) else None
+        here = self.root / ".cache" if isinstance(self.root, Path) and os.access(self.root, os.W_OK) else None
         parts = (
             "" if here else self._source,
             json.dumps(self.info, sort_keys=True),
