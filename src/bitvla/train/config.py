@@ -173,12 +173,12 @@ def policy_config(new: NewPolicy, dataset: LeRobotDataset, precision: Literal["f
         "dim": (new.action.dim, dataset.action, "action_units", new.action_units),
     }
     for name, (size, vectors, key, units) in sizes.items():
-        if size != len(units):
-            raise BitvlaError(f"policy.{key} names {len(units)} units, policy.action.{name} is {size}; name one each")
         if size and size != vectors.shape[1]:
             raise BitvlaError(
                 f"{dataset.name} has vectors of {vectors.shape[1]}, policy.action.{name} is {size}; change it"
             )
+        if size != len(units):
+            raise BitvlaError(f"policy.{key} names {len(units)} units, policy.action.{name} is {size}; name one each")
     config = PolicyConfig(
         name=new.name,
         vision=new.vision,
