@@ -66,6 +66,7 @@ def test_the_list_of_commands_is_complete(capsys: pytest.CaptureFixture[str]) ->
         (["record", "out", "--suite", "mt10", "--episodes", "0"], "'0'"),
         (["record", "out", "--suite", "mt10", "--episodes", "many"], "'many'"),
         (["train", "distil", "--config", "c", "--data", "d", "--out", "o"], "did you mean 'distill'?"),
+        (["train", "distill", "--config", "c", "--plan", "--tflops", "0"], "'0'"),
     ],
 )
 def test_bad_usage_is_one_line_and_exit_2(arguments: list[str], named: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -104,8 +104,15 @@ def edit_info(root, **changes):
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
+EPISODES, TASKS = "meta/episodes/chunk-000/file-000.parquet", "meta/tasks.parquet"
+
+
 def edit_frames(root, edit):
-    path = root / "data" / "chunk-000" / "file-000.parquet"
+    edit_table(root, "data/chunk-000/file-000.parquet", edit)
+
+
+def edit_table(root, name, edit):
+    path = root / name
     table = pd.read_parquet(path)
     edit(table).to_parquet(path)
 
@@ -129,6 +136,22 @@ def poisoned(table):
         (lambda root: edit_frames(root, poisoned), "'action' of episode 2 .* not finite"),
         (lambda root: edit_frames(root, lambda table: table.iloc[::-1]), "episode 0 .* is broken"),
         (lambda root: edit_frames(root, lambda table: table.drop(columns="action")), "no 'action'"),
+        (
+            lambda root: edit_frames(root, lambda table: table.drop(columns="task_index")),
+            "lacks the column 'task_index'",
+        ),
+        (
+            lambda root: edit_table(root, EPISODES, lambda table: table.drop(columns="length")),
+            "lacks the column 'length'",
+        ),
+        (lambda root: edit_table(root, TASKS, lambda table: table[:1]), "no sentence for the task 1 of episode 1"),
+        (
+            lambda root: edit_table(root, TASKS, lambda table: table.reset_index(drop=True)),
+            "no sentence for the task 0",
+        ),
+        (lambda root: edit_info(root, fps=0), r"Expected `float` > 0.0 - at `\$\.fps`"),
+        (lambda root: edit_info(root, features={"action": {"shape": [3]}}), "missing required field `dtype`"),
+        (lambda root: edit_info(root, video_path=None), "no video_path"),
     ],
 )
 def test_a_broken_dataset_is_refused(dataset, break_it, message):
@@ -152,6 +175,20 @@ def test_a_truncated_video_is_refused_and_leaves_no_cache(dataset):
         LeRobotDataset(dataset).images("wrist")
 
 
+def test_pictures_of_a_dataset_that_cannot_be_written_to_are_kept_elsewhere(dataset, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "caches"))
+    monkeypatch.setattr("os.access", lambda path, mode: False)
+    assert LeRobotDataset(dataset).images("front")[0].shape == (16, 16, 3)
+    assert list((tmp_path / "caches").rglob("front-000000.rgb"))
+    assert not (dataset / ".cache").exists()
+
+
+def test_sentences_may_be_a_column(dataset):
+    sentences = LeRobotDataset(dataset).task_strings
+    edit_table(dataset, TASKS, lambda table: table.reset_index())
+    assert LeRobotDataset(dataset).task_strings == sentences
+
+
 @pytest.mark.parametrize("value", [None, float("nan"), "constant"])
 def test_missing_or_constant_statistics_are_refused(dataset, value):
     path = dataset / "meta" / "stats.json"
@@ -162,6 +199,14 @@ def test_missing_or_constant_statistics_are_refused(dataset, value):
         stats["action"]["q99"][1] = stats["action"]["q01"][1] if value == "constant" else value
     path.write_text(json.dumps(stats))
     with pytest.raises(BitvlaError, match="action"):
+        LeRobotDataset(dataset).stats  # noqa: B018
+
+
+@pytest.mark.parametrize("content", ["[1]", "{", '{"action": {"q01": 1, "q99": null}}', None])
+def test_unreadable_statistics_are_named(dataset, content):
+    path = dataset / "meta" / "stats.json"
+    path.write_text(content) if content else path.unlink()
+    with pytest.raises(BitvlaError, match="run: bitvla data statistics"):
         LeRobotDataset(dataset).stats  # noqa: B018
 
 

@@ -204,10 +204,23 @@ def test_a_run_that_ended_goes_on_to_the_same_weights(
     assert all(torch.equal(value, cut[name]) for name, value in whole.items())
 
 
-def test_the_tower_of_a_policy_is_a_beginning(data: Path, tmp_path: Path) -> None:
+def test_what_would_stay_random_is_named(data: Path, instructed: Path, tmp_path: Path) -> None:
     demonstrations = write_dataset(tmp_path / "random", episodes=3)
     run("localize", write_config(tmp_path, POLICY, steps=1), demonstrations, tmp_path / "tower")
     config = write_config(tmp_path, MODEL, precision="ternary", steps=1)
+    with pytest.raises(BitvlaError, match=r"in stage 'instruct' vision_tower\.\S+ does not learn, and no --init gives"):
+        run("instruct", config, data, tmp_path / "out")
+    with pytest.raises(BitvlaError, match=r"'align' language_model\.\S+ does not learn, and .*tower does not have it"):
+        run("align", config, data, tmp_path / "out", init=tmp_path / "tower")
+    with pytest.raises(BitvlaError, match="stage 'instruct' follows no teacher"):
+        run("instruct", config, data, tmp_path / "out", init=instructed, teacher=instructed)
+
+
+def test_the_tower_of_a_policy_is_a_beginning(data: Path, tmp_path: Path) -> None:
+    demonstrations = write_dataset(tmp_path / "random", episodes=3)
+    run("localize", write_config(tmp_path, POLICY, steps=1), demonstrations, tmp_path / "tower")
+    parts = {"learning_parts": ["connector", "decoder"]}
+    config = write_config(tmp_path, MODEL, precision="ternary", steps=1, **parts)
     run("align", config, data, tmp_path / "aligned", init=tmp_path / "tower")
     tower, aligned = weights(tmp_path / "tower"), weights(tmp_path / "aligned")
     assert all(torch.equal(tower[name], value) for name, value in aligned.items() if name.startswith("vision_tower."))
@@ -241,7 +254,8 @@ def test_from_captions_to_a_policy_that_acts(data: Path, tmp_path: Path) -> None
     tokens, policy = (reduce(lambda text, item: text.replace(*item), sizes.items(), p) for p in (TOKENS, POLICY))
     still = {"precision": "ternary", "steps": 1, "learning_rate": 1e-9}
     at = {stage: tmp_path / stage for stage in ("align", "instruct", "distill", "pretrain", "finetune", "direct")}
-    run("align", write_config(tmp_path, MODEL, **still), data, at["align"])
+    new = {"learning_parts": ["tower", "connector", "decoder"]}
+    run("align", write_config(tmp_path, MODEL, **still, **new), data, at["align"])
     run("instruct", write_config(tmp_path, "", **still), data, at["instruct"], init=at["align"])
     run("distill", write_config(tmp_path, "", **still), data, at["distill"], teacher=at["instruct"])
     run("pretrain", write_config(tmp_path, tokens, **still), demonstrations, at["pretrain"], init=at["distill"])

@@ -1,6 +1,7 @@
 """Robot pre-training: a mixture of datasets, actions as tokens, and the policy that is finetuned from it."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -8,13 +9,16 @@ import torch
 from safetensors.torch import load_file
 
 import bitvla
+from bitvla.config import ImageProcessing, LanguageConfig, LanguageModelConfig, VisionConfig
+from bitvla.convert import conventions
 from bitvla.convert.pack import pack
 from bitvla.data.lerobot import Episode, LeRobotDataset, LeRobotWriter
 from bitvla.errors import BitvlaError
 from bitvla.model.policy import TorchPolicy
 from bitvla.processing.prompt import Prompt, train_tokenizer
 from bitvla.processing.vectors import normalize, token_values, value_tokens
-from bitvla.train import batches
+from bitvla.train import batches, loop
+from bitvla.train import plan as planning
 from bitvla.train.config import Augmentation, for_dataset, load, policy_config
 from bitvla.train.loop import run
 from datasets import write_dataset
@@ -160,6 +164,19 @@ def test_a_policy_is_finetuned_from_a_pretrained_one(arm, cart, tmp_path):
         run("distill", write_config(tmp_path, ""), arm, tmp_path / "x", teacher=tmp_path / "base")
     with pytest.raises(BitvlaError, match="regresses its actions; stage 'pretrain' goes on from"):
         run("pretrain", write_config(tmp_path, TOKENS), arm, tmp_path / "x", init=tmp_path / "policy")
+
+
+def test_the_paper_pretrains_with_2048_windows_over_the_published_base_model():
+    config = load(Path(__file__).parent.parent / "configs" / "bitvla-3b-pretrain.toml")
+    assert config.batch_size * config.gradient_accumulation == 2048
+    assert (config.steps, config.learning_rate, config.vision_learning_rate) == (200_000, 3e-4, 1e-4)
+    policy = planning._policy("pretrain", config, None, None)
+    assert policy.action.bins == 256
+    assert policy.processing.prompt.template == conventions.PRETRAINED_TEMPLATE
+    assert policy.processing.image == conventions.SIGLIP
+    base = LanguageModelConfig(name="base", vision=VisionConfig(), image=ImageProcessing(), chat=conventions.CHAT,
+                               language=LanguageConfig(bidirectional=False), tied=False)  # fmt: skip
+    loop._check_backbone(policy, SimpleNamespace(folder="base", config=base))
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,7 @@ def assert_same_run(one: Path, other: Path, steps: int) -> None:
         ("finetune", {"gradient_accumulation": 2, "optimizer": "muon"}),
         ("finetune", {"shard": True, "film": True, "flow": FLOW, **UNSHARDED}),
         ("pretrain", {"film": True}),
+        ("localize", {}),
     ],
 )
 def test_two_processes_train_as_one(data, tmp_path, stage, changes):
@@ -103,6 +105,14 @@ def test_a_batch_that_the_processes_cannot_share_is_refused(data, tmp_path, monk
     monkeypatch.setattr(loop, "Accelerator", Three)
     with pytest.raises(BitvlaError, match="batch_size 8 cannot be shared by 3 processes"):
         run("finetune", write_config(tmp_path), data, tmp_path / "out")
+
+
+def test_processes_wait_for_the_one_that_decodes(data, tmp_path, monkeypatch):
+    """Longer than the ten minutes that NCCL gives them."""
+    given, accelerator = [], loop.Accelerator
+    monkeypatch.setattr(loop, "Accelerator", lambda **options: given.append(options) or accelerator(**options))
+    run("finetune", write_config(tmp_path, steps=1), data, tmp_path / "out")
+    assert given[0]["kwargs_handlers"][0].timeout >= timedelta(hours=1)
 
 
 def test_a_run_is_logged_for_tensorboard(data, tmp_path):

@@ -17,9 +17,10 @@ from safetensors.torch import load_file
 from bitvla.convert.pack import pack
 from bitvla.data.lerobot import Conventions, LeRobotDataset
 from bitvla.errors import BitvlaError
+from bitvla.model.network import BitVLA
 from bitvla.model.policy import TorchPolicy
 from bitvla.train import batches, stages
-from bitvla.train.config import Augmentation
+from bitvla.train.config import Augmentation, load, policy_config
 from bitvla.train.loop import run
 from datasets import make_writer, random_episode, write_dataset
 from training import FLOW, POLICY, TOKENS, losses_of, windows, write_config
@@ -175,6 +176,64 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_checkpoint(data, tmp
     TorchPolicy.load(tmp_path / "out")
 
 
+def test_a_gradient_that_is_not_finite_moves_nothing(data, tmp_path, monkeypatch):
+    """Of a finite loss: with it the next checkpoint, at step 4, would hold nothing but NaN."""
+    from bitvla.train import loop
+
+    calls, backward = [], loop.Accelerator.backward
+
+    def poisoned(self, loss):
+        backward(self, loss)
+        calls.append(loss)
+        if len(calls) == 4:
+            self._optimizers[0].param_groups[0]["params"][0].grad.fill_(float("nan"))
+
+    monkeypatch.setattr(loop.Accelerator, "backward", poisoned)
+    with pytest.raises(
+        BitvlaError, match=r"gradient became nan at step 3, on episodes [0-9, ]+ of random; nothing was"
+    ):
+        run("finetune", write_config(tmp_path, clip_gradient=0), data, tmp_path / "out")
+    assert not (tmp_path / "out" / "model.safetensors").exists()
+
+
+def test_ctrl_c_is_heard_while_videos_are_decoded(data, tmp_path, monkeypatch):
+    monkeypatch.setattr(batches.Windows, "prepare", lambda self, step: os.kill(os.getpid(), signal.SIGINT))
+    with pytest.raises(KeyboardInterrupt):
+        run("finetune", write_config(tmp_path), data, tmp_path / "out")
+    assert not (tmp_path / "out" / "model.safetensors").exists()
+
+
+def test_a_run_on_a_gpu_goes_on_without_one(data, tmp_path, monkeypatch):
+    config = write_config(tmp_path)
+    monkeypatch.setattr(torch.serialization, "location_tag", lambda storage: "cuda:0")
+    run("finetune", config, data, tmp_path / "out")
+    monkeypatch.undo()
+    assert run("finetune", config, data, tmp_path / "out")["steps"] == 8
+
+
+def test_matrices_decay_and_places_do_not(data, tmp_path):
+    from bitvla.train import loop
+
+    policy = POLICY.replace("head_hidden_size = 16, head_blocks = 1", f"flow = {_inline(FLOW)}").replace(
+        "slots_per_step = 1,", "slots_per_step = 1, head_hidden_size = 0, head_blocks = 0,"
+    )
+    config = load(write_config(tmp_path, policy))
+    network = BitVLA(policy_config(config.policy, LeRobotDataset(data), "full"), image_id=0, proprio_id=2)
+    names = {id(parameter): name for name, parameter in network.named_parameters()}
+    decaying = {
+        names[id(parameter)]
+        for optimizer in loop.optimizers(network, torch.nn.Module(), config)
+        for group in optimizer.param_groups
+        for parameter in group["params"]
+        if group["weight_decay"]
+    }
+    assert decaying == {n for n, p in network.named_parameters() if p.ndim >= 2 and "position" not in n}
+
+
+def _inline(values: dict[str, Any]) -> str:
+    return "{ " + ", ".join(f"{key} = {value}" for key, value in values.items()) + " }"
+
+
 def test_another_configuration_does_not_continue_a_run(data, tmp_path):
     run("finetune", write_config(tmp_path, steps=4), data, tmp_path / "out")
     with pytest.raises(BitvlaError, match="another configuration"):
@@ -191,6 +250,9 @@ def test_another_configuration_does_not_continue_a_run(data, tmp_path):
         ("finetune", {"trackers": ["wandb"]}, "'wandb' is not installed"),
         ("finetune", {"batch_size": 0}, "batch_size must be positive"),
         ("finetune", {"precision": "int3"}, "int3"),
+        ("finetune", {"ema_decay": 1.0}, "ema_decay must be from 0 to below 1"),
+        ("finetune", {"vision_learning_rate": 0.0}, "vision_learning_rate must be positive, it is 0.0"),
+        ("finetune", {"warmup_steps": -1}, "warmup_steps must not be negative, it is -1"),
         ("distill", {}, "needs a full-precision teacher"),
         ("localize", {"keypoint_weight": 0}, "needs keypoint_weight above 0"),
         ("aling", {}, "unknown stage 'aling'"),
@@ -213,6 +275,41 @@ def test_the_log_of_a_short_run_is_plain(data, tmp_path, capsys):
     assert "step 1: validation left out" in log
     assert "nan" not in log
     assert f"windows an epoch, of {LeRobotDataset(data).num_episodes} episodes" in " ".join(log.split())
+
+
+def test_what_does_not_fit_a_checkpoint_is_named_before_it_is_trained(data, teacher, tmp_path):
+    plain, out, three = write_config(tmp_path, ""), tmp_path / "out", tmp_path / "three"
+    make_writer(tmp_path / "large", size=32).append([random_episode(0, size=32)])
+    with pytest.raises(BitvlaError, match="pictures of 16 x 16 from the camera 'front', the data has 32 x 32"):
+        run("finetune", plain, tmp_path / "large", out, init=teacher)
+    slow = write_config(tmp_path, "", data={"random": {"control_hz": 5}})
+    with pytest.raises(BitvlaError, match=r"10 times a second, random has 5 .*: data\.random\.control_hz = 10"):
+        run("finetune", slow, data, out, init=teacher)
+    other = write_config(tmp_path, POLICY.replace("horizon = 3", "horizon = 5"))
+    with pytest.raises(BitvlaError, match=r"policy\.action\.horizon is 5, .*teacher has 3"):
+        run("finetune", other, data, out, init=teacher)
+    with pytest.raises(BitvlaError, match="stage 'finetune' follows no teacher"):
+        run("finetune", plain, data, out, teacher=teacher)
+    run("finetune", write_config(tmp_path, POLICY.replace("num_layers = 2", "num_layers = 3"), steps=1), data, three)
+    with pytest.raises(BitvlaError, match=r"the student's vision\.num_layers is 3, .*teacher has 2"):
+        run("distill", plain, data, out, init=three, teacher=teacher)
+    assert not out.exists()
+    (tmp_path / "file").touch()
+    with pytest.raises(BitvlaError, match=r"--out .*file cannot be a folder"):
+        run("finetune", plain, data, tmp_path / "file", init=teacher)
+    (tmp_path / "foreign").mkdir()
+    torch.save({}, tmp_path / "foreign" / "training_state.pt")
+    with pytest.raises(BitvlaError, match=r"training_state\.pt cannot be read"):
+        run("finetune", plain, data, tmp_path / "foreign", init=teacher)
+
+
+def test_a_new_policy_that_cannot_be_is_refused(data, tmp_path):
+    units = POLICY.replace('state_units = ["m", "m", "m"]', 'state_units = ["m"]')
+    with pytest.raises(BitvlaError, match=r"policy\.state_units names 1 units, policy\.action\.state_dim is 3"):
+        run("finetune", write_config(tmp_path, units), data, tmp_path / "out")
+    short = POLICY.replace("max_positions = 64", "max_positions = 11")
+    with pytest.raises(BitvlaError, match=r"random have up to \d+ tokens, language\.max_positions is 11"):
+        run("finetune", write_config(tmp_path, short), data, tmp_path / "out")
 
 
 def test_a_policy_is_needed(data, tmp_path):

@@ -525,7 +525,7 @@ def _add_making(add: _Add, commands: Any) -> None:
     train.add_argument("--plan", action="store_true", help="say what it takes, without weights or data, and end")
     train.add_argument("--devices", type=_count, default=1, metavar="N", help="of a --plan (default: 1)")
     train.add_argument(
-        "--tflops", type=float, metavar="T", help="what one device of a --plan reaches in training, for the time"
+        "--tflops", type=_rate, metavar="T", help="what one device of a --plan reaches in training, for the time"
     )
 
     pack = add(

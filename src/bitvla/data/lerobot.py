@@ -18,12 +18,12 @@ import hashlib
 import io
 import json
 import os
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import av
 import msgspec
@@ -298,10 +298,7 @@ class LeRobotDataset:
             zip(self.episodes["dataset_from_index"], self.episodes["dataset_to_index"], strict=True)
         )
         self._check_episodes()
-        tasks = read_table(self.root / "meta" / "tasks.parquet")
-        names = dict(zip(tasks["task_index"], tasks.index, strict=True))
-        first = self._frames["task_index"].to_numpy()[[begin for begin, _ in self.episode_ranges]]
-        self.task_strings = [str(names[i]) for i in first]
+        self.task_strings = self._sentences()
         self._turned = conventions.rotate180
         self.pictures = Pictures(
             self._decode,
@@ -316,22 +313,44 @@ class LeRobotDataset:
         """min, max, mean, std, q01, q99 and count of state and action, as stored; missing or constant ones refused."""
         path = self.root / "meta" / "stats.json"
         try:
-            stats: dict[str, dict[str, list[float]]] = json.loads(path.read_text())
-        except (OSError, ValueError) as error:
-            raise BitvlaError(f"{path} cannot be read ({error}): the dataset has no statistics") from None
+            stats: dict[str, dict[str, list[float]]] = json.loads(self.stored_statistics())
+        except ValueError as error:
+            raise BitvlaError(f"{path} cannot be read ({error}); run: bitvla data statistics {self._source}") from None
         for key in ("observation.state", "action"):
             names = names_of(self.features[key])
-            low, high = (stats.get(key, {}).get(bound) for bound in ("q01", "q99"))
-            if low is None or high is None or len(low) != len(names) or len(high) != len(names):
+            try:
+                low, high = (np.asarray(stats[key][bound], float).reshape(len(names)) for bound in ("q01", "q99"))
+            except (KeyError, TypeError, ValueError):
                 raise BitvlaError(
-                    f"{path} lacks the quantiles q01 and q99 of '{key}'; run: bitvla data statistics {self.root}"
-                )
+                    f"{path} lacks the quantiles q01 and q99 of '{key}'; run: bitvla data statistics {self._source}"
+                ) from None
             for name, a, b in zip(names, low, high, strict=True):
                 if not (np.isfinite(a) and np.isfinite(b) and b - a > 1e-6):
                     raise BitvlaError(
-                        f"'{name}' of '{key}' is constant or not finite (q01 {a}, q99 {b}) in {self.root}"
+                        f"'{name}' of '{key}' is constant or not finite (q01 {a}, q99 {b}) in {self.root}; leave it "
+                        "out of the data, or record some in which it moves"
                     )
         return stats
+
+    def stored_statistics(self) -> bytes:
+        """The file of the statistics; BitvlaError where there is none."""
+        path = self.root / "meta" / "stats.json"
+        try:
+            return path.read_bytes()
+        except OSError as error:
+            raise BitvlaError(f"{path} cannot be read ({error}); run: bitvla data statistics {self._source}") from None
+
+    def _sentences(self) -> list[str]:
+        """What is said in each episode."""
+        path = self.root / "meta" / "tasks.parquet"
+        tasks = read_table(path, needed=["task_index"])
+        said = tasks.get("task", tasks.index)  # LeRobot has it as the index
+        names = dict(zip(tasks["task_index"], said, strict=True))
+        first = self._frames["task_index"].to_numpy()[[begin for begin, _ in self.episode_ranges]]
+        for episode, number in enumerate(first):
+            if not isinstance(names.get(number), str):
+                raise BitvlaError(f"{path} has no sentence for the task {number} of episode {episode}; copy it again")
+        return [names[number] for number in first]
 
     def shape(self, camera: str) -> tuple[int, int, int]:
         """Height, width and 3 of the pictures of `camera`; BitvlaError where there is no such camera."""
@@ -351,9 +370,10 @@ class LeRobotDataset:
         return (frame[::-1, ::-1] for frame in frames) if self._turned else frames
 
     def _cache_folder(self) -> Path:
-        """Of a dataset here, in it; of one that is far away, among this user's caches. Other data have another name."""
+        """In the dataset; of one that is far away or cannot be written to, among this user's caches. Other data have
+        another name."""
         stats = self.root / "meta" / "stats.json"
-        here = self.root / ".cache" if isinstance(self.root, Path) else None
+        here = self.root / ".cache" if isinstance(self.root, Path) and os.access(self.root, os.W_OK) else None
         parts = (
             "" if here else self._source,
             json.dumps(self.info, sort_keys=True),
@@ -365,8 +385,9 @@ class LeRobotDataset:
     def _frame_table(self) -> pd.DataFrame:
         places = self.episodes[["data/chunk_index", "data/file_index"]].drop_duplicates()
         pictures = {key for key, feature in self.features.items() if feature["dtype"] == "image"}
+        needed = ("episode_index", "frame_index", "task_index")
         tables = [
-            read_table(self.root / self.info["data_path"].format(chunk_index=chunk, file_index=file), without=pictures)
+            read_table(self.root / self.info["data_path"].format(chunk_index=chunk, file_index=file), pictures, needed)
             for chunk, file in places.itertuples(index=False)
         ]
         table = pd.concat(tables, ignore_index=True)
@@ -534,15 +555,19 @@ def _write_table(path: Path, table: pd.DataFrame, index: bool = False) -> None:
     os.replace(temporary, path)
 
 
-def read_table(path: Place, without: Collection[str] = ()) -> pd.DataFrame:
-    """A Parquet file but for the columns `without`."""
+def read_table(path: Place, without: Collection[str] = (), needed: Iterable[str] = ()) -> pd.DataFrame:
+    """A Parquet file but for the columns `without`; BitvlaError where one that is `needed` is missing."""
     try:
         with path.open("rb") as file:
             table = pq.ParquetFile(file)
             names = [name for name in table.schema_arrow.names if name not in without]
-            return table.read(columns=names).to_pandas()
+            rows = table.read(columns=names).to_pandas()
     except (OSError, ValueError) as error:
         raise BitvlaError(f"{path} cannot be read: {str(error).splitlines()[0]}") from None
+    for column in needed:
+        if column not in rows:
+            raise BitvlaError(f"{path} lacks the column '{column}': it is no table of a LeRobotDataset; copy it again")
+    return rows
 
 
 def _write_json(path: Path, value: Any) -> None:
@@ -612,14 +637,37 @@ def names_of(feature: Mapping[str, Any]) -> list[str]:
     return [str(name) for name in stored] if len(stored) == size else [str(i) for i in range(size)]
 
 
+class _Version(msgspec.Struct):
+    codebase_version: str
+
+
+class _Feature(msgspec.Struct):
+    dtype: str
+    shape: list[int]
+
+
+class _Info(msgspec.Struct):
+    """What is read of info.json."""
+
+    features: dict[str, _Feature]
+    fps: float
+    total_episodes: int
+    total_frames: int
+    data_path: str
+    video_path: str | None = None
+
+
 def read_info(root: Place) -> dict[str, Any]:
     """What is in the dataset; BitvlaError where there is none, or one of another version."""
     path = root / "meta" / "info.json"
     try:
         info = json.loads(path.read_text())
-        version = info["codebase_version"]
-        info["features"], info["fps"], info["total_episodes"], info["total_frames"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        version = msgspec.convert(info, _Version).codebase_version
+        if version == VERSION:
+            stored = msgspec.convert(info, _Info)
+            if stored.video_path is None and any(f.dtype == "video" for f in stored.features.values()):
+                raise ValueError("no video_path")
+    except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or repr(error)
         raise BitvlaError(
             f"{root} is not a LeRobotDataset: meta/info.json cannot be read ({reason}); give the folder that holds "
@@ -630,7 +678,7 @@ def read_info(root: Place) -> dict[str, Any]:
             f"{root} is a LeRobotDataset {version}, needed is {VERSION}; convert it with lerobot's "
             "convert_dataset_v21_to_v30"
         )
-    if not (isinstance(info["fps"], int | float) and info["fps"] > 0):
+    if not info["fps"] > 0:
         raise BitvlaError(f"{root} has an fps of {info['fps']!r}: write the rate of the recording into meta/info.json")
     return dict(info)
 
@@ -640,7 +688,12 @@ def read_episodes(root: Place, info: Mapping[str, Any]) -> pd.DataFrame:
     paths: list[Place] = sorted((root / "meta" / "episodes").glob("chunk-*/file-*.parquet"), key=str)
     if not paths:
         raise BitvlaError(f"{root} has no episode table (meta/episodes)")
-    table = pd.concat([read_table(path) for path in paths], ignore_index=True).sort_values("episode_index")
+    films = [f"videos/{key}" for key, feature in info["features"].items() if feature["dtype"] == "video"]
+    places = [f"{kind}/{part}" for kind in ("data", *films) for part in ("chunk_index", "file_index")]
+    begins = [f"{film}/from_timestamp" for film in films]
+    needed = ("episode_index", "length", "dataset_from_index", "dataset_to_index", *places, *begins)
+    tables = [read_table(path, needed=needed) for path in paths]
+    table = pd.concat(tables, ignore_index=True).sort_values("episode_index")
     table = table[table["episode_index"] < info["total_episodes"]].reset_index(drop=True)
     if len(table) != info["total_episodes"]:
         raise BitvlaError(f"{root} lists {len(table)} episodes, info.json says {info['total_episodes']}")

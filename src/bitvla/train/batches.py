@@ -112,6 +112,12 @@ class Windows(Dataset[Window]):
         if balance_tasks and len(self._frames):  # a short dataset has none apart
             self._frames = _balanced(self._frames, _task_of_frames(dataset))
         self._token_ids = _left_padded([prompt.ids(text) for text in dataset.task_strings], prompt.pad_id)
+        needed = self._token_ids.shape[1] + (config.action.dim if config.action.bins else 0)
+        if needed > config.language.max_positions:
+            raise BitvlaError(
+                f"the sequences of {dataset.name} have up to {needed} tokens, language.max_positions is "
+                f"{config.language.max_positions}; give a new policy that many, or shorten the longest instruction"
+            )
         self._pad_id = prompt.pad_id
         self._group_bytes = _group_bytes(dataset, cameras)
         self._trains = split == "train"

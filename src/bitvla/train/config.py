@@ -127,9 +127,17 @@ def load(path: Path) -> TrainConfig:
     """Read and check a training configuration; BitvlaError names the file and the key at fault."""
     config = load_toml(TrainConfig, path)
     positive = ("steps", "batch_size", "learning_rate", "log_every", "save_every", "gradient_accumulation", "workers")
-    for name in (*positive, "flow_samples"):
-        if getattr(config, name) <= 0:
-            raise BitvlaError(f"{path}: {name} must be positive, it is {getattr(config, name)}")
+    for name in (*positive, "flow_samples", "max_tokens", "vision_learning_rate"):
+        value = getattr(config, name)
+        if value is not None and not 0 < value < math.inf:
+            raise BitvlaError(f"{path}: {name} must be positive, it is {value}")
+    from_zero = ("seed", "warmup_steps", "weight_decay", "weight_decay_steps", "clip_gradient", "validation_batches")
+    for name in (*from_zero, "alignment_weight", "auxiliary_weight", "keypoint_weight"):
+        value = getattr(config, name)
+        if value is not None and not 0 <= value < math.inf:
+            raise BitvlaError(f"{path}: {name} must not be negative, it is {value}")
+    if not 0 <= config.ema_decay < 1:
+        raise BitvlaError(f"{path}: ema_decay must be from 0 to below 1, it is {config.ema_decay}")
     for name, weight in config.mixture.items():
         if not 0 < weight < math.inf:
             raise BitvlaError(
@@ -167,12 +175,17 @@ def policy_config(new: NewPolicy, dataset: LeRobotDataset, precision: Literal["f
                 f"{dataset.root} has no camera '{name}', only {', '.join(dataset.cameras)}; change policy.cameras, or "
                 f'say what each is called there: [data.{dataset.name}] cameras = {{ {name} = "...", ... }}'
             )
-    sizes = {"state_dim": (new.action.state_dim, dataset.state), "dim": (new.action.dim, dataset.action)}
-    for name, (size, vectors) in sizes.items():
+    sizes = {
+        "state_dim": (new.action.state_dim, dataset.state, "state_units", new.state_units),
+        "dim": (new.action.dim, dataset.action, "action_units", new.action_units),
+    }
+    for name, (size, vectors, key, units) in sizes.items():
         if size and size != vectors.shape[1]:
             raise BitvlaError(
                 f"{dataset.name} has vectors of {vectors.shape[1]}, policy.action.{name} is {size}; change it"
             )
+        if size != len(units):
+            raise BitvlaError(f"policy.{key} names {len(units)} units, policy.action.{name} is {size}; name one each")
     config = PolicyConfig(
         name=new.name,
         vision=new.vision,

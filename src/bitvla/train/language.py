@@ -21,7 +21,7 @@ from bitvla.processing.prompt import Chat, train_tokenizer
 from bitvla.train import stages
 from bitvla.train.config import TrainConfig
 from bitvla.train.conversations import Conversations
-from bitvla.train.loop import Trainer, shard
+from bitvla.train.loop import Trainer, check_frozen, check_same, shard
 
 
 class LanguageTrainer(Trainer):
@@ -53,11 +53,17 @@ class LanguageTrainer(Trainer):
             if start is not None:
                 fill(network, start, part="vision_tower.")
         stages.freeze(self.stage, self.config, network)
+        of_policy = start is not None and isinstance(start.config, PolicyConfig)
+        check_frozen(self.stage, network, start, part="vision_tower." if of_policy else "")
         return network, chat, tokenizer
 
     def _objective(self, teacher: Source | None) -> stages.Objective:
         if teacher is None:
             return stages.likelihood
+        student, followed = self.network.config, teacher.config
+        assert isinstance(followed, LanguageModelConfig)
+        check_same("the student's vision", student.vision, followed.vision, teacher, ("ternary",))
+        check_same("the student's image", student.image, followed.image, teacher)
         tower: Any = load_language_network(teacher)[0].vision_tower.requires_grad_(False).eval()
         tower.to(self.accelerator.device)
         if self._sharded:

@@ -12,8 +12,9 @@ import platform
 import signal
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ import msgspec
 import torch
 import transformers
 from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate.utils import InitProcessGroupKwargs, set_seed
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from tokenizers import Tokenizer
@@ -46,7 +47,7 @@ from bitvla.model.policy import TorchPolicy
 from bitvla.processing.prompt import Prompt, train_tokenizer
 from bitvla.train import stages
 from bitvla.train.batches import Mixture, TokenWindow, Window, Windows, batches
-from bitvla.train.config import NO_POLICY, TrainConfig, extended, for_dataset, load, policy_config
+from bitvla.train.config import NO_POLICY, NewPolicy, TrainConfig, extended, for_dataset, load, policy_config
 
 STATE_FILE = "training_state.pt"
 GOLDEN_OBSERVATIONS = 2
@@ -88,7 +89,7 @@ def run(
     names = [name_of(source) for source in sources]
     _check_mixture(stage, config, names)
     opened = {path: open_start(path) for path in (start, teacher) if path is not None}
-    if teacher is not None and stage == "distill":
+    if teacher is not None:
         check_teacher(opened[teacher].config, teacher, opened[teacher].provenance)
     of_language = trains_language(stage, None if teacher is None else opened[teacher].config)
     check_adapters(stage, config, of_language)
@@ -107,16 +108,17 @@ def run(
             for source, name in zip(sources, names, strict=True)
         ]
         trainer = Trainer(stage, config, datasets, Path(out), start, teacher, opened, sentences)
-    with _interruptible() as interrupted:
-        return trainer.train(interrupted)
+    return trainer.train()
 
 
 def check_stage(stage: str, teacher: Path | None) -> None:
-    """BitvlaError for a stage that does not exist, or cannot do without a teacher."""
+    """BitvlaError for a stage that does not exist, cannot do without a teacher, or has none."""
     if stage not in stages.NAMES:
         raise BitvlaError(f"unknown stage '{stage}': use one of {', '.join(stages.NAMES)}")
     if stage == "distill" and teacher is None:
         raise BitvlaError("stage 'distill' needs a full-precision teacher: --teacher CHECKPOINT")
+    if stage != "distill" and teacher is not None:
+        raise BitvlaError(f"stage '{stage}' follows no teacher; leave out --teacher, or say --init to start from it")
 
 
 def check_teacher(
@@ -195,7 +197,8 @@ class Trainer:
             keypoints = 0 if datasets[0].keypoints is None else datasets[0].keypoints.shape[2]
         self.auxiliary = stages.AuxiliaryHead(self.network.config, positions, keypoints)
         # Without gradients where nothing is asked of them, as several processes demand.
-        self.auxiliary.linear.requires_grad_(bool(positions and config.auxiliary_weight and stage != "pretrain"))
+        acts = stage in ("finetune", "distill")
+        self.auxiliary.linear.requires_grad_(bool(positions and config.auxiliary_weight and acts))
         self.auxiliary.points.requires_grad_(bool(keypoints and config.keypoint_weight and stage != "pretrain"))
         # What is saved: whole, and not on the device; brought up to date with the averages when it is needed.
         self.averaged = copy.deepcopy(self.network).requires_grad_(False)
@@ -251,8 +254,12 @@ class Trainer:
     def _sharded(self) -> bool:
         return self.config.shard and self.accelerator.num_processes > 1
 
-    def train(self, interrupted: list[int]) -> dict[str, Any]:
+    def train(self) -> dict[str, Any]:
         config, passes = self.config, self.config.gradient_accumulation
+        try:
+            self.out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise BitvlaError(f"--out {self.out} cannot be a folder: {error.strerror}; choose another") from None
         split = {"rank": self.accelerator.process_index, "world_size": self.accelerator.num_processes}
         with self.accelerator.local_main_process_first():  # which decodes the videos once
             self.windows = self._windows("train", **split)
@@ -261,7 +268,7 @@ class Trainer:
         steps = range(self.step * passes, config.steps * passes)
         losses: dict[str, float] = {}
         latest: list[stages.Losses] = []
-        with self._progress() as progress:
+        with _interruptible() as interrupted, self._progress() as progress:
             bar = progress.add_task(self.stage, total=config.steps, completed=self.step, losses="")
             for number, window in zip(steps, batches(self.windows, steps, config.workers), strict=True):
                 self.number = number
@@ -286,15 +293,12 @@ class Trainer:
         with self.accelerator.accumulate(self.trained):
             with self.accelerator.autocast():
                 losses: stages.Losses = self.trained(_to(window, self.accelerator.device))
-            if not torch.isfinite(losses["loss"]):
-                raise BitvlaError(
-                    f"the loss became {losses['loss'].item()} at step {self.step}, on "
-                    f"{self.windows.where(self.number)}; the last good checkpoint is in {self.out}. Lower "
-                    "learning_rate or look at these data"
-                )
+            self._check_finite("loss", losses["loss"], passes=1)
             self.accelerator.backward(losses["loss"])
-            if self.accelerator.sync_gradients and self.config.clip_gradient:
-                self.accelerator.clip_grad_norm_(self.trained.parameters(), self.config.clip_gradient)
+            if self.accelerator.sync_gradients:
+                limit = self.config.clip_gradient or math.inf
+                norm = self.accelerator.clip_grad_norm_(self.trained.parameters(), limit)
+                self._check_finite("gradient", norm, passes=self.config.gradient_accumulation)
             for optimizer in self.optimizers:
                 if self.step == self.config.weight_decay_steps:
                     for group in optimizer.param_groups:
@@ -307,6 +311,18 @@ class Trainer:
             self._average()
             self.step += 1
         return {name: value.detach() for name, value in losses.items()}
+
+    def _check_finite(self, what: str, value: Tensor, passes: int) -> None:
+        """Before it moves the weights: what is saved stays good. It is of the last so many `passes`."""
+        number = float(_whole(value.detach()))
+        if not math.isfinite(number):
+            places = dict.fromkeys(self.windows.where(i) for i in range(self.number + 1 - passes, self.number + 1))
+            kept = (self.out / STATE_FILE).exists()
+            raise BitvlaError(
+                f"the {what} became {number} at step {self.step}, on {'; '.join(places)}; "
+                f"{f'the last good checkpoint is in {self.out}' if kept else 'nothing was saved before'}. "
+                "Lower learning_rate or look at these data"
+            )
 
     @torch.no_grad()
     def _average(self) -> None:
@@ -334,7 +350,7 @@ class Trainer:
             prompt = Prompt(config, tokenizer)
             network = BitVLA(config, prompt.image_id, prompt.proprio_id)
         stages.freeze(self.stage, self.config, network)
-        _check_frozen(network, start)
+        check_frozen(self.stage, network, start)
         return network, prompt, tokenizer
 
     def _objective(self, teacher: Source | None) -> stages.Objective:
@@ -344,12 +360,25 @@ class Trainer:
             )
         frozen: Any = None
         if self.stage == "distill" and teacher is not None:
+            self._check_follows(teacher)
             frozen = load_network(teacher)[0].requires_grad_(False).eval().to(self.accelerator.device)
             if self._sharded:
                 shard(frozen)
             if self.config.compile:
                 frozen = torch.compile(frozen)
         return stages.objective(self.stage, self.config, self.auxiliary, frozen)
+
+    def _check_follows(self, teacher: Source) -> None:
+        """States are compared one to one: of the same layers, over the same tokens of the same observation."""
+        student, followed, of = self.network.config, teacher.config, "the student's "
+        assert isinstance(followed, PolicyConfig)
+        check_same(f"{of}vision", student.vision, followed.vision, teacher, ("ternary", "film"))
+        check_same(f"{of}language", student.language, followed.language, teacher)
+        check_same(f"{of}action", student.action, followed.action, teacher,
+                   ("head_hidden_size", "head_blocks", "max_prefix", "flow"))  # fmt: skip
+        check_same(f"{of}processing", student.processing, followed.processing, teacher, ("execute_horizon",))
+        if self.tokenizer.to_str() != Tokenizer.from_str(teacher.tokenizer).to_str():
+            raise BitvlaError(f"the student has another tokenizer than its teacher {teacher.folder}; leave out --init")
 
     def _validation_objective(self) -> stages.Objective:
         return self.objective if self.stage != "distill" else stages.finetune(self.config, self.auxiliary)
@@ -406,7 +435,7 @@ class Trainer:
         return [
             {
                 # The exact statistics of every frame change when any value does, and are cheap to read.
-                "digest": hashlib.sha256((dataset.root / "meta" / "stats.json").read_bytes()).hexdigest(),
+                "digest": hashlib.sha256(dataset.stored_statistics()).hexdigest(),
                 "episodes": dataset.num_episodes,
                 "frames": dataset.num_frames,
                 # Which decides the order of the frames.
@@ -425,10 +454,12 @@ class Trainer:
         if not path.is_file():
             return None
         try:
-            state: dict[str, Any] = torch.load(path, weights_only=True)
+            # To memory, wherever it was: each process brings its own part to its own device.
+            state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+            identity = state["identity"]
         except Exception as error:
             raise BitvlaError(f"{path} cannot be read ({error}); delete it to start this run again") from None
-        if state["identity"] != self._identity():
+        if identity != self._identity():
             raise BitvlaError(
                 f"{self.out} holds a run with another configuration, data or start; choose another --out or delete it"
             )
@@ -537,7 +568,6 @@ class Trainer:
 
     def _record(self, values: dict[str, float]) -> None:
         if self.accelerator.is_main_process:
-            self.out.mkdir(parents=True, exist_ok=True)
             with (self.out / "metrics.jsonl").open("a") as file:
                 file.write(json.dumps({"step": self.step, **values}) + "\n")
             self.accelerator.log(values, step=self.step)
@@ -571,12 +601,13 @@ class _Trained(torch.nn.Module):
 def optimizers(network: Backbone, auxiliary: torch.nn.Module, config: TrainConfig) -> list[torch.optim.Optimizer]:
     """Matrices decay; norms, biases and embeddings of position do not. The vision tower may learn at its own rate."""
     inside = {id(p) for name, p in network.named_parameters() if ".layers." in name and p.ndim == 2}
+    places = {id(p) for name, p in network.named_parameters() if "position_embedding" in name}
     vision = {id(p) for p in network.vision_tower.parameters()}
     groups: dict[tuple[bool, bool, bool], list[Tensor]] = {}
     for p in [*network.parameters(), *auxiliary.parameters()]:
         if not p.requires_grad:
             continue
-        key = (config.optimizer == "muon" and id(p) in inside, id(p) in vision, p.ndim >= 2)
+        key = (config.optimizer == "muon" and id(p) in inside, id(p) in vision, p.ndim >= 2 and id(p) not in places)
         groups.setdefault(key, []).append(p)
     rates = {True: config.vision_learning_rate or config.learning_rate, False: config.learning_rate}
     by_kind: dict[bool, list[dict[str, Any]]] = {False: [], True: []}
@@ -642,6 +673,8 @@ def _accelerator(config: TrainConfig, out: Path) -> Accelerator:
         mixed_precision=config.mixed_precision,
         gradient_accumulation_steps=config.gradient_accumulation,
         log_with=list(config.trackers) or None,
+        # All wait for the one that decodes videos or saves, which may take longer than ten minutes.
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=12))],
         project_dir=out,
     )
     if config.batch_size % accelerator.num_processes:
@@ -657,8 +690,10 @@ def _accelerator(config: TrainConfig, out: Path) -> Accelerator:
 def start_config(stage: str, config: TrainConfig, start: Source | None, dataset: LeRobotDataset) -> PolicyConfig:
     """The policy that a stage trains: the one of the checkpoint `start`, or a new one, as over a base model."""
     stored = start.config if start is not None and isinstance(start.config, PolicyConfig) else None
-    if stored is not None and bool(stored.action.bins) == (stage == "pretrain"):
+    if start is not None and stored is not None and bool(stored.action.bins) == (stage == "pretrain"):
         policy = msgspec.structs.replace(stored, precision=config.precision)
+        if config.policy is not None:
+            _check_section(config.policy, stored, start)
     elif start is not None and stored is not None and stage == "pretrain":
         raise BitvlaError(
             f"{start.folder} regresses its actions; stage 'pretrain' goes on from a pre-trained checkpoint only"
@@ -689,23 +724,39 @@ def _check_backbone(policy: PolicyConfig, start: Source) -> None:
     causal = msgspec.structs.replace(policy.language, bidirectional=stored.language.bidirectional)
     filmed = policy.vision.film and stored.vision is not None and stored.vision.film
     tower = msgspec.structs.replace(policy.vision, film=filmed)
-    for name, wanted, found in (("vision", tower, stored.vision), ("language", causal, stored.language)):
-        for field in wanted.__struct_fields__:
-            if getattr(wanted, field) != getattr(found, field):
-                raise BitvlaError(
-                    f"policy.{name}.{field} is {getattr(wanted, field)}, {start.folder} has {getattr(found, field)}; "
-                    "give the policy the sizes of the checkpoint"
-                )
+    check_same("policy.vision", tower, stored.vision, start)
+    check_same("policy.language", causal, stored.language, start)
 
 
-def _check_frozen(network: BitVLA, start: Source | None) -> None:
-    """What does not learn must be in the checkpoint."""
+def _check_section(new: NewPolicy, stored: PolicyConfig, start: Source) -> None:
+    """Where the checkpoint says what the policy is, a [policy] section must not say otherwise."""
+    # Nothing said is as the checkpoint has it; a flow is put in by `extended`.
+    but = [name for name, said in (("film", new.vision.film), ("max_prefix", new.action.max_prefix)) if not said]
+    but += ["flow", "head_hidden_size", "head_blocks"] if new.action.flow else ["flow"]
+    for name, found in {"vision": stored.vision, "language": stored.language, "action": stored.action,
+                        "image": stored.processing.image, "prompt": stored.processing.prompt}.items():  # fmt: skip
+        check_same(f"policy.{name}", getattr(new, name), found, start, but)
+
+
+def check_same(section: str, wanted: Any, found: Any, start: Source, but: Collection[str] = ()) -> None:
+    """BitvlaError for a field of two records that differs, `but` for these."""
+    for field in wanted.__struct_fields__:
+        if field not in but and getattr(wanted, field) != getattr(found, field):
+            raise BitvlaError(
+                f"{section}.{field} is {getattr(wanted, field)}, {start.folder} has {getattr(found, field)}; make them "
+                "equal"
+            )
+
+
+def check_frozen(stage: str, network: Backbone, start: Source | None, part: str = "") -> None:
+    """What does not learn must be in the checkpoint, of which the `part` is taken that names begin with."""
     stored = {} if start is None else tensor_specs(start.config)
     for name, parameter in network.named_parameters():
-        if not parameter.requires_grad and name not in stored:
+        if not (parameter.requires_grad or (name in stored and name.startswith(part))):
             raise BitvlaError(
-                f"learning_parts leaves out {name}, which "
-                f"{'no --init gives' if start is None else f'{start.folder} does not have'}: it would stay random"
+                f"in stage '{stage}' {name} does not learn, and "
+                f"{'no --init gives it' if start is None else f'{start.folder} does not have it'}: it would stay "
+                "random; give --init a checkpoint with it, or name its part in learning_parts"
             )
 
 
@@ -716,11 +767,22 @@ def _check_fits(config: Any, dataset: LeRobotDataset, start: Path) -> None:
             f"{start} was trained on the cameras {wanted}, the data has {list(dataset.cameras)}; say in the "
             f"configuration which are which: data.{dataset.name}.cameras"
         )
+    for camera in config.processing.cameras:
+        if (size := dataset.shape(camera.name)[:2]) != (camera.height, camera.width):
+            raise BitvlaError(
+                f"{start} takes pictures of {camera.height} x {camera.width} from the camera '{camera.name}', the data "
+                f"has {size[0]} x {size[1]}; record or convert them at that size"
+            )
+    if not math.isclose(rate := config.processing.control_hz, dataset.fps, rel_tol=0.01):
+        raise BitvlaError(
+            f"{start} acts {rate:g} times a second, {dataset.name} has {dataset.fps:g} actions a second; where that is "
+            f"not their rate, say so in the configuration: data.{dataset.name}.control_hz = {rate:g}"
+        )
     state_dim = 0 if config.action.bins else dataset.state.shape[1]
     if dataset.action.shape[1] != config.action.dim or state_dim != config.action.state_dim:
         raise BitvlaError(
             f"{start} has {config.action.state_dim} state and {config.action.dim} action values, the data has "
-            f"{dataset.state.shape[1]} and {dataset.action.shape[1]}"
+            f"{dataset.state.shape[1]} and {dataset.action.shape[1]}; give data of the same robot"
         )
 
 
