@@ -149,7 +149,7 @@ def poisoned(table):
             lambda root: edit_table(root, TASKS, lambda table: table.reset_index(drop=True)),
             "no sentence for the task 0",
         ),
-        (lambda root: edit_info(root, fps=0), r"Expected `float` > 0.0 - at `\$\.fps`"),
+        (lambda root: edit_info(root, fps=0), "has an fps of 0: write the rate"),
         (lambda root: edit_info(root, features={"action": {"shape": [3]}}), "missing required field `dtype`"),
         (lambda root: edit_info(root, video_path=None), "no video_path"),
     ],
