@@ -103,7 +103,9 @@ def test_shards_hold_what_the_file_says(data: Path, tmp_path: Path, far: Any, ki
 def test_a_file_far_away_trains_as_one_here(data: Path, tmp_path: Path, far: Any, cache: Path) -> None:
     """Its images are fetched once: the second time they are not there any more."""
     put(far, data.parent)
-    config = write_config(tmp_path, MODEL, precision="ternary", steps=3, workers=1)
+    config = write_config(
+        tmp_path, MODEL, precision="ternary", steps=3, workers=1, learning_parts=["tower", "connector", "decoder"]
+    )
     run("instruct", config, data, tmp_path / "near")
     run("instruct", config, f"{ADDRESS}/colours.json", tmp_path / "far")
     assert losses_of(tmp_path / "far") == losses_of(tmp_path / "near")
