@@ -228,6 +228,18 @@ def test_a_mixture_draws_from_the_group_in_use(data, tmp_path):
     assert drawn == set(part._episode[part._frames])
 
 
+def test_a_mixture_draws_the_same_in_passes_of_any_size(data, tmp_path):
+    part = windows(LeRobotDataset(data, cache_bytes=CACHE), tmp_path)
+
+    def drawn(batch_size: int) -> list[tuple[int, float]]:
+        mixture = batches.Mixture([part], {}, part._config, batch_size=batch_size, seed=3)
+        return [
+            (position, place) for step in range(64 // batch_size) for _, position, place, _ in mixture._chosen(step)
+        ]
+
+    assert drawn(64) == drawn(16)
+
+
 def test_a_run_streams_in_bounded_space(data, far, tmp_path):
     """Its loader is another process; a run that is resumed must not get another order of the frames."""
     config = write_config(tmp_path, keypoint_weight=0, auxiliary_weight=0)

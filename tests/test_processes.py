@@ -84,6 +84,32 @@ def test_checkpointed_activations_change_nothing(data, tmp_path, monkeypatch, st
     assert_same_run(tmp_path / "kept", tmp_path / "again", steps=8)
 
 
+@pytest.mark.parametrize(
+    ("stage", "changes"),
+    [
+        ("finetune", {"workers": 2, "checkpoint_activations": True, "shard": True, "save_every": 3}),
+        ("pretrain", {"batch_size": 2, "gradient_accumulation": 4, "validation_batches": 0}),
+    ],
+)
+def test_a_run_goes_on_cut_otherwise(data, tmp_path, monkeypatch, stage, changes):
+    """As where memory ran out, or the loader was too slow."""
+    policy = TOKENS if stage == "pretrain" else POLICY
+    run(stage, write_config(tmp_path, policy, **UNSHARDED), data, tmp_path / "whole")
+    step = loop.Trainer._step
+
+    def full(self: loop.Trainer, window: Any) -> Any:
+        if self.step == 5:
+            raise MemoryError
+        return step(self, window)
+
+    monkeypatch.setattr(loop.Trainer, "_step", full)
+    with pytest.raises(MemoryError):
+        run(stage, write_config(tmp_path, policy, **UNSHARDED), data, tmp_path / "cut")
+    monkeypatch.undo()
+    run(stage, write_config(tmp_path, policy, **{**UNSHARDED, **changes}), data, tmp_path / "cut")
+    assert_same_run(tmp_path / "whole", tmp_path / "cut", steps=8)
+
+
 def count_recomputations(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     from bitvla.model import network
 

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -236,8 +237,15 @@ def _inline(values: dict[str, Any]) -> str:
 
 def test_another_configuration_does_not_continue_a_run(data, tmp_path):
     run("finetune", write_config(tmp_path, steps=4), data, tmp_path / "out")
-    with pytest.raises(BitvlaError, match="another configuration"):
-        run("finetune", write_config(tmp_path, steps=5), data, tmp_path / "out")
+    for changes, told in (
+        ({"steps": 5}, "steps was 4, is 5"),
+        ({"gradient_accumulation": 2, "log_every": 2}, "batch_size x gradient_accumulation was 8, is 16"),
+        ({"augmentation": {"contrast": 0.5}, "seed": 8}, "augmentation.contrast was 0.2, is 0.5; seed was 7, is 8"),
+    ):
+        with pytest.raises(BitvlaError, match=f"another configuration, data or start: {re.escape(told)}; change it"):
+            run("finetune", write_config(tmp_path, **{"steps": 4, **changes}), data, tmp_path / "out")
+    with pytest.raises(BitvlaError, match=r"start: init checkpoint was None, is [0-9a-f]{64}; change it"):
+        run("finetune", write_config(tmp_path, steps=4), data, tmp_path / "out", init=tmp_path / "out")
 
 
 @pytest.mark.parametrize(

@@ -318,16 +318,16 @@ class Mixture(Dataset[TokenWindow]):
 
     def prepare(self, step: int) -> None:
         """Decode what the batch of `step` and those after it need, and show how far it is."""
-        for part, position in self._positions(step):
+        for part, position in self._positions(step * self._batch_size):
             part.load(position)
 
-    def _positions(self, step: int) -> list[tuple[Windows, int]]:
-        """How many windows each dataset has given before `step`, on average: which of its groups is in use."""
-        seen = step * self._batch_size * self._shares
+    def _positions(self, windows: int) -> list[tuple[Windows, int]]:
+        """How many of so many first `windows` are of each dataset, on average: which of its groups is in use."""
+        seen = windows * self._shares
         return [(part, int(count)) for part, count in zip(self._parts, seen, strict=True)]
 
     def __getitem__(self, step: int) -> TokenWindow:
-        for part, position in self._positions(step):
+        for part, position in self._positions(step * self._batch_size):
             part.load_ahead(position)
         examples = [part.example(position, place, changes) for part, position, place, changes in self._chosen(step)]
         token_ids = torch.full((len(examples), self._length), self._pad_id)
@@ -353,10 +353,11 @@ class Mixture(Dataset[TokenWindow]):
 
     def _chosen(self, step: int) -> Iterator[tuple[Windows, int, float, NDArray[np.float64]]]:
         """This process's windows: a dataset, which group of it and where in that, and how it is augmented."""
-        positions = self._positions(step)
-        chances = draws(self._seed, 2, step, (self._batch_size, 2 + 5 * self._views))[self._rank :: self._world_size]
-        for which, place, *changes in chances:
-            part, position = positions[int(np.searchsorted(self._borders, which, side="right"))]
+        share = slice(self._rank, None, self._world_size)
+        before = range(step * self._batch_size, (step + 1) * self._batch_size)[share]
+        chances = draws(self._seed, 2, step, (self._batch_size, 2 + 5 * self._views))[share]
+        for windows, (which, place, *changes) in zip(before, chances, strict=True):
+            part, position = self._positions(windows)[int(np.searchsorted(self._borders, which, side="right"))]
             yield part, position, place, np.reshape(changes, (self._views, 5))
 
 

@@ -123,6 +123,11 @@ class TrainConfig(Record, frozen=True, kw_only=True, forbid_unknown_fields=True)
     trackers: tuple[Literal["tensorboard", "wandb"], ...] = ()  # beside metrics.jsonl
 
 
+# How a run is computed, watched and kept, not what it learns: it goes on with others, as on other machines.
+FREE_TO_CHANGE = ("workers", "compile", "checkpoint_activations", "shard", "log_every", "save_every",
+                  "validation_batches", "trackers")  # fmt: skip
+
+
 def load(path: Path) -> TrainConfig:
     """Read and check a training configuration; BitvlaError names the file and the key at fault."""
     config = load_toml(TrainConfig, path)

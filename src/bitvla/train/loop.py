@@ -47,7 +47,16 @@ from bitvla.model.policy import TorchPolicy
 from bitvla.processing.prompt import Prompt, train_tokenizer
 from bitvla.train import stages
 from bitvla.train.batches import Mixture, TokenWindow, Window, Windows, batches
-from bitvla.train.config import NO_POLICY, NewPolicy, TrainConfig, extended, for_dataset, load, policy_config
+from bitvla.train.config import (
+    FREE_TO_CHANGE,
+    NO_POLICY,
+    NewPolicy,
+    TrainConfig,
+    extended,
+    for_dataset,
+    load,
+    policy_config,
+)
 
 STATE_FILE = "training_state.pt"
 GOLDEN_OBSERVATIONS = 2
@@ -72,7 +81,7 @@ def run(
         data: a LeRobotDataset v3, as a folder, an address that fsspec knows, or an id on the Hub; for "pretrain" one
             or several; for "align", "instruct" and the distillation of a vision-language model conversations (see
             `bitvla.data.llava`).
-        out: folder of the run. If it holds an unfinished run of the same settings, that run goes on.
+        out: folder of the run. If it holds an unfinished run, that goes on: what changes its learning must be the same.
         init: checkpoint whose weights are the start, of training or published (its folder or its Hub id); by default
             random (finetune) or the teacher's (distill).
         teacher: full-precision checkpoint that a distilled student follows, of training or published.
@@ -445,7 +454,7 @@ class Trainer:
         ]
 
     def _identity(self) -> str:
-        """What must be equal for a run to go on: stage, settings, data and parents."""
+        """What a run is: stage, settings, data and parents."""
         known = {key: value for key, value in self.provenance.items() if key not in ("versions", "adapters")}
         return json.dumps(known, sort_keys=True)
 
@@ -456,12 +465,13 @@ class Trainer:
         try:
             # To memory, wherever it was: each process brings its own part to its own device.
             state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-            identity = state["identity"]
+            before = _learning(state["identity"])
         except Exception as error:
             raise BitvlaError(f"{path} cannot be read ({error}); delete it to start this run again") from None
-        if identity != self._identity():
+        if changes := list(_changes(before, _learning(self._identity()))):
             raise BitvlaError(
-                f"{self.out} holds a run with another configuration, data or start; choose another --out or delete it"
+                f"{self.out} holds a run with another configuration, data or start: {'; '.join(changes)}; change it "
+                "back, choose another --out or delete it"
             )
         return state
 
@@ -649,6 +659,30 @@ def _optimizer_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]) ->
         for number, values in state["state"].items()
     }
     return {**state, "state": moments}
+
+
+def _learning(identity: str) -> dict[str, Any]:
+    """What must be equal for a run to go on, by name."""
+    known = json.loads(identity)
+    config = {name: value for name, value in known["config"].items() if name not in FREE_TO_CHANGE}
+    # A window is given by its place in the run and weighs as any other, however many of a step are in one pass.
+    windows = config.pop("batch_size") * config.pop("gradient_accumulation")
+    return {
+        **config,
+        "batch_size x gradient_accumulation": windows,
+        "stage": known["stage"],
+        **{f"dataset {number}": one for number, one in enumerate(known["data"], start=1)},
+        **{f"{name} checkpoint": parent["digest"] for name, parent in known["parents"].items()},
+    }
+
+
+def _changes(before: Any, now: Any, name: str = "") -> Iterator[str]:
+    """What differs between two records, with both values."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        for key in before | now:
+            yield from _changes(before.get(key), now.get(key), f"{name}.{key}" if name else key)
+    elif before != now:
+        yield f"{name} was {before}, is {now}"
 
 
 def _learning_rate(step: int, config: TrainConfig) -> float:
