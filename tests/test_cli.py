@@ -104,6 +104,22 @@ def failing(error: BaseException) -> Callable[[Any], Any]:
 
 
 @pytest.mark.parametrize(
+    ("command", "broken"),
+    [
+        (["questions", "--images", "1", "--test-images", "1"], {"MUJOCO_GL": "glfw"}),
+        (["record", "--suite", "reach-v3", "--episodes", "1"], {"PYOPENGL_PLATFORM": "none"}),
+    ],
+)
+def test_a_machine_without_opengl_is_one_line(tmp_path: Path, command: list[str], broken: dict[str, str]) -> None:
+    pytest.importorskip("mujoco")
+    environment = {name: value for name, value in os.environ.items() if name != "DISPLAY"} | broken
+    words = [sys.executable, "-m", "bitvla", *command, str(tmp_path / "out")]
+    done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 1
+    assert re.fullmatch(r"error: the simulator .*apt-get install -y libegl1 .*`bitvla doctor` .*\n", done.stderr)
+
+
+@pytest.mark.parametrize(
     ("error", "line"),
     [
         (BitvlaError("policy.safetensors is cut off\nat byte 7"), "error: policy.safetensors is cut off at byte 7"),

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import platform
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
@@ -20,13 +19,12 @@ from bitvla.evaluate.policy_host import PolicyHost, PolicySource
 from bitvla.evaluate.process import Remote
 from bitvla.evaluate.record import Episode, Job, PolicyFacts, Protocol, Record, Seconds
 from bitvla.evaluate.video import Film
-from bitvla.sim.base import TRAINING_SEEDS
+from bitvla.sim.base import TRAINING_SEEDS, rendering
 
 if TYPE_CHECKING:
     from bitvla.sim.base import Simulator
 
 SimulatorSource = str | Callable[..., "Simulator"]
-OPENGL_COMMAND = "apt-get install -y libegl1 libegl-mesa0 libgl1 libgl1-mesa-dri libopengl0"
 FILM_EVERY = 2  # steps between two pictures of a film
 
 
@@ -55,7 +53,7 @@ class Worker:
         self._policy = Remote(PolicyHost, policy, threads, full_precision, threads=threads)
         self._policy.receive()
         self._policy_facts: PolicyFacts = self._policy.call("facts")
-        with _rendering():
+        with rendering():
             self._simulator = _make_simulator(simulator, self._policy_facts.cameras[0].height)
         _check_fit(self._policy_facts, self._simulator)
         self._suite = suite
@@ -76,7 +74,7 @@ class Worker:
             versions=_versions(simulator),
             benchmark_protocol=getattr(simulator, "benchmark_protocol", None),
         )
-        with _rendering():
+        with rendering():
             simulator.reset(tasks[0], 0)
             simulator.observe()
         return self._policy_facts, facts
@@ -201,20 +199,6 @@ def _make_simulator(source: SimulatorSource, image_size: int) -> Simulator:
     from bitvla.sim.base import make_simulator
 
     return make_simulator(source, image_size=image_size)
-
-
-@contextlib.contextmanager
-def _rendering() -> Iterator[None]:
-    """Turn the many ways in which OpenGL can be missing into one line with a remedy."""
-    try:
-        yield
-    except (BitvlaError, KeyError):
-        raise
-    except Exception as error:
-        raise BitvlaError(
-            f"the simulator could not start or render ({type(error).__name__}: {error}). If software OpenGL is "
-            f"missing: {OPENGL_COMMAND}"
-        ) from None
 
 
 def _check_fit(policy: PolicyFacts, simulator: Simulator) -> None:

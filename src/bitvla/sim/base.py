@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 import msgspec
@@ -11,6 +13,8 @@ import numpy as np
 import numpy.typing as npt
 
 from bitvla.errors import BitvlaError
+
+OPENGL_COMMAND = "apt-get install -y libegl1 libegl-mesa0 libgl1 libgl1-mesa-dri libopengl0"
 
 Observation = dict[str, Any]
 """``{"images": {camera: uint8 (H, W, 3)}, "state": float32 (S,), "instruction": str}``"""
@@ -119,6 +123,22 @@ class Simulator(Protocol):
     def close(self) -> None:
         """Free the rendering contexts; may be called more than once."""
         ...
+
+
+@contextmanager
+def rendering() -> Iterator[None]:
+    """Turn the many ways in which OpenGL can be missing, also where it is imported, into one line with a remedy."""
+    try:
+        with warnings.catch_warnings(action="ignore"):  # what a library says before it fails
+            yield
+    except (BitvlaError, KeyError, ModuleNotFoundError):
+        raise
+    except Exception as error:
+        raise BitvlaError(
+            f"the simulator could not start or render ({type(error).__name__}: {' '.join(str(error).split())}). If "
+            f"software OpenGL is missing: {OPENGL_COMMAND}; else unset MUJOCO_GL and PYOPENGL_PLATFORM, or set both to "
+            "egl. `bitvla doctor` tells what is missing"
+        ) from None
 
 
 def make_simulator(name: str, **options: Any) -> Simulator:

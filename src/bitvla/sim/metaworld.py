@@ -13,17 +13,17 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-# MuJoCo picks its OpenGL backend when it is first imported.
-if not os.environ.get("DISPLAY"):
-    os.environ.setdefault("MUJOCO_GL", "egl")
-
-import mujoco
-from metaworld.env_dict import ALL_V3_ENVIRONMENTS
-
 from bitvla.errors import BitvlaError
-from bitvla.sim.base import Expert, Observation
+from bitvla.sim.base import Expert, Observation, rendering
 from bitvla.sim.experts import expert
 from bitvla.sim.instructions import instruction
+
+# MuJoCo picks its OpenGL backend when it is first imported, and loads it.
+if not os.environ.get("DISPLAY"):
+    os.environ.setdefault("MUJOCO_GL", "egl")
+with rendering():
+    import mujoco
+    from metaworld.env_dict import ALL_V3_ENVIRONMENTS
 
 MT10 = (
     "reach-v3",
@@ -441,17 +441,16 @@ def _make_scene(task: str) -> _Scene:
     return _Scene(env, pristine)
 
 
+class _Renderer(mujoco.Renderer):
+    _gl_context = _mjr_context = None  # where it cannot be made, it closes what it has not
+
+
 def _make_renderer(model: mujoco.MjModel, size: int) -> mujoco.Renderer:
     # Shadows and multisampling cost twenty times the rest of the picture.
     model.vis.quality.offsamples = 0
     model.vis.quality.shadowsize = 0
-    try:
-        renderer = mujoco.Renderer(model, height=size, width=size)
-    except mujoco.FatalError as error:
-        raise BitvlaError(
-            f"MuJoCo cannot render: {error}. If it was imported before bitvla, set MUJOCO_GL=egl in the environment; "
-            "`bitvla doctor` tells what is missing"
-        ) from None
+    with rendering():
+        renderer = _Renderer(model, height=size, width=size)
     for flag in (mujoco.mjtRndFlag.mjRND_SHADOW, mujoco.mjtRndFlag.mjRND_REFLECTION):
         renderer.scene.flags[flag] = 0
     return renderer
