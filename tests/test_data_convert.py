@@ -67,7 +67,7 @@ def example(**features):
     message = rlds._EXAMPLE()
     for key, values in features.items():
         entry = message.features.feature.add(key=key.replace("__", "/"))
-        kind = "bytes_list" if isinstance(values[0], bytes) else "float_list"
+        kind = "float_list" if values and isinstance(values[0], float) else "bytes_list"
         getattr(entry.value, kind).value.extend(values)
     return message.SerializeToString()
 
@@ -214,6 +214,8 @@ def flip(path):
         ({"steps__action": [0.5] * 41}, None, "'steps/action' in .* has 41 numbers for 6 steps"),
         ({"steps__observation__image": [b"no picture"] * 6}, None, "is truncated or damaged"),
         ({"steps__observation__state": [float("nan")] * 48}, None, "'observation.state' of .*:0 is not finite"),
+        ({"steps__language_instruction": [b" "] * 6}, None, "tfrecord-00000-of-00001:0 has no instruction"),
+        ({"steps__language_instruction": []}, None, "tfrecord-00000-of-00001:0 has no instruction"),
     ],
 )
 def test_damaged_records_are_refused(tmp_path, changes, spoil, message):

@@ -101,6 +101,8 @@ def _as_wanted(whole: Episode, settings: Settings, name: str) -> Episode:
     for key, values in whole.vectors.items():
         if not np.isfinite(values).all():
             raise BitvlaError(f"'{key}' of {name} is not finite; remove the demonstration from the source")
+    if not whole.task.strip():
+        raise BitvlaError(f"{name} has no instruction; write one, or remove the demonstration from the source")
     turn = slice(None, None, -1 if settings.rotate180 else None)
     kept = moving(whole.vectors["action"]) if settings.drop_no_ops else np.arange(whole.length)
     if not len(kept):

@@ -85,7 +85,8 @@ def _read(path: Path, begin: int, length: int, cameras: Mapping[str, str]) -> Ep
         "observation.state": _vectors(path, _STATE, features[_STATE], steps),
         "action": _vectors(path, _ACTION, features[_ACTION], steps),
     }
-    return Episode(images, vectors, features[_SENTENCE].bytes_list.value[0].decode())
+    sentences = features[_SENTENCE].bytes_list.value  # the same in every step
+    return Episode(images, vectors, sentences[0].decode() if sentences else "")
 
 
 def _pictures(path: Path, encoded: Any) -> NDArray[np.uint8]:
