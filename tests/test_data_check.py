@@ -109,6 +109,10 @@ def plant_no_time(table):
     table.at[30, "timestamp"] = np.float32("nan")
 
 
+def plant_no_times(table):
+    del table["timestamp"]
+
+
 @pytest.mark.parametrize(
     ("plant", "name", "grade", "subject", "value"),
     [
@@ -119,6 +123,7 @@ def plant_no_time(table):
         (plant_rate, "timestamps", "error", "episodes 0-23", "200 ms"),
         (plant_still_clock, "timestamps", "error", "episode 4", "0 ms"),
         (plant_no_time, "timestamps", "error", "episode 1", "nan ms"),
+        (plant_no_times, "timestamps", "error", "episodes 0-23", "no column 'timestamp'"),
     ],
 )
 def test_defects_of_the_tables(dataset, plant, name, grade, subject, value):
@@ -208,6 +213,17 @@ def test_defects_of_the_recording(tmp_path, change, name, subject):
     assert finding.value
     assert finding.threshold
     assert finding.fix
+
+
+@pytest.mark.parametrize(("marked", "share"), [({0: 1.0}, 1 / EPISODES), ({}, None)])
+def test_an_episode_that_is_not_marked_is_no_recovery(dataset, marked, share):
+    (path,) = (dataset / "meta" / "episodes").rglob("*.parquet")
+    table = pd.read_parquet(path)
+    table["recovery"] = [marked.get(i, np.nan) for i in range(EPISODES)]
+    table.to_parquet(path)
+    checkup = check(dataset)
+    assert checkup.recovery_share == share
+    assert [finding.grade for finding in checkup.findings] == ["note" if share is None else "warning"]
 
 
 def standing(vectors):

@@ -60,6 +60,7 @@ NO_QUANTILES = Rule("error", "statistics", "compute them: bitvla data statistics
 CONSTANT_DIMENSION = Rule("error", "statistics", "leave the dimension out, or record episodes in which it varies")
 OFF_QUANTILES = Rule("warning", "quantiles", "not the statistics of these data: bitvla data statistics DATASET")
 FAR_OFF_QUANTILES = Rule("error", "quantiles", "not the statistics of these data: bitvla data statistics DATASET")
+NO_TIMES = Rule("error", "timestamps", "write them into the tables: frame_index / fps, where the rate was even")
 WRONG_RATE = Rule("error", "timestamps", "set fps to the rate of the recording, or write the timestamps again")
 DROPPED_FRAMES = Rule("error", "dropped frames", "drop these episodes, or resample them to even steps")
 UNEVEN_STEPS = Rule("warning", "timestamps", "resample to even steps: a chunk's actions are played at a fixed rate")

@@ -40,6 +40,7 @@ class Tables:
     periods: dict[int, float] = field(default_factory=dict)
     gaps: dict[int, float] = field(default_factory=dict)
     uneven: dict[int, float] = field(default_factory=dict)
+    timeless: list[int] = field(default_factory=list)
     steps: int = 0
     no_ops: int = 0
 
@@ -62,6 +63,7 @@ def read_tables(dataset: Source, findings: list[Finding], progress: Callable[[in
             _read_vector(dataset, table, episode, rows, key, findings)
         if rows is not None:
             _read_times(dataset, table, episode, rows)
+            table.timeless += [] if "timestamp" in rows else [episode]
         progress(episode + 1)
     return table
 
@@ -185,6 +187,12 @@ def _judge(dimension: Dimension, count: int) -> Iterator[Finding]:
 
 def check_times(dataset: Source, table: Tables, horizon: int, findings: list[Finding]) -> None:
     """The rate, gaps and lengths of the episodes."""
+    if table.timeless:
+        findings.append(
+            rules.NO_TIMES.found(
+                subject=rules.named(table.timeless), value="no column 'timestamp'", threshold="one in every frame"
+            )
+        )
     period = 1 / dataset.fps
     # A period that is not a number is off too.
     off = [i for i, step in table.periods.items() if not abs(step - period) <= rules.JITTER * period]
@@ -256,12 +264,12 @@ def count_tasks(dataset: Source, findings: list[Finding]) -> dict[str, int]:
 def recovery_share(dataset: Source, findings: list[Finding]) -> float | None:
     """The share of episodes that begin in a failed state; None when they are not marked."""
     column = dataset.episodes.get("recovery")
-    share = None if column is None else float(column.astype(bool).mean())
+    share = None if column is None or column.isna().all() else float(column.eq(True).mean())
     if share is None or share < rules.RECOVERIES:
         findings.append(
             (rules.UNMARKED_RECOVERIES if share is None else rules.FEW_RECOVERIES).found(
                 subject="episodes that begin in a failed state",
-                value="not marked: no column 'recovery'" if share is None else f"{100 * share:.1f} %",
+                value="not marked in a column 'recovery'" if share is None else f"{100 * share:.1f} %",
                 threshold=f"{100 * rules.RECOVERIES:g} %",
             )
         )
