@@ -282,6 +282,7 @@ def test_the_log_of_a_short_run_is_plain(data, tmp_path, capsys):
     log = capsys.readouterr().err
     assert "step 1: validation left out" in log
     assert "nan" not in log
+    assert log.count("action_l1") == 1  # no row of a bar that nobody sees
     assert f"windows an epoch, of {LeRobotDataset(data).num_episodes} episodes" in " ".join(log.split())
 
 

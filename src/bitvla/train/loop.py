@@ -10,7 +10,6 @@ import math
 import os
 import platform
 import signal
-import sys
 import time
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -557,7 +556,8 @@ class Trainer:
 
     def _progress(self) -> Progress:
         columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()]
-        return Progress(*columns, TimeRemainingColumn(), TextColumn("{task.fields[losses]}"), console=self.console)
+        columns += [TimeRemainingColumn(), TextColumn("{task.fields[losses]}")]
+        return Progress(*columns, console=self.console, disable=not self.console.is_terminal)  # see `_log`
 
     def _log(self, latest: list[stages.Losses], progress: Progress, bar: Any) -> dict[str, float]:
         """The mean losses of a step, over its passes and all processes."""
@@ -570,7 +570,7 @@ class Trainer:
         progress.update(bar, losses=f"{_show(losses)}  {speed:.2f} steps/s")
         rate = float(self.schedules[0].get_last_lr()[0])
         self._record({"learning_rate": rate, "steps_per_second": speed, **losses})
-        if not sys.stderr.isatty():
+        if progress.disable:
             left = (self.config.steps - self.step) / speed / 60 if speed else 0.0
             pace = f"  {speed:.2f} steps/s  {left:.0f} min left" if speed else ""
             self.console.print(f"step {self.step}/{self.config.steps}  {_show(losses)}{pace}")
