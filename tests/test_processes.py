@@ -44,7 +44,6 @@ def assert_same_run(one: Path, other: Path, steps: int) -> None:
         ("finetune", {"gradient_accumulation": 2, "optimizer": "muon"}),
         ("finetune", {"shard": True, "film": True, "flow": FLOW, **UNSHARDED}),
         ("pretrain", {"film": True}),
-        ("localize", {}),
     ],
 )
 def test_two_processes_train_as_one(data, tmp_path, stage, changes):
@@ -64,6 +63,23 @@ def test_two_processes_train_as_one(data, tmp_path, stage, changes):
     run(stage, config, data, tmp_path / "two")
     after = load_file(tmp_path / "two" / "model.safetensors")
     assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
+
+
+@pytest.mark.parametrize("stage", ["localize", "pretrain", "finetune"])
+def test_all_that_asks_for_gradients_has_some(data, tmp_path, monkeypatch, stage):
+    """Several processes wait for those of every parameter, also of heads that a stage has no use for."""
+    without, check = list[list[str]](), loop.Trainer._check_finite
+
+    def look(self: loop.Trainer, what: str, *rest: Any, **options: Any) -> None:
+        if what == "gradient":
+            asking = [(name, p) for name, p in self.trained.named_parameters() if p.requires_grad]
+            without.append([name for name, p in asking if p.grad is None])
+        check(self, what, *rest, **options)
+
+    monkeypatch.setattr(loop.Trainer, "_check_finite", look)
+    policy = TOKENS if stage == "pretrain" else POLICY
+    run(stage, write_config(tmp_path, policy, steps=1, validation_batches=0), data, tmp_path / "out")
+    assert without == [[]]
 
 
 def test_several_passes_a_step_are_one_large_batch(data, tmp_path):
