@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
 
-from bitvla.bundle import LANGUAGE_HEAD, tensor_specs, to_float32
+from bitvla.bundle import LANGUAGE_HEAD, to_float32
 from bitvla.config import LanguageModelConfig, PolicyConfig, to_dict
 from bitvla.convert.source import Source
 from bitvla.errors import BitvlaError
@@ -49,7 +49,7 @@ def load_language_network(start: Source, config: LanguageModelConfig | None = No
 
 def fill(network: Backbone, start: Source, part: str = "") -> None:
     """Put the weights of an open checkpoint into `network`: those whose names begin with `part` and that both have."""
-    stored = tensor_specs(start.config)
+    stored = start.specs
     for name, value in network.state_dict().items():
         if name in stored and name.startswith(part):
             values = torch.from_numpy(to_float32(start.tensor(name)))
