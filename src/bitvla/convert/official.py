@@ -356,8 +356,11 @@ def _joined(language: Source, folder: Path) -> Source:
     )
     _check_config(folder, config)
     digests = _digests(folder, weights.files)
-    tower = {"digest": _digest(digests), "provenance": {"checkpoint": {"kind": "siglip", "files": digests}}}
-    parents = {"language": {"digest": language.sha256, "provenance": language.provenance}, "tower": tower}
+    digest = _digest(digests)
+    parents = {
+        "language": {"digest": language.sha256, "provenance": language.provenance},
+        "tower": {"digest": digest, "provenance": {"checkpoint": {"kind": "siglip", "files": digests}}},
+    }
 
     def tensor(name: str) -> NDArray[Any]:
         if name in weights.places:
@@ -368,7 +371,7 @@ def _joined(language: Source, folder: Path) -> Source:
         language,
         config=config,
         provenance={"parents": parents},
-        sha256=_digest({name: parent["digest"] for name, parent in parents.items()}),
+        sha256=_digest({"language": language.sha256, "tower": digest}),
         tensor=tensor,
         lacks="multi_modal_projector.",
     )
