@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 import torch
@@ -71,7 +72,7 @@ vision = {{ hidden_size = 48, intermediate_size = 104, num_layers = 2, num_heads
 image = {{ resize = "bicubic", crop_area = 1.0 }}
 
 [model.language]
-vocab_size = 128256
+vocab_size = 128268
 hidden_size = 80
 intermediate_size = 176
 num_layers = 2
@@ -258,6 +259,15 @@ def test_reserved_tokens_become_those_of_a_policy(published, tmp_path):
     assert Chat(config, tokenizer).image_id == conventions.TOKEN_IDS["<|image_pad|>"]
 
 
+def test_words_of_the_prompt_are_no_actions(published):
+    policy = official.open_official(published / "pretrained", control_hz=5)
+    more = msgspec.structs.replace(policy.config.action, bins=258)
+    with pytest.raises(
+        BitvlaError, match=r"<\|image_pad\|> \(id 128010\) is one of the last 258 tokens, which are actions"
+    ):
+        Prompt(msgspec.structs.replace(policy.config, action=more), Tokenizer.from_str(policy.tokenizer))
+
+
 def test_a_hub_id_is_a_start(published, data, tmp_path, monkeypatch):
     known = {"hongyuw/base": published / "vision-language"}
     monkeypatch.setattr(official, "local", lambda source: known.get(source, Path(source)))
@@ -361,7 +371,10 @@ def test_the_recipe_from_its_beginning(parents, tmp_path, capsys):
         else:
             with safe_open(published[name].path, "pt") as file:
                 expected = file.get_tensor(published[name].key).float().numpy()
-            np.testing.assert_array_equal(aligned.tensor(name), expected, err_msg=name)
+            values = aligned.tensor(name)
+            np.testing.assert_array_equal(values[: len(expected)], expected, err_msg=name)
+            actions = 12 if name in (official.EMBEDDING, LANGUAGE_HEAD) else 0  # whose tokens BitNet has no rows for
+            assert len(values) == len(expected) + actions
     named = aligned.provenance["parents"]["init"]["provenance"]["parents"]
     assert named["language"]["digest"] == official.open_official(language).sha256
     assert [*named["tower"]["provenance"]["checkpoint"]["files"]] == [SHARD]
@@ -379,7 +392,7 @@ def test_the_recipe_from_its_beginning(parents, tmp_path, capsys):
 def test_the_full_size_file_describes_what_the_published_parents_become():
     model = load(CONFIGS / "bitvla-3b-align.toml").model
     assert model.vision == VisionConfig(ternary=False)
-    assert model.language == LanguageConfig(vocab_size=conventions.LANGUAGE_VOCABULARY, bidirectional=False)
+    assert model.language == LanguageConfig(vocab_size=conventions.PRETRAINED_VOCABULARY, bidirectional=False)
     assert (model.image, model.chat) == (conventions.SIGLIP, conventions.base_chat("<|image_pad|>"))
     assert not model.tied
 
