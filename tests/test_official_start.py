@@ -347,7 +347,7 @@ def test_the_recipe_from_its_beginning(parents, tmp_path, capsys):
     language, siglip = parents
     start = open_start(language, siglip)
     data = str(write_conversations(tmp_path / "colours", 2))
-    settings = {**QUIET, "steps": 2, "batch_size": 1, "seed": 11}
+    settings = {**QUIET, "batch_size": 1, "seed": 11}
 
     def train(stage: str, text: str, *options: str) -> Path:
         (tmp_path / stage).mkdir()
