@@ -23,9 +23,9 @@ from transformers import SiglipVisionModel
 
 import bitvla
 from bitvla import BitvlaError
-from bitvla.bundle import LANGUAGE_HEAD, tensor_specs, to_float32
+from bitvla.bundle import EMBEDDING, LANGUAGE_HEAD, tensor_specs, to_float32
 from bitvla.cli import main
-from bitvla.config import LanguageConfig, VisionConfig
+from bitvla.config import ActionConfig, LanguageConfig, VisionConfig
 from bitvla.convert import conventions, official
 from bitvla.convert.make_checkpoint import make_checkpoint
 from bitvla.convert.pack import PARITY_BOUND, pack
@@ -39,6 +39,7 @@ from bitvla.processing.prompt import Chat, Prompt
 from bitvla.processing.vectors import normalize
 from bitvla.quantization import ternarize
 from bitvla.runtime.language import LanguageModel
+from bitvla.train import loop
 from bitvla.train.batches import Window, Windows
 from bitvla.train.config import load
 from bitvla.train.loop import run
@@ -72,7 +73,7 @@ vision = {{ hidden_size = 48, intermediate_size = 104, num_layers = 2, num_heads
 image = {{ resize = "bicubic", crop_area = 1.0 }}
 
 [model.language]
-vocab_size = 128268
+vocab_size = 128256
 hidden_size = 80
 intermediate_size = 176
 num_layers = 2
@@ -259,6 +260,23 @@ def test_reserved_tokens_become_those_of_a_policy(published, tmp_path):
     assert Chat(config, tokenizer).image_id == conventions.TOKEN_IDS["<|image_pad|>"]
 
 
+def test_actions_get_tokens_beside_those_of_the_base_model(published):
+    """A policy of more tokens keeps the known ones; the new ones begin as their mean."""
+    base = open_start(published / "vision-language")
+    config = official.open_official(published / "pretrained", control_hz=5).config
+    assert (base.config.language.vocab_size, config.language.vocab_size) == (128264, 128268)
+    loop._check_backbone(config, base)
+    acting = msgspec.structs.replace(config, action=ActionConfig())
+    with pytest.raises(BitvlaError, match=r"policy\.language\.vocab_size is 128268, .* has 128264"):
+        loop._check_backbone(acting, base)
+    network, _ = load_network(base, config)
+    known = {name: torch.from_numpy(to_float32(base.tensor(name))) for name in (EMBEDDING, LANGUAGE_HEAD)}
+    rows = network.get_parameter(EMBEDDING)
+    assert torch.equal(rows[:128264], known[EMBEDDING])
+    assert torch.equal(rows[128264:], known[EMBEDDING].mean(dim=0).expand(4, -1))
+    assert torch.equal(network.get_parameter(LANGUAGE_HEAD)[:252], known[LANGUAGE_HEAD][128012:])
+
+
 def test_words_of_the_prompt_are_no_actions(published):
     policy = official.open_official(published / "pretrained", control_hz=5)
     more = msgspec.structs.replace(policy.config.action, bins=258)
@@ -360,7 +378,7 @@ def test_the_recipe_from_its_beginning(parents, tmp_path, capsys):
     assert aligned.config == start.config
     published = {"language_model." + name: place for name, place in find_weights(language).places.items()}
     published |= {"vision_tower." + name: place for name, place in find_weights(siglip).places.items()}
-    published[LANGUAGE_HEAD] = published[official.EMBEDDING]
+    published[LANGUAGE_HEAD] = published[EMBEDDING]
     torch.manual_seed(11)
     random, _ = load_language_network(start)
     for name in tensor_specs(aligned.config):
@@ -371,10 +389,7 @@ def test_the_recipe_from_its_beginning(parents, tmp_path, capsys):
         else:
             with safe_open(published[name].path, "pt") as file:
                 expected = file.get_tensor(published[name].key).float().numpy()
-            values = aligned.tensor(name)
-            np.testing.assert_array_equal(values[: len(expected)], expected, err_msg=name)
-            actions = 12 if name in (official.EMBEDDING, LANGUAGE_HEAD) else 0  # whose tokens BitNet has no rows for
-            assert len(values) == len(expected) + actions
+            np.testing.assert_array_equal(aligned.tensor(name), expected, err_msg=name)
     named = aligned.provenance["parents"]["init"]["provenance"]["parents"]
     assert named["language"]["digest"] == official.open_official(language).sha256
     assert [*named["tower"]["provenance"]["checkpoint"]["files"]] == [SHARD]
@@ -392,7 +407,7 @@ def test_the_recipe_from_its_beginning(parents, tmp_path, capsys):
 def test_the_full_size_file_describes_what_the_published_parents_become():
     model = load(CONFIGS / "bitvla-3b-align.toml").model
     assert model.vision == VisionConfig(ternary=False)
-    assert model.language == LanguageConfig(vocab_size=conventions.PRETRAINED_VOCABULARY, bidirectional=False)
+    assert model.language == LanguageConfig(vocab_size=conventions.LANGUAGE_VOCABULARY, bidirectional=False)
     assert (model.image, model.chat) == (conventions.SIGLIP, conventions.base_chat("<|image_pad|>"))
     assert not model.tied
 

@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 import bitvla
-from bitvla.bundle import LANGUAGE_HEAD, TensorSpec, action_specs, decoder_specs, to_float32, vision_specs
+from bitvla.bundle import EMBEDDING, LANGUAGE_HEAD, TensorSpec, action_specs, decoder_specs, vision_specs
 from bitvla.config import (
     ActionConfig,
     LanguageConfig,
@@ -51,7 +51,6 @@ Kind = Literal["libero", "vision-language", "pretrained", "language"]
 
 STATISTICS_MISSING = "give --statistics a file that is there"
 SEES = "has a vision tower already; leave out --tower"
-EMBEDDING = "language_model.model.embed_tokens.weight"
 
 _HUB_FILES = ["*.json", "*.safetensors", "*.pt"]  # also in lora_adapter/
 _INSTRUCTION = "pick up the black bowl and place it on the plate"
@@ -342,15 +341,13 @@ def _vision_language_model(checkpoint: _Checkpoint) -> Source:
 def _joined(language: Source, folder: Path) -> Source:
     """A language model that sees with the vision tower of the SigLIP checkpoint in `folder`.
 
-    It is untied, as the published models that came of this; its language head begins as the embedding. That gets rows
-    for the tokens of actions, which are the embedding's mean until a policy learns them. As in LLaVA and in the
-    published models, the tower ends with SigLIP's last layer but one: neither norm nor pooling follow.
+    It is untied, as the published models that came of this; its language head begins as the embedding. As in LLaVA and
+    in them, the tower ends with SigLIP's last layer but one: neither norm nor pooling follow.
     """
     vision, weights = _read_tower(folder)
-    rows = max(language.config.language.vocab_size, conventions.PRETRAINED_VOCABULARY)
     config = LanguageModelConfig(
         name="bitvla",
-        language=msgspec.structs.replace(language.config.language, vocab_size=rows),
+        language=language.config.language,
         chat=conventions.base_chat("<|image_pad|>"),
         tied=False,
         vision=vision,
@@ -367,10 +364,7 @@ def _joined(language: Source, folder: Path) -> Source:
     def tensor(name: str) -> NDArray[Any]:
         if name in weights.places:
             return weights.read(name)
-        if name not in (EMBEDDING, LANGUAGE_HEAD):
-            return language.tensor(name)
-        known = to_float32(language.tensor(EMBEDDING))
-        return np.concatenate([known, np.tile(known.mean(axis=0), (rows - len(known), 1))])
+        return language.tensor(EMBEDDING if name == LANGUAGE_HEAD else name)
 
     return dataclasses.replace(
         language,

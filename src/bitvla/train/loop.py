@@ -722,14 +722,23 @@ def start_config(stage: str, config: TrainConfig, start: Source | None, dataset:
         )
     policy = extended(policy, config)
     if start is not None:
+        if config.lora_rank:  # to which no tokens are added
+            check_same("policy.language", policy.language, start.config.language, start, ("bidirectional",))
         _check_backbone(policy, start)
     return policy
 
 
 def _check_backbone(policy: PolicyConfig, start: Source) -> None:
-    """Tower and decoder must be those of the checkpoint; the decoder may become causal or not, the tower get FiLM."""
-    stored = start.config
-    causal = msgspec.structs.replace(policy.language, bidirectional=stored.language.bidirectional)
+    """Tower and decoder must be those of the checkpoint; the decoder may become causal or not, the tower get FiLM.
+
+    Where tokens are actions, the decoder may get more of them.
+    """
+    stored, tokens = start.config, policy.language.vocab_size
+    causal = msgspec.structs.replace(
+        policy.language,
+        bidirectional=stored.language.bidirectional,
+        vocab_size=min(tokens, stored.language.vocab_size) if policy.action.bins else tokens,
+    )
     filmed = policy.vision.film and stored.vision is not None and stored.vision.film
     tower = msgspec.structs.replace(policy.vision, film=filmed)
     check_same("policy.vision", tower, stored.vision, start)
