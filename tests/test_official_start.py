@@ -394,6 +394,11 @@ def test_the_recipe_from_its_beginning(parents, tmp_path, capsys):
     assert named["language"]["digest"] == official.open_official(language).sha256
     assert [*named["tower"]["provenance"]["checkpoint"]["files"]] == [SHARD]
 
+    config = write_config(tmp_path, SEEING, **settings)
+    for start_anew in (lambda: open_start(out, siglip), lambda: plan("align", config, init=out, tower=siglip)):
+        with pytest.raises(BitvlaError, match="has a vision tower already; leave out --tower"):
+            start_anew()
+
     instructed = train("instruct", "", "--init", str(out))
     distilled = train("distill", "", "--teacher", str(instructed))
     pack(distilled, tmp_path / "model.safetensors")
