@@ -48,6 +48,7 @@ _READABLE = (1, 2, 3, 4)
 READ_AT_LOAD = 64 << 20
 
 _ALIGNMENT = 64
+EMBEDDING = "language_model.model.embed_tokens.weight"
 LANGUAGE_HEAD = "language_model.lm_head.weight"
 _LAST_LAYER = "action_head.model.fc2.weight"
 _MAX_HEADER = 100 << 20  # the limit of the safetensors format itself
@@ -201,7 +202,7 @@ def decoder_specs(language: LanguageConfig) -> dict[str, TensorSpec]:
     """The tensors of the decoder with its embedding, without a language head."""
     hidden = language.hidden_size
     key_size, inner = language.num_kv_heads * language.head_dim, language.intermediate_size
-    specs = {"language_model.model.embed_tokens.weight": TensorSpec("embedding", (language.vocab_size, hidden))}
+    specs = {EMBEDDING: TensorSpec("embedding", (language.vocab_size, hidden))}
     for index in range(language.num_layers):
         layer = f"language_model.model.layers.{index}."
         specs |= {

@@ -26,7 +26,7 @@ STAGES = ("align", "instruct", "localize", "pretrain", "finetune", "distill")
 PACKINGS = ("2bit", "base3")
 EXPERTS = ("bfloat16", "int8", "ternary")
 MATRICES: dict[str, Any] = {"float32": "F32", "bfloat16": "BF16", "int8": "I8"}
-KINDS = ("libero", "vision-language", "vision-language-bf16-tower", "pretrained", "language", "language-bf16")
+KINDS = ("libero", "vision-language", "vision-language-bf16-tower", "pretrained", "language", "language-bf16", "siglip")
 PROTOCOLS = ("openpi", "lerobot", "gr00t")
 ROBOTS = ("fake", "metaworld", "libero", "lerobot")
 JOININGS = ("replace", "weighted_average", "temporal_ensemble", "real_time_chunking")
@@ -113,17 +113,16 @@ def _data_statistics(args: argparse.Namespace) -> Any:
 
 
 def _train(args: argparse.Namespace) -> Any:
+    parents = {"init": args.init, "tower": args.tower, "teacher": args.teacher}
     if args.plan:
         from bitvla.train.plan import plan
 
         data = args.data[0] if args.data else None
-        parents = {"init": args.init, "teacher": args.teacher}
         return plan(args.stage, args.config, data=data, devices=args.devices, tflops=args.tflops, **parents)
     from bitvla.train.loop import run
 
     if not args.data or args.out is None:
         raise BitvlaError("training needs --data and --out; --plan does without")
-    parents = {"init": args.init, "teacher": args.teacher}
     result = run(args.stage, args.config, args.data, args.out, cache_bytes=args.cache_size, **parents)
     return result if os.environ.get("RANK", "0") == "0" else None  # one of several processes speaks
 
@@ -521,6 +520,12 @@ def _add_making(add: _Add, commands: Any) -> None:
         metavar="CKPT",
         help="checkpoint whose weights to start from, also a published one, or its Hugging Face id",
     )
+    train.add_argument(
+        "--tower",
+        type=Path,
+        metavar="CKPT",
+        help="SigLIP, for a language model as --init to see with, likewise (align)",
+    )
     train.add_argument("--teacher", type=Path, metavar="CKPT", help="checkpoint to align with, likewise (distill)")
     train.add_argument("--plan", action="store_true", help="say what it takes, without weights or data, and end")
     train.add_argument("--devices", type=_count, default=1, metavar="N", help="of a --plan (default: 1)")
@@ -580,8 +585,8 @@ def _add_making(add: _Add, commands: Any) -> None:
         choices=KINDS,
         default=KINDS[0],
         metavar="KIND",
-        help="a LIBERO fine-tune, the base models it comes from, or BitNet's language model, packed or in bfloat16: "
-        f"{' | '.join(KINDS)} (default: {KINDS[0]})",
+        help="a LIBERO fine-tune, the base models it comes from, BitNet's language model, packed or in bfloat16, or "
+        f"the SigLIP that it learns to see with: {' | '.join(KINDS)} (default: {KINDS[0]})",
     )
     make_checkpoint.add_argument("--reduced", action="store_true", help="small layers, published layout and tokens")
     make_checkpoint.add_argument("--views", type=_count, default=2, metavar="N", help="cameras, 1 to 3 (default: 2)")

@@ -1,9 +1,9 @@
 """Checkpoints of random weights, in exactly the published layouts: to try everything without the real weights.
 
 Shapes, names, dtypes, files and token ids are those of `hongyuw/ft-bitvla-bitsiglipL-224px-libero_spatial-bf16`, with
-the statistics of its training data; of the base models it comes from; or of `microsoft/bitnet-b1.58-2B-4T`, packed or
-in bfloat16. What such a policy does, and what such a language model writes, is nonsense. Written shard by shard, so
-that memory stays small, and from a seed, so that it is the same everywhere.
+the statistics of its training data; of the base models it comes from; of `microsoft/bitnet-b1.58-2B-4T`, packed or in
+bfloat16; or of `google/siglip-so400m-patch14-224`. What such a policy does, and what such a language model writes, is
+nonsense. Written shard by shard, so that memory stays small, and from a seed, so that it is the same everywhere.
 """
 
 from __future__ import annotations
@@ -32,7 +32,9 @@ from bitvla.convert.weights import SIDE_FILES, pack_rows
 from bitvla.errors import BitvlaError
 from bitvla.quantization import ternarize
 
-Kind = Literal["libero", "vision-language", "vision-language-bf16-tower", "pretrained", "language", "language-bf16"]
+Kind = Literal[
+    "libero", "vision-language", "vision-language-bf16-tower", "pretrained", "language", "language-bf16", "siglip"
+]
 
 SHARD_BYTES = 1 << 30
 STEP = 10000  # in the names of the side files; what the published ones were trained for
@@ -95,11 +97,12 @@ def make_checkpoint(
     """Write a checkpoint of random weights into the folder `out` and return a summary.
 
     `kind` is a LIBERO fine-tune; a vision-language base model, whose tower is ternary or not; the pre-trained base
-    model, which acts by tokens; or a language model whose weights are packed ("language") or latent ("language-bf16").
-    Full size is 6.4, 6.3, 6.3, 6.3, 1.2 or 4.8 GB; `reduced` keeps images, vocabulary and layout, and makes everything
-    else small; `layers` leaves that many layers in the tower and in the decoder. `views` is the number of cameras a
-    fine-tune claims to have been trained with, `statistics` a dataset_statistics.json for what acts, instead of
-    LIBERO-Spatial's. BitvlaError where `out` is not empty; it appears whole or not at all.
+    model, which acts by tokens; a language model whose weights are packed ("language") or latent ("language-bf16"); or
+    a SigLIP, with one layer more than the tower that training makes of it. Full size is 6.4, 6.3, 6.3, 6.3, 1.2, 4.8 or
+    3.5 GB; `reduced` keeps images, vocabulary and layout, and makes everything else small; `layers` leaves that many
+    layers in the tower and in the decoder. `views` is the number of cameras a fine-tune claims to have been trained
+    with, `statistics` a dataset_statistics.json for what acts, instead of LIBERO-Spatial's. BitvlaError where `out` is
+    not empty; it appears whole or not at all.
     """
     out = Path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -126,6 +129,8 @@ def make_checkpoint(
             files = _language_descriptions(language, packed=kind == "language")
             specs = expected_tensors("language", vision, language)
             _write_model(temporary, specs, seed, progress, packed=kind == "language")
+        elif kind == "siglip":
+            files = {"config.json": _write_siglip(temporary, vision, seed, progress)}
         else:
             files = _write_base_model(temporary, kind, vision, language, tables, seed, progress)
         for name, content in files.items():
@@ -216,9 +221,46 @@ def _write_base_model(
     return _descriptions(vision, language, more)
 
 
+def _write_siglip(out: Path, vision: VisionConfig, seed: int, progress: Progress | None) -> dict[str, Any]:
+    """Images and texts, in float32: the tensors are those of transformers' model. Its config.json is returned."""
+    import torch
+    from transformers import SiglipConfig, SiglipModel
+
+    sizes = {
+        "hidden_size": vision.hidden_size,
+        "intermediate_size": vision.intermediate_size,
+        "num_hidden_layers": vision.num_layers + 1,
+        "num_attention_heads": vision.num_heads,
+    }
+    patches = {"image_size": vision.image_size, "patch_size": vision.patch_size}
+    config: dict[str, Any] = {
+        "architectures": ["SiglipModel"],
+        "model_type": "siglip",
+        "torch_dtype": "float32",
+        "text_config": {"model_type": "siglip_text_model"} | sizes,
+        "vision_config": {"model_type": "siglip_vision_model"} | sizes | patches,
+    }
+    text = config["text_config"] | {"bos_token_id": None, "eos_token_id": None}  # whose defaults are of other words
+    with torch.device("meta"):  # names and shapes alone
+        model = SiglipModel(SiglipConfig(text_config=text, vision_config=config["vision_config"]))
+    specs = {
+        name: TensorSpec("vector" if value.ndim == 1 or "position" in name else "matrix", tuple(value.shape))
+        for name, value in model.state_dict().items()
+    }
+    _write_model(out, specs, seed, progress, dtype=torch.float32)
+    return config
+
+
 def _write_model(
-    out: Path, specs: Mapping[str, TensorSpec], seed: int, progress: Progress | None, *, packed: bool = False
+    out: Path,
+    specs: Mapping[str, TensorSpec],
+    seed: int,
+    progress: Progress | None,
+    *,
+    packed: bool = False,
+    dtype: Any = None,
 ) -> None:
+    """In bfloat16 but for what is packed, or as `dtype`."""
     import torch
 
     done = count(1)
@@ -228,7 +270,7 @@ def _write_model(
         if progress:
             progress(next(done), len(specs), name)
         if not packed or specs[name].kind != "ternary":
-            return {name: torch.from_numpy(values).view(torch.bfloat16)}
+            return {name: torch.from_numpy(values).view(torch.bfloat16).to(dtype or torch.bfloat16)}
         codes, scale = ternarize(to_float32(values))
         return {name: torch.from_numpy(pack_rows(codes)), f"{name}_scale": torch.tensor([scale]).bfloat16()}
 

@@ -10,6 +10,9 @@ A language model (`microsoft/bitnet-b1.58-2B-4T`, packed, or `-bf16`) is a folde
 and tokenizer.json. So is a vision-language base model (`hongyuw/bitvla-bitsiglipL-224px-bf16`, and with a tower in full
 precision `hongyuw/bitvla-siglipL-224px-bf16`), and the pre-trained base model (`lxsy/bitvla-bf16`), which acts by
 tokens; its config.json may hold statistics under `norm_stats`.
+
+SigLIP (`google/siglip-so400m-patch14-224`) is read for its vision tower alone, with which a language model learns to
+see.
 """
 
 from __future__ import annotations
@@ -26,7 +29,7 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 import bitvla
-from bitvla.bundle import LANGUAGE_HEAD, TensorSpec, action_specs, decoder_specs, vision_specs
+from bitvla.bundle import EMBEDDING, LANGUAGE_HEAD, TensorSpec, action_specs, decoder_specs, vision_specs
 from bitvla.config import (
     ActionConfig,
     LanguageConfig,
@@ -47,7 +50,7 @@ from bitvla.runtime.policy import parse_tokenizer
 Kind = Literal["libero", "vision-language", "pretrained", "language"]
 
 STATISTICS_MISSING = "give --statistics a file that is there"
-EMBEDDING = "language_model.model.embed_tokens.weight"
+SEES = "has a vision tower already; leave out --tower"
 
 _HUB_FILES = ["*.json", "*.safetensors", "*.pt"]  # also in lora_adapter/
 _INSTRUCTION = "pick up the black bowl and place it on the plate"
@@ -68,6 +71,11 @@ _COMPUTED_TEXT: dict[tuple[str, ...], Any] = {
     ("tie_word_embeddings",): True,
     ("attention_bias",): False,
     ("rope_scaling",): None,
+}
+_COMPUTED_TOWER: dict[tuple[str, ...], Any] = {
+    ("model_type",): "siglip",
+    ("vision_config", "hidden_act"): "gelu_pytorch_tanh",
+    ("vision_config", "num_channels"): 3,
 }
 _TEXT_FIELDS = {
     "vocab_size": "vocab_size", "hidden_size": "hidden_size", "intermediate_size": "intermediate_size",
@@ -210,21 +218,27 @@ def open_official(
     return _fine_tune(checkpoint, statistics, _views(folder, checkpoint.raw, views))
 
 
-def open_start(folder: Path) -> Source:
+def open_start(folder: Path, tower: Path | None = None) -> Source:
     """Open a published checkpoint as the start of training.
 
-    A LIBERO fine-tune is its policy. A base model, pre-trained on robots or not, is a vision-language model; its
-    tokenizer gets the tokens that a policy needs, of which one stands for a patch.
+    A LIBERO fine-tune is its policy. A base model, pre-trained on robots or not, is a vision-language model, and so is
+    a language model with the `tower` of a SigLIP checkpoint, but for the connector between them, which is yet to be
+    learnt. The tokenizer gets the tokens that a policy needs, of which one stands for a patch.
     """
     kind, checkpoint = _open(folder)
-    if kind == "language":
-        raise BitvlaError(f"{folder} is a language model without a vision tower; training starts from one that sees")
+    if kind == "language" and tower is None:
+        raise BitvlaError(
+            f"{folder} is a language model without a vision tower; align it with one (--tower "
+            "google/siglip-so400m-patch14-224), or start from a model that sees"
+        )
+    if kind != "language" and tower is not None:
+        raise BitvlaError(f"{folder} {SEES}")
     packed = next((place.key for place in checkpoint.weights.places.values() if place.dtype == "U8"), None)
     if packed is not None:
         raise BitvlaError(f"{folder} is packed ({packed}); training needs the latent weights, as in its -bf16 variant")
     if kind == "libero":
         return _fine_tune(checkpoint, None, _views(folder, checkpoint.raw, None))
-    source = _vision_language_model(checkpoint)
+    source = _vision_language_model(checkpoint) if tower is None else _joined(_language_model(checkpoint), tower)
     tokenizer = _with_policy_tokens(source.tokenizer)
     chat = conventions.base_chat(_image_token(folder, checkpoint.raw, parse_tokenizer(tokenizer)))
     config = msgspec.structs.replace(source.config, chat=chat)
@@ -324,6 +338,60 @@ def _vision_language_model(checkpoint: _Checkpoint) -> Source:
     return _source(folder, weights, config, text, {"kind": "vision-language"})
 
 
+def _joined(language: Source, folder: Path) -> Source:
+    """A language model that sees with the vision tower of the SigLIP checkpoint in `folder`.
+
+    It is untied, as the published models that came of this; its language head begins as the embedding. As in LLaVA and
+    in them, the tower ends with SigLIP's last layer but one: neither norm nor pooling follow.
+    """
+    vision, weights = _read_tower(folder)
+    config = LanguageModelConfig(
+        name="bitvla",
+        language=language.config.language,
+        chat=conventions.base_chat("<|image_pad|>"),
+        tied=False,
+        vision=vision,
+        image=conventions.SIGLIP,
+    )
+    _check_config(folder, config)
+    digests = _digests(folder, weights.files)
+    digest = _digest(digests)
+    parents = {
+        "language": {"digest": language.sha256, "provenance": language.provenance},
+        "tower": {"digest": digest, "provenance": {"checkpoint": {"kind": "siglip", "files": digests}}},
+    }
+
+    def tensor(name: str) -> NDArray[Any]:
+        if name in weights.places:
+            return weights.read(name)
+        return language.tensor(EMBEDDING if name == LANGUAGE_HEAD else name)
+
+    return dataclasses.replace(
+        language,
+        config=config,
+        provenance={"parents": parents},
+        sha256=_digest({"language": language.sha256, "tower": digest}),
+        tensor=tensor,
+        lacks="multi_modal_projector.",
+    )
+
+
+def _read_tower(folder: Path) -> tuple[VisionConfig, Weights]:
+    """SigLIP's vision tower without its last layer, and its tensors under our names."""
+    from transformers import SiglipVisionConfig
+
+    origin = folder / "config.json"
+    raw = read_json(origin, "--tower takes a SigLIP checkpoint, as google/siglip-so400m-patch14-224")
+    _check_computed(origin, raw, _COMPUTED_TOWER)
+    # What its config.json does not say is as in SigLIP, not as in BitVLA.
+    section = SiglipVisionConfig().to_dict() | _section(raw, "vision_config")
+    whole = from_dict(VisionConfig, _renamed(section, _VISION_FIELDS) | {"ternary": False}, str(origin))
+    parts, found = ("vision_model.embeddings.", "vision_model.encoder."), find_weights(folder)
+    places = {f"vision_tower.{name}": place for name, place in found.places.items() if name.startswith(parts)}
+    check_tensors(Weights(folder, places), {n: s for n, s in vision_specs(whole, 0).items() if n.startswith("vision_")})
+    return msgspec.structs.replace(whole, num_layers=whole.num_layers - 1), Weights(folder, places)
+
+
 def _with_policy_tokens(tokenizer: str) -> str:
     """The text of a tokenizer that names reserved tokens of Llama 3 as the official `convert_ckpt.py` does."""
     content = msgspec.json.decode(tokenizer)
@@ -373,7 +441,7 @@ def _source(
         tokenizer=tokenizer,
         golden=_golden(config) if isinstance(config, PolicyConfig) else Golden([], []),
         provenance={"checkpoint": {**facts, "files": digests}},
-        sha256=hashlib.sha256(msgspec.json.encode(digests)).hexdigest(),
+        sha256=_digest(digests),
         tensor=tensor,
         ternary=lambda name: weights.ternary(name.removeprefix(prefix)),
         matrix_dtype="BF16",
@@ -394,14 +462,23 @@ def _digests(folder: Path, files: list[Path]) -> dict[str, str]:
     return {path.relative_to(folder).as_posix(): sha256(path) for path in sorted(files)}
 
 
-def _read_sizes(origin: Path, raw: Mapping[str, Any], kind: Kind) -> tuple[VisionConfig, LanguageConfig]:
-    """The network's sizes in our names; what config.json does not say is as published."""
-    for (*sections, field), computed in (_COMPUTED_TEXT if kind == "language" else _COMPUTED).items():
+def _digest(digests: Mapping[str, str]) -> str:
+    """The one digest of several."""
+    return hashlib.sha256(msgspec.json.encode(digests)).hexdigest()
+
+
+def _check_computed(origin: Path, raw: Mapping[str, Any], known: Mapping[tuple[str, ...], Any]) -> None:
+    for (*sections, field), computed in known.items():
         section = _section(raw, *sections)
         if field in section and section[field] != computed:
             raise BitvlaError(
                 f"{origin}: {'.'.join([*sections, field])} is {section[field]!r}; only {computed!r} can be computed"
             )
+
+
+def _read_sizes(origin: Path, raw: Mapping[str, Any], kind: Kind) -> tuple[VisionConfig, LanguageConfig]:
+    """The network's sizes in our names; what config.json does not say is as published."""
+    _check_computed(origin, raw, _COMPUTED_TEXT if kind == "language" else _COMPUTED)
     if kind == "libero" and not _tower_is_ternary(raw):
         raise BitvlaError(
             f"{origin}: vision_config.vit_weight_bits and vit_act_bits are not 1 and 8, so the vision tower was "

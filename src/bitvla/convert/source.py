@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
-from bitvla.bundle import MatrixDtype
+from bitvla.bundle import MatrixDtype, TensorSpec, tensor_specs
 from bitvla.config import LanguageModelConfig, PolicyConfig
 from bitvla.errors import BitvlaError
 
@@ -37,7 +37,8 @@ class Source:
 
     `tensor` reads one tensor by its name in `bitvla.bundle.tensor_specs`, as float32, or as bfloat16 seen as uint16;
     `ternary` the codes and the scale of a ternary weight. `matrix_dtype` is how full-precision matrices should be
-    stored, None for the choice by size. `sha256` is over the weights.
+    stored, None for the choice by size. `sha256` is over the weights. Of tensors whose names begin with `lacks` there
+    are none: training begins with random ones.
     """
 
     folder: Path
@@ -49,6 +50,13 @@ class Source:
     tensor: Callable[[str], NDArray[Any]]
     ternary: Callable[[str], tuple[NDArray[np.int8], np.float32]]
     matrix_dtype: MatrixDtype | None = None
+    lacks: str | None = None
+
+    @property
+    def specs(self) -> dict[str, TensorSpec]:
+        """The tensors that can be read."""
+        specs = tensor_specs(self.config)
+        return {name: spec for name, spec in specs.items() if self.lacks is None or not name.startswith(self.lacks)}
 
 
 @contextmanager

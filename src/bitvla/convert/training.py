@@ -46,13 +46,18 @@ class Adapters(Record, frozen=True, kw_only=True, forbid_unknown_fields=True):
     alpha: float
 
 
-def open_start(checkpoint: str | os.PathLike[str]) -> Source:
+def open_start(checkpoint: str | os.PathLike[str], tower: str | os.PathLike[str] | None = None) -> Source:
     """Open a checkpoint as the start of training: a folder that training wrote, or a published one.
 
-    The latter by its folder or by its id on the Hugging Face Hub; see `official.open_start`.
+    The latter by its folder or by its id on the Hugging Face Hub, and so the `tower` that a published language model
+    needs to see; see `official.open_start`.
     """
     folder = official.local(os.fspath(checkpoint))
-    return official.open_start(folder) if official.recognizes(folder) else open_training(folder)
+    if official.recognizes(folder):
+        return official.open_start(folder, None if tower is None else official.local(os.fspath(tower)))
+    if tower is not None:
+        raise BitvlaError(f"{folder} {official.SEES}")
+    return open_training(folder)
 
 
 def open_training(checkpoint: Path) -> Source:

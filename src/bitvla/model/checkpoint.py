@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
 
-from bitvla.bundle import LANGUAGE_HEAD, tensor_specs, to_float32
+from bitvla.bundle import EMBEDDING, LANGUAGE_HEAD, to_float32
 from bitvla.config import LanguageModelConfig, PolicyConfig, to_dict
 from bitvla.convert.source import Source
 from bitvla.errors import BitvlaError
@@ -48,11 +48,16 @@ def load_language_network(start: Source, config: LanguageModelConfig | None = No
 
 
 def fill(network: Backbone, start: Source, part: str = "") -> None:
-    """Put the weights of an open checkpoint into `network`: those whose names begin with `part` and that both have."""
-    stored = tensor_specs(start.config)
+    """Put the weights of an open checkpoint into `network`: those whose names begin with `part` and that both have.
+
+    Tokens that the checkpoint does not know, as those of actions, begin as the mean of those that it does.
+    """
+    stored, known, rows = start.specs, start.config.language.vocab_size, network.config.language.vocab_size
     for name, value in network.state_dict().items():
         if name in stored and name.startswith(part):
             values = torch.from_numpy(to_float32(start.tensor(name)))
+            if name in (EMBEDDING, LANGUAGE_HEAD) and len(values) == known < rows:
+                values = torch.cat([values, values.mean(dim=0).expand(rows - known, -1)])
             if name == LANGUAGE_HEAD:  # a base model's is over all words; action tokens are the last ones
                 values = values[-len(value) :]
             if values.shape != value.shape:

@@ -44,6 +44,13 @@ class Prompt:
                 f"the tokenizer has {size} tokens, the policy's embedding only {config.language.vocab_size} rows: "
                 "this tokenizer belongs to another model"
             )
+        said = self._reserved & {self.image_id, *tokenizer.encode(self._prompt.template, add_special_tokens=False).ids}
+        if config.action.bins and max(said, default=0) >= config.language.vocab_size - config.action.bins:
+            raise BitvlaError(
+                f"the prompt's token {tokenizer.id_to_token(max(said))} (id {max(said)}) is one of the last "
+                f"{config.action.bins} tokens, which are actions; enlarge language.vocab_size, now "
+                f"{config.language.vocab_size}"
+            )
 
     def ids(self, instruction: str) -> NDArray[np.int64]:
         """Token ids (length,) of the whole sequence for `instruction`.

@@ -43,6 +43,8 @@ class LanguageTrainer(Trainer):
     def _policy(self, start: Source | None, sentences: list[str] | None) -> tuple[VisionLanguageModel, Chat, Tokenizer]:
         config = start_config(self.stage, self.config, None if start is None else start.config)
         if start is not None and isinstance(start.config, LanguageModelConfig):
+            if start.lacks and self.config.model is not None:
+                _check_section(self.config.model, start)
             network, chat = load_language_network(start, config)
             tokenizer = chat.tokenizer
         else:
@@ -121,6 +123,13 @@ def start_config(
             )
     vision = msgspec.structs.replace(model.vision, ternary=True) if stage == "distill" else model.vision
     return check(msgspec.structs.replace(model, vision=vision, precision=config.precision))
+
+
+def _check_section(new: LanguageModelConfig, start: Source) -> None:
+    """What two checkpoints are joined to is said by them; a [model] section must not say otherwise."""
+    for part in ("vision", "language", "image", "chat"):
+        check_same(f"model.{part}", getattr(new, part), getattr(start.config, part), start)
+    check_same("model", new, start.config, start, ("name", "precision"))
 
 
 def _new_tokenizer(config: LanguageModelConfig, texts: list[str]) -> Tokenizer:

@@ -32,7 +32,6 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils._pytree import tree_map
 
 import bitvla
-from bitvla.bundle import tensor_specs
 from bitvla.config import LanguageModelConfig, PolicyConfig, to_dict
 from bitvla.convert.source import Source
 from bitvla.convert.training import Adapters, open_start
@@ -68,6 +67,7 @@ def run(
     out: Path,
     *,
     init: Path | None = None,
+    tower: Path | None = None,
     teacher: Path | None = None,
     sentences: list[str] | None = None,
     cache_bytes: int | None = None,
@@ -83,6 +83,7 @@ def run(
         out: folder of the run. If it holds an unfinished run, that goes on: what changes its learning must be the same.
         init: checkpoint whose weights are the start, of training or published (its folder or its Hub id); by default
             random (finetune) or the teacher's (distill).
+        tower: SigLIP checkpoint with whose vision tower a published language model, `init` of "align", begins to see.
         teacher: full-precision checkpoint that a distilled student follows, of training or published.
         sentences: corpus of the tokenizer of a new policy; by default the instructions of the dataset.
         cache_bytes: disk that kept pictures may take, in all; by default what they need.
@@ -91,12 +92,13 @@ def run(
         BitvlaError: unusable configuration, data or checkpoint; a loss that is not finite.
     """
     check_stage(stage, teacher)
+    check_tower(stage, init, tower)
     config = load(config_path)
     start = init or (teacher if stage == "distill" else None)
     sources = [data] if isinstance(data, str | Path) else list(data)
     names = [name_of(source) for source in sources]
     _check_mixture(stage, config, names)
-    opened = {path: open_start(path) for path in (start, teacher) if path is not None}
+    opened = {path: open_start(path, tower) for path in (start, teacher) if path is not None}
     if teacher is not None:
         check_teacher(opened[teacher].config, teacher, opened[teacher].provenance)
     of_language = trains_language(stage, None if teacher is None else opened[teacher].config)
@@ -127,6 +129,12 @@ def check_stage(stage: str, teacher: Path | None) -> None:
         raise BitvlaError("stage 'distill' needs a full-precision teacher: --teacher CHECKPOINT")
     if stage != "distill" and teacher is not None:
         raise BitvlaError(f"stage '{stage}' follows no teacher; leave out --teacher, or say --init to start from it")
+
+
+def check_tower(stage: str, init: Path | None, tower: Path | None) -> None:
+    """BitvlaError for a tower where nothing begins to see."""
+    if tower is not None and (stage != "align" or init is None):
+        raise BitvlaError("--tower is for stage 'align', with a language model as --init; leave it out, or give both")
 
 
 def check_teacher(
@@ -748,14 +756,23 @@ def start_config(stage: str, config: TrainConfig, start: Source | None, dataset:
         )
     policy = extended(policy, config)
     if start is not None:
+        if config.lora_rank:  # to which no tokens are added
+            check_same("policy.language", policy.language, start.config.language, start, ("bidirectional",))
         _check_backbone(policy, start)
     return policy
 
 
 def _check_backbone(policy: PolicyConfig, start: Source) -> None:
-    """Tower and decoder must be those of the checkpoint; the decoder may become causal or not, the tower get FiLM."""
-    stored = start.config
-    causal = msgspec.structs.replace(policy.language, bidirectional=stored.language.bidirectional)
+    """Tower and decoder must be those of the checkpoint; the decoder may become causal or not, the tower get FiLM.
+
+    Where tokens are actions, the decoder may get more of them.
+    """
+    stored, tokens = start.config, policy.language.vocab_size
+    causal = msgspec.structs.replace(
+        policy.language,
+        bidirectional=stored.language.bidirectional,
+        vocab_size=min(tokens, stored.language.vocab_size) if policy.action.bins else tokens,
+    )
     filmed = policy.vision.film and stored.vision is not None and stored.vision.film
     tower = msgspec.structs.replace(policy.vision, film=filmed)
     check_same("policy.vision", tower, stored.vision, start)
@@ -784,7 +801,7 @@ def check_same(section: str, wanted: Any, found: Any, start: Source, but: Collec
 
 def check_frozen(stage: str, network: Backbone, start: Source | None, part: str = "") -> None:
     """What does not learn must be in the checkpoint, of which the `part` is taken that names begin with."""
-    stored = {} if start is None else tensor_specs(start.config)
+    stored = {} if start is None else start.specs
     for name, parameter in network.named_parameters():
         if not (parameter.requires_grad or (name in stored and name.startswith(part))):
             raise BitvlaError(

@@ -32,7 +32,7 @@ from bitvla.train import stages
 from bitvla.train.batches import TokenWindow, Window
 from bitvla.train.config import NO_POLICY, NewPolicy, TrainConfig, extended, load
 from bitvla.train.language import start_config
-from bitvla.train.loop import check_adapters, check_stage, check_teacher, optimizers, trains_language
+from bitvla.train.loop import check_adapters, check_stage, check_teacher, check_tower, optimizers, trains_language
 
 CHARACTERS_A_TOKEN = 4  # of English text, about
 # FLOP of an operation, from its arguments; PyTorch's own table has the attention of GPUs only.
@@ -52,6 +52,7 @@ def plan(
     config_path: Path,
     *,
     init: Path | None = None,
+    tower: Path | None = None,
     teacher: Path | None = None,
     data: str | Path | None = None,
     devices: int = 1,
@@ -60,8 +61,8 @@ def plan(
     """Parameters by precision, bytes a device, tokens, FLOP and time of a run of `stage`.
 
     Args:
-        stage, config_path, init, teacher: as of `bitvla.train.loop.run`; of checkpoints only config.json is read, of
-            published ones nothing, and without a teacher one like the policy is assumed.
+        stage, config_path, init, tower, teacher: as of `bitvla.train.loop.run`; of checkpoints only config.json is
+            read, of published ones nothing, and without a teacher one like the policy is assumed.
         data: dataset that says which cameras there are, where neither `init` nor the configuration does.
         devices: how many share a batch.
         tflops: 1e12 FLOP a second that one device reaches in training; without it no time is given.
@@ -71,6 +72,7 @@ def plan(
     """
     if stage != "distill":  # which is like its student, where none is named
         check_stage(stage, teacher)
+    check_tower(stage, init, tower)
     config, followed = load(config_path), _stored(teacher)
     if stage == "distill" and teacher is not None and followed is not None:
         check_teacher(followed, teacher)
@@ -83,7 +85,10 @@ def plan(
     )
     check_adapters(stage, config, of_language)
     if of_language:
-        policy, length, views = start_config(stage, config, _stored(start)), config.max_tokens, 1
+        stored = _stored(start)
+        if tower is not None and stored is not None:
+            raise BitvlaError(f"{start} {official.SEES}")
+        policy, length, views = start_config(stage, config, stored), config.max_tokens, 1
     else:
         policy = _policy(stage, config, _stored(start), data)
         length, views = _sequence_length(policy), len(policy.processing.cameras)
