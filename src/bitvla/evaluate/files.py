@@ -6,7 +6,7 @@ import errno
 import fcntl
 import io
 import os
-from collections.abc import Hashable
+from collections.abc import Hashable, Mapping
 from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -125,10 +125,13 @@ class Journal(Generic[E]):
         self._file.close()
 
 
+def difference(a: Mapping[str, Any], b: Mapping[str, Any]) -> str | None:
+    """The first field of `a` that is another in `b`, as JSON: the order of files counts, for it numbers questions."""
+    return next((name for name, value in a.items() if msgspec.json.encode(value) != msgspec.json.encode(b[name])), None)
+
+
 def _check_same(path: Path, expected: msgspec.Struct, found: msgspec.Struct) -> None:
-    for name in expected.__struct_fields__:
-        # As JSON, so that the order of a dictionary counts: it numbers the questions of several files.
-        if msgspec.json.encode(getattr(found, name)) != msgspec.json.encode(getattr(expected, name)):
-            raise BitvlaError(
-                f"{path} holds an unfinished evaluation with another {name}; finish it as it was begun, or delete it"
-            )
+    if name := difference(msgspec.structs.asdict(expected), msgspec.structs.asdict(found)):
+        raise BitvlaError(
+            f"{path} holds an unfinished evaluation with another {name}; finish it as it was begun, or delete it"
+        )

@@ -9,6 +9,7 @@ from typing import Any
 import msgspec
 
 from bitvla.errors import BitvlaError
+from bitvla.evaluate.files import difference
 from bitvla.evaluate.record import Episode, Machine, PolicyFacts, Protocol, Record, jobs
 from bitvla.evaluate.statistics import Latency, Paired, Rate, independent, latency, paired, rate_of
 
@@ -181,9 +182,8 @@ def compare(a: Result, b: Result) -> Comparison:
 
 def check_same(what: str, a: dict[str, Any], b: dict[str, Any]) -> None:
     """BitvlaError naming the first field in which two results may not differ, and do."""
-    for name, value in a.items():
-        if msgspec.json.encode(value) != msgspec.json.encode(b[name]):  # the order of files numbers the questions
-            raise BitvlaError(f"cannot compare: the {what}s differ in {name} ({value} and {b[name]})")
+    if name := difference(a, b):
+        raise BitvlaError(f"cannot compare: the {what}s differ in {name} ({a[name]} and {b[name]})")
 
 
 def _same_start(x: Episode, y: Episode) -> bool:
