@@ -44,7 +44,10 @@ class Progress(rich.progress.Progress):
 
     def __init__(self, *columns: ProgressColumn, console: Console | None = None, **options: Any) -> None:
         console = console or Console(stderr=True)
-        super().__init__(*columns, console=console, disable=not console.is_terminal, **options)
+        # rich looks back 30 s by default, over three episodes of a slow simulator: the time it foretells then jumps
+        super().__init__(
+            *columns, console=console, disable=not console.is_terminal, speed_estimate_period=600, **options
+        )
         self._last_line = self.get_time()
 
     def update(self, *args: Any, **options: Any) -> None:
