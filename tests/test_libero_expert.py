@@ -204,6 +204,16 @@ def test_the_palm_stays_above_what_is_beside_the_thing():
     assert beside.position[2] >= (TABLE + 0.08 - grasp.PALM if along else alone.position[2])
 
 
+@pytest.mark.parametrize("x", [0.025, 0.035, 0.045, 0.055])
+def test_the_palm_stays_above_what_is_thin(x):
+    """As a bottle's neck, 12 mm wide, wherever under the palm it stands."""
+    for y in (-0.02, -0.01, 0.0, 0.01, 0.02):
+        found = plan({"box": box(0, 0, (0.015, 0.06)), "neck": box(x, y, (0.006, 0.006), 0.15)}, "box")
+        away, (cos, sin) = np.subtract((x, y), found.position[:2]), (np.cos(found.yaw), np.sin(found.yaw))
+        under_palm = abs(away @ (cos, sin)) < 0.1 and abs(away @ (-sin, cos)) < 0.03
+        assert not under_palm or found.position[2] + grasp.PALM >= TABLE + 0.15
+
+
 def test_a_thing_is_carried_to_its_place():
     world = World({"box": box(0.1, 0.15, yaw=0.4), "plate": plate(0, -0.2)}, [("box", "plate")])
     assert run(world) < LIMIT / 2

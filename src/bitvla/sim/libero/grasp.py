@@ -25,7 +25,7 @@ _FINGERS = np.arange(
 )  # along the closing direction: the fingers, 25 mm thick, and all between them
 _SIDES = np.array([-0.02, -0.01, 0.0, 0.01, 0.02])  # across it: lines on which the sides of a thing are compared
 _PADS = slice(1, 4)  # of them those that the fingers cover
-_PALM = np.arange(-0.105, 0.1051, 0.01), np.array([-0.035, 0.0, 0.035])
+_PALM = np.arange(-0.105, 0.1051, 0.01), np.arange(-0.035, 0.0351, 0.01)  # denser than a bottle's neck is wide
 _RISE = 0.05  # the hand must be able to come from above
 _CLEARANCE = 0.002
 _DEPTH = 0.004  # the least that must be between the fingers above the site: butter is 17 mm thick
