@@ -4,9 +4,11 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ from bitvla.model.policy import TorchPolicy
 from bitvla.train import batches, stages
 from bitvla.train.config import Augmentation, load, policy_config
 from bitvla.train.loop import run
+from bitvla.train.plan import plan
 from datasets import make_writer, random_episode, write_dataset
 from training import FLOW, POLICY, TOKENS, losses_of, windows, write_config
 
@@ -244,8 +247,33 @@ def test_another_configuration_does_not_continue_a_run(data, tmp_path):
     ):
         with pytest.raises(BitvlaError, match=f"another configuration, data or start: {re.escape(told)}; change it"):
             run("finetune", write_config(tmp_path, **{"steps": 4, **changes}), data, tmp_path / "out")
+    shutil.copytree(tmp_path / "out", tmp_path / "start")
     with pytest.raises(BitvlaError, match=r"start: init checkpoint was None, is [0-9a-f]{64}; change it"):
-        run("finetune", write_config(tmp_path, steps=4), data, tmp_path / "out", init=tmp_path / "out")
+        run("finetune", write_config(tmp_path, steps=4), data, tmp_path / "out", init=tmp_path / "start")
+
+
+def test_what_a_run_starts_from_is_not_overwritten(data, teacher, tmp_path):
+    """A published checkpoint, or one without its training state, looks like a folder in which nothing has begun."""
+    shutil.copytree(teacher, tmp_path / "start", ignore=shutil.ignore_patterns("training_state.pt"))
+    before = (tmp_path / "start" / "model.safetensors").read_bytes()
+    config, out = write_config(tmp_path, "", steps=1), tmp_path / "start" / ".." / "start"
+    for stage, parent in (("finetune", "init"), ("distill", "teacher")):
+        with pytest.raises(BitvlaError, match=r"start holds the checkpoint to start from, .*; choose another"):
+            run(stage, config, data, out, **{parent: tmp_path / "start"})
+    assert (tmp_path / "start" / "model.safetensors").read_bytes() == before
+
+
+@pytest.mark.parametrize("changes", [{"learning_parts": ["head"]}, {"lora_rank": 2}])
+def test_a_decoder_that_nobody_has_taught_must_learn(data, teacher, tmp_path, changes):
+    """The checkpoint of a tower has one, as it was drawn."""
+    run("localize", write_config(tmp_path, steps=1), data, tmp_path / "tower")
+    run("localize", write_config(tmp_path, "", steps=1), data, tmp_path / "again", init=tmp_path / "tower")
+    config = write_config(tmp_path, "", steps=1, **changes)
+    for start in ("tower", "again"):
+        with pytest.raises(BitvlaError, match=rf"\S+ does not learn, and .*{start} has never learnt it"):
+            run("finetune", config, data, tmp_path / "out", init=tmp_path / start)
+    run("localize", write_config(tmp_path, "", steps=1), data, tmp_path / "taught", init=teacher)
+    run("finetune", config, data, tmp_path / "out", init=tmp_path / "taught")
 
 
 @pytest.mark.parametrize(
@@ -294,9 +322,6 @@ def test_what_does_not_fit_a_checkpoint_is_named_before_it_is_trained(data, teac
     slow = write_config(tmp_path, "", data={"random": {"control_hz": 5}})
     with pytest.raises(BitvlaError, match=r"10 times a second, random has 5 .*: data\.random\.control_hz = 10"):
         run("finetune", slow, data, out, init=teacher)
-    other = write_config(tmp_path, POLICY.replace("horizon = 3", "horizon = 5"))
-    with pytest.raises(BitvlaError, match=r"policy\.action\.horizon is 5, .*teacher has 3"):
-        run("finetune", other, data, out, init=teacher)
     with pytest.raises(BitvlaError, match="stage 'finetune' follows no teacher"):
         run("finetune", plain, data, out, teacher=teacher)
     run("finetune", write_config(tmp_path, POLICY.replace("num_layers = 2", "num_layers = 3"), steps=1), data, three)
@@ -310,6 +335,25 @@ def test_what_does_not_fit_a_checkpoint_is_named_before_it_is_trained(data, teac
     torch.save({}, tmp_path / "foreign" / "training_state.pt")
     with pytest.raises(BitvlaError, match=r"training_state\.pt cannot be read"):
         run("finetune", plain, data, tmp_path / "foreign", init=teacher)
+
+
+@pytest.mark.parametrize(
+    ("here", "there", "told"),
+    [
+        ("horizon = 3", "horizon = 5", r"action\.horizon is 5, .* has 3"),
+        ("execute_horizon = 2", "execute_horizon = 3", r"execute_horizon is 3, .* has 2"),
+        ('action_units = ["m", "m", "m"]', 'action_units = ["m", "m", "rad"]', r"action_units is .*rad.*, .* has \("),
+        ('name = "test"', 'name = "test"\ncameras = ["wrist"]', r"cameras is \('wrist',\), .* has \('front',\)"),
+    ],
+)
+def test_a_section_that_contradicts_its_checkpoint_is_refused_planned_or_not(
+    data, teacher, tmp_path, here, there, told
+):
+    config = write_config(tmp_path, POLICY.replace(here, there))
+    for train in (partial(run, data=data, out=tmp_path / "out"), plan):
+        with pytest.raises(BitvlaError, match=rf"^policy\.{told}.*; make them equal$"):
+            train("finetune", config, init=teacher)
+    assert plan("finetune", config, init=Path("owner/published"), data=data)["stage"]  # of which nothing is read
 
 
 def test_a_new_policy_that_cannot_be_is_refused(data, tmp_path):
