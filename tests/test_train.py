@@ -158,9 +158,12 @@ def test_ctrl_c_keeps_the_work(data, tmp_path, monkeypatch):
         return step(self, window)
 
     monkeypatch.setattr(loop.Trainer, "_step", interrupt_at_five)
+    kept, waited = tmp_path / "out" / "training_state.pt", list[bool]()
+    monkeypatch.setattr(loop.Accelerator, "wait_for_everyone", lambda self: waited.append(kept.exists()))
     with pytest.raises(KeyboardInterrupt, match="go on"):
         run("finetune", config, data, tmp_path / "out")
-    assert torch.load(tmp_path / "out" / "training_state.pt", weights_only=True)["step"] == 6
+    assert torch.load(kept, weights_only=True)["step"] == 6
+    assert waited[-1]  # the other processes, until it is written: where they end, it is ended
 
 
 def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_checkpoint(data, tmp_path, monkeypatch):
@@ -281,6 +284,7 @@ def test_a_decoder_that_nobody_has_taught_must_learn(data, teacher, tmp_path, ch
     [
         ("finetune", {"learning_rat": 1}, "unknown field `learning_rat`; did you mean 'learning_rate'?"),
         ("finetune", {"augmentation": {"brightnes": 1}}, "brightnes.*; did you mean 'brightness'?"),
+        ("finetune", {"augmentation": {"contrast": 20}}, r"Expected `float` <= 1.0 - at `\$.augmentation.contrast`"),
         ("finetune", {"mixture": {"random": 0}}, "weight of 'random' is 0"),
         ("finetune", {"shard": True, "optimizer": "muon"}, "shard = true needs"),
         ("finetune", {"trackers": ["wandb"]}, "'wandb' is not installed"),
@@ -471,6 +475,14 @@ def test_a_policy_learns_to_continue_decided_actions(data, tmp_path):
         run("finetune", write_config(tmp_path, policy="", max_prefix=3), data, tmp_path / "x", init=tmp_path / "plain")
     with pytest.raises(BitvlaError, match="prefix_dropout 2"):
         run("finetune", write_config(tmp_path, prefix_dropout=2), data, tmp_path / "x")
+
+
+def test_a_teacher_of_decided_actions_is_told_as_many_as_its_student(data, tmp_path):
+    run("finetune", write_config(tmp_path, steps=1, max_prefix=2), data, tmp_path / "teacher")
+    for most in (0, 1):
+        config = write_config(tmp_path, "", precision="ternary", max_prefix=most)
+        with pytest.raises(BitvlaError, match=rf"the student's action\.max_prefix is {most}, .*teacher has 2"):
+            run("distill", config, data, tmp_path / "out", teacher=tmp_path / "teacher")
 
 
 def first_observation(data: Path) -> dict[str, Any]:

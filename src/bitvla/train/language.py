@@ -39,7 +39,7 @@ class LanguageLearner:
                 fill(self.network, start, part="vision_tower.")
         stages.freeze(stage, config, self.network)
         check_frozen(stage, self.network, start)
-        self.auxiliary = stages.AuxiliaryHead(model, 0, 0)
+        self.auxiliary = stages.AuxiliaryHead(model, 0, 0).requires_grad_(False)
 
     def teacher(self, source: Source) -> nn.Module:
         check_follows(self.network.config, source)

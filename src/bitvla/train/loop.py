@@ -252,7 +252,6 @@ class Trainer:
                     self._save(progress.console)
                     raise KeyboardInterrupt(f"stopped at step {self.step}; run the same command again to go on")
         self._save(self.console)
-        self.accelerator.wait_for_everyone()
         self.accelerator.end_training()
         return {"stage": self.stage, "steps": self.step, "checkpoint": str(self.out), "losses": losses}
 
@@ -362,8 +361,11 @@ class Trainer:
     def _save(self, console: Console) -> None:
         """Write the averaged weights as a policy, then the state of the run."""
         state = self._state()
-        if not self.accelerator.is_main_process:
-            return
+        if self.accelerator.is_main_process:
+            self._write(state, console)
+        self.accelerator.wait_for_everyone()  # where one process ends, a launcher ends the others, also one that writes
+
+    def _write(self, state: dict[str, Any], console: Console) -> None:
         validation = self._validate()
         shown = _show(validation) or "left out (few episodes, or validation_batches = 0)"
         console.print(f"step {self.step}: validation {shown}")

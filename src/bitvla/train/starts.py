@@ -259,8 +259,9 @@ def check_follows(student: PolicyConfig | LanguageModelConfig, teacher: Start) -
         return
     assert isinstance(followed, PolicyConfig)
     check_same(f"{of}language", student.language, followed.language, teacher)
-    check_same(f"{of}action", student.action, followed.action, teacher,
-               ("head_hidden_size", "head_blocks", "max_prefix", "flow"))  # fmt: skip
+    but = ["head_hidden_size", "head_blocks", "flow"]
+    but += [] if followed.action.max_prefix else ["max_prefix"]  # without it a teacher has no use for decided actions
+    check_same(f"{of}action", student.action, followed.action, teacher, but)
     check_same(f"{of}processing", student.processing, followed.processing, teacher, ("execute_horizon",))
 
 
