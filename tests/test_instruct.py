@@ -6,6 +6,7 @@ pytest tests/test_instruct.py
 from __future__ import annotations
 
 import json
+import re
 from functools import partial, reduce
 from pathlib import Path
 from types import SimpleNamespace
@@ -257,11 +258,16 @@ def test_the_tower_of_a_policy_is_a_beginning(data: Path, tmp_path: Path) -> Non
 def test_a_section_that_contradicts_its_checkpoint_is_refused_planned_or_not(
     data: Path, instructed: Path, tmp_path: Path, stage: str
 ) -> None:
-    config = write_config(tmp_path, MODEL.replace("num_layers = 2", "num_layers = 3", 1), precision="ternary")
     parents = {"teacher": instructed} if stage == "distill" else {"init": instructed}
-    for train in (partial(run, data=data, out=tmp_path / "out"), plan):
-        with pytest.raises(BitvlaError, match=r"^model\.vision\.num_layers is 3, .*model has 2; make them equal$"):
-            train(stage, config, **parents)
+    blind = re.sub(r"image = .*|\[model\.vision\][^[]*", "", MODEL)
+    for section, told in (
+        (MODEL.replace("num_layers = 2", "num_layers = 3", 1), r"vision\.num_layers is 3, .*model has 2"),
+        (blind, r"vision is None, .*model has VisionConfig\(.*\)"),
+    ):
+        config = write_config(tmp_path, section, precision="ternary")
+        for train in (partial(run, data=data, out=tmp_path / "out"), plan):
+            with pytest.raises(BitvlaError, match=rf"^model\.{told}; make them equal$"):
+                train(stage, config, **parents)
 
 
 @pytest.mark.parametrize("stage", ["align", "instruct", "distill"])

@@ -156,7 +156,8 @@ def start_model(stage: str, config: TrainConfig, start: Start | None) -> Languag
         model = start.config
         if config.model is not None:
             for part in ("vision", "language", "image", "chat"):
-                check_same(f"model.{part}", getattr(config.model, part), getattr(model, part), start)
+                if (wanted := getattr(config.model, part)) is not None:
+                    check_same(f"model.{part}", wanted, getattr(model, part), start)
             check_same("model", config.model, model, start, ("name", "precision"))
     elif config.model is not None:
         model = config.model
