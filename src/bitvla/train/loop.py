@@ -192,7 +192,6 @@ class Trainer:
         """Bring everything to its device, or its shards to their processes; optimisers over what is there then."""
         config, device = self.config, self.accelerator.device
         part = stages.trained_part(self.stage, self.network)
-        self.objective = objective
         trained = _Trained(part, self.auxiliary, objective, config.compile).to(device)
         self.network.to(device)
         if config.checkpoint_activations:
