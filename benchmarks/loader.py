@@ -15,7 +15,7 @@ from bitvla.errors import BitvlaError
 from bitvla.processing.prompt import Prompt
 from bitvla.train.batches import Windows, batches
 from bitvla.train.config import load, policy_config
-from bitvla.train.loop import new_tokenizer
+from bitvla.train.policy import new_tokenizer
 
 
 def main() -> None:

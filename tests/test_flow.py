@@ -276,7 +276,7 @@ def test_what_is_wrong_in_a_run_is_named(data: Path, tmp_path: Path, changes: di
 
 def test_what_learns_is_checked(data: Path, plain: Path, tmp_path: Path) -> None:
     prefixed = write_config(tmp_path, "", **HEAD_ONLY, max_prefix=1)
-    with pytest.raises(BitvlaError, match=r"prefix_projector.weight does not learn, and .*plain does not have it"):
+    with pytest.raises(BitvlaError, match=r"prefix_projector.weight does not learn, and .*plain has never learnt it"):
         run("finetune", prefixed, data, tmp_path / "out", init=plain)
     with pytest.raises(BitvlaError, match=r"learning_parts = \['head'\] leaves nothing to learn in stage 'localize'"):
         plan("localize", write_config(tmp_path, "", **HEAD_ONLY), init=plain)

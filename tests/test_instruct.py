@@ -6,7 +6,8 @@ pytest tests/test_instruct.py
 from __future__ import annotations
 
 import json
-from functools import reduce
+import re
+from functools import partial, reduce
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -25,17 +26,18 @@ from bitvla.data.llava import LlavaDataset
 from bitvla.errors import BitvlaError
 from bitvla.evaluate import vqa
 from bitvla.model.checkpoint import load_language_network, load_network
+from bitvla.model.network import VisionTower
 from bitvla.processing.images import crop_resized, to_pixels
 from bitvla.processing.prompt import ASK_FOR_A_LETTER
 from bitvla.runtime.language import Conversation, LanguageModel
 from bitvla.runtime.network import Cache
-from bitvla.train import loop
+from bitvla.train import loop, stages
 from bitvla.train.batches import UNKNOWN
 from bitvla.train.config import TrainConfig, load
 from bitvla.train.conversations import Conversations
-from bitvla.train.language import start_config
 from bitvla.train.loop import run
 from bitvla.train.plan import plan
+from bitvla.train.starts import check_backbone, start_model
 from datasets import COLOURS, QUESTION, write_conversations, write_dataset
 from training import MODEL, POLICY, TOKENS, losses_of, write_config
 
@@ -162,14 +164,31 @@ def test_each_stage_teaches_its_part(data: Path, instructed: Path, tmp_path: Pat
 
 
 def test_alignment_is_nothing_where_the_tower_is_the_teacher(data: Path, instructed: Path) -> None:
-    from bitvla.train import stages
-
     network, _ = load_language_network(open_start(instructed))
     window = conversations(data, instructed)[0]
     losses = stages.distill_tower(TrainConfig(steps=1, batch_size=4, learning_rate=1, precision="full"),
-                                  network.vision_tower)(network, window)  # fmt: skip
+                                  network.vision_tower, network.image_id)(network, window)  # fmt: skip
     assert losses["vision"] == 0
     assert losses["loss"] == losses["answers"] > 0
+
+
+def test_windows_weigh_alike_however_many_images_they_have(instructed: Path, tmp_path: Path) -> None:
+    """So that a step is the same in one pass or several, on any number of processes."""
+    write_conversations(tmp_path, 6)
+    entries = []
+    for images in ((0, 1, 2), (3,), (), (4, 5)):
+        said = [{"from": "human", "value": "<image>" * len(images) + "What?"}, {"from": "gpt", "value": "A"}]
+        entries.append({"image": [f"images/{number}.png" for number in images], "conversations": said})
+    (tmp_path / "several.json").write_text(json.dumps(entries))
+    network, _ = load_language_network(open_start(instructed))
+    settings = TrainConfig(steps=1, batch_size=1, learning_rate=1, precision="full")
+    objective = stages.distill_tower(settings, VisionTower(network.config.vision), network.image_id)
+    together = objective(network, conversations(tmp_path / "several.json", instructed, batch_size=4)[0])
+    one = conversations(tmp_path / "several.json", instructed, batch_size=1)
+    apart = [objective(network, one[number]) for number in range(4)]
+    assert sorted(losses["vision"].item() == 0 for losses in apart) == [False, False, False, True]
+    for name, value in together.items():
+        torch.testing.assert_close(value, torch.stack([losses[name] for losses in apart]).mean())
 
 
 def test_conversations_without_images(instructed: Path, tmp_path: Path) -> None:
@@ -210,7 +229,9 @@ def test_what_would_stay_random_is_named(data: Path, instructed: Path, tmp_path:
     config = write_config(tmp_path, MODEL, precision="ternary", steps=1)
     with pytest.raises(BitvlaError, match=r"in stage 'instruct' vision_tower\.\S+ does not learn, and no --init gives"):
         run("instruct", config, data, tmp_path / "out")
-    with pytest.raises(BitvlaError, match=r"'align' language_model\.\S+ does not learn, and .*tower does not have it"):
+    with pytest.raises(
+        BitvlaError, match=r"'align' language_model\.\S+ does not learn, and .*tower has never learnt it"
+    ):
         run("align", config, data, tmp_path / "out", init=tmp_path / "tower")
     with pytest.raises(BitvlaError, match="stage 'instruct' follows no teacher"):
         run("instruct", config, data, tmp_path / "out", init=instructed, teacher=instructed)
@@ -225,12 +246,28 @@ def test_the_tower_of_a_policy_is_a_beginning(data: Path, tmp_path: Path) -> Non
     tower, aligned = weights(tmp_path / "tower"), weights(tmp_path / "aligned")
     assert all(torch.equal(tower[name], value) for name, value in aligned.items() if name.startswith("vision_tower."))
     larger = write_config(tmp_path, MODEL.replace("num_layers = 2", "num_layers = 3", 1), precision="ternary")
-    with pytest.raises(BitvlaError, match="has another vision tower"):
+    with pytest.raises(BitvlaError, match=r"model\.vision\.num_layers is 3, .*tower has 2"):
         run("align", larger, data, tmp_path / "larger", init=tmp_path / "tower")
     with pytest.raises(BitvlaError, match="is a base model, which does not act"):
         load_network(open_start(tmp_path / "aligned"))
     with pytest.raises(BitvlaError, match=r"no \[model\] section"):
         run("align", write_config(tmp_path, ""), data, tmp_path / "none")
+
+
+@pytest.mark.parametrize("stage", ["align", "instruct", "distill"])
+def test_a_section_that_contradicts_its_checkpoint_is_refused_planned_or_not(
+    data: Path, instructed: Path, tmp_path: Path, stage: str
+) -> None:
+    parents = {"teacher": instructed} if stage == "distill" else {"init": instructed}
+    blind = re.sub(r"image = .*|\[model\.vision\][^[]*", "", MODEL)
+    for section, told in (
+        (MODEL.replace("num_layers = 2", "num_layers = 3", 1), r"vision\.num_layers is 3, .*model has 2"),
+        (blind, r"vision is None, .*model has VisionConfig\(.*\)"),
+    ):
+        config = write_config(tmp_path, section, precision="ternary")
+        for train in (partial(run, data=data, out=tmp_path / "out"), plan):
+            with pytest.raises(BitvlaError, match=rf"^model\.{told}; make them equal$"):
+                train(stage, config, **parents)
 
 
 @pytest.mark.parametrize("stage", ["align", "instruct", "distill"])
@@ -359,16 +396,17 @@ def test_every_stage_has_a_plan(instructed: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("stage", ["align", "instruct", "distill"])
 def test_the_model_at_full_size_is_the_published_one(stage: str) -> None:
     config = load(CONFIGS / f"bitvla-3b-{stage}.toml")
-    model = start_config(stage, config, None)
+    model = start_model(stage, config, None)
     assert config.batch_size * config.gradient_accumulation == 256
     assert (model.vision.num_layers, model.vision.ternary, model.language.num_layers) == (26, stage == "distill", 30)
 
 
 def test_the_nano_stages_begin_where_the_ones_before_end() -> None:
     model = load(CONFIGS / "metaworld-nano-align.toml").model
-    distilled = start_config("distill", load(CONFIGS / "metaworld-nano-distill-tower.toml"), model)
+    instructed: Any = SimpleNamespace(folder="runs/instruct", config=model)
+    distilled = start_model("distill", load(CONFIGS / "metaworld-nano-distill-tower.toml"), instructed)
     start: Any = SimpleNamespace(folder="runs/distilled-tower", config=distilled)
     for stage in ("pretrain", "vla"):
         config = load(CONFIGS / f"metaworld-nano-{stage}.toml")
         assert config.precision == "ternary"
-        loop._check_backbone(config.policy, start)
+        check_backbone(config.policy, start)

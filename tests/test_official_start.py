@@ -39,11 +39,11 @@ from bitvla.processing.prompt import Chat, Prompt
 from bitvla.processing.vectors import normalize
 from bitvla.quantization import ternarize
 from bitvla.runtime.language import LanguageModel
-from bitvla.train import loop
 from bitvla.train.batches import Window, Windows
 from bitvla.train.config import load
 from bitvla.train.loop import run
 from bitvla.train.plan import plan
+from bitvla.train.starts import check_backbone
 from datasets import write_conversations
 from reference_network import ReferenceNetwork
 from training import write_config
@@ -265,10 +265,10 @@ def test_actions_get_tokens_beside_those_of_the_base_model(published):
     base = open_start(published / "vision-language")
     config = official.open_official(published / "pretrained", control_hz=5).config
     assert (base.config.language.vocab_size, config.language.vocab_size) == (128264, 128268)
-    loop._check_backbone(config, base)
+    check_backbone(config, base)
     acting = msgspec.structs.replace(config, action=ActionConfig())
     with pytest.raises(BitvlaError, match=r"policy\.language\.vocab_size is 128268, .* has 128264"):
-        loop._check_backbone(acting, base)
+        check_backbone(acting, base)
     network, _ = load_network(base, config)
     known = {name: torch.from_numpy(to_float32(base.tensor(name))) for name in (EMBEDDING, LANGUAGE_HEAD)}
     rows = network.get_parameter(EMBEDDING)

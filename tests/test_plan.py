@@ -28,7 +28,7 @@ def memory(result: dict, column: str = "whole") -> dict[str, float]:
 
 def tiny_policy(folder: Path, precision: str = "ternary"):
     config = load_toml(TrainConfig, write_config(folder, SEEING, precision=precision))
-    return config, planning._policy("finetune", config, None, None)
+    return config, planning._described(config.policy, config, None)
 
 
 def test_the_published_model_at_full_size():
@@ -41,7 +41,7 @@ def test_the_published_model_at_full_size():
     assert 631 <= batch["tokens a window, about"] <= 680
 
     config = load_toml(TrainConfig, CONFIGS / "bitvla-3b-finetune.toml")
-    policy = planning._policy("finetune", config, None, None)
+    policy = planning._described(config.policy, config, None)
     call = 2 * sum(part.total for part in work(policy, batch["tokens a window, about"]).values())
     # Forwards, twice that backwards, and the layers once more; a call needs less of its last layer.
     assert result["arithmetic"]["a step, TFLOP"] == pytest.approx(64 * 4 * call / 1e12, rel=0.05)

@@ -17,10 +17,11 @@ from bitvla.errors import BitvlaError
 from bitvla.model.policy import TorchPolicy
 from bitvla.processing.prompt import Prompt, train_tokenizer
 from bitvla.processing.vectors import normalize, token_values, value_tokens
-from bitvla.train import batches, loop
+from bitvla.train import batches
 from bitvla.train import plan as planning
 from bitvla.train.config import Augmentation, for_dataset, load, policy_config
 from bitvla.train.loop import run
+from bitvla.train.starts import check_backbone
 from datasets import write_dataset
 from training import POLICY, TOKENS, losses_of, write_config
 
@@ -170,13 +171,13 @@ def test_the_paper_pretrains_with_2048_windows_over_the_published_base_model():
     config = load(Path(__file__).parent.parent / "configs" / "bitvla-3b-pretrain.toml")
     assert config.batch_size * config.gradient_accumulation == 2048
     assert (config.steps, config.learning_rate, config.vision_learning_rate) == (200_000, 3e-4, 1e-4)
-    policy = planning._policy("pretrain", config, None, None)
+    policy = planning._described(config.policy, config, None)
     assert policy.action.bins == 256
     assert policy.processing.prompt.template == conventions.PRETRAINED_TEMPLATE
     assert policy.processing.image == conventions.SIGLIP
     base = LanguageModelConfig(name="base", vision=VisionConfig(), image=ImageProcessing(), chat=conventions.CHAT,
                                language=LanguageConfig(bidirectional=False), tied=False)  # fmt: skip
-    loop._check_backbone(policy, SimpleNamespace(folder="base", config=base))
+    check_backbone(policy, SimpleNamespace(folder="base", config=base))
 
 
 @pytest.mark.parametrize(

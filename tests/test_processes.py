@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 from bitvla.errors import BitvlaError
 from bitvla.train import loop
 from bitvla.train.loop import run
-from datasets import write_dataset
-from training import FLOW, POLICY, TOKENS, losses_of, write_config
+from datasets import write_conversations, write_dataset
+from training import FLOW, MODEL, POLICY, TOKENS, losses_of, write_config
 
 UNSHARDED = {"auxiliary_weight": 0.0, "keypoint_weight": 0.0}
 
@@ -65,7 +65,7 @@ def test_two_processes_train_as_one(data, tmp_path, stage, changes):
     assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
 
 
-@pytest.mark.parametrize("stage", ["localize", "pretrain", "finetune"])
+@pytest.mark.parametrize("stage", ["localize", "pretrain", "finetune", "instruct"])
 def test_all_that_asks_for_gradients_has_some(data, tmp_path, monkeypatch, stage):
     """Several processes wait for those of every parameter, also of heads that a stage has no use for."""
     without, check = list[list[str]](), loop.Trainer._check_finite
@@ -77,8 +77,10 @@ def test_all_that_asks_for_gradients_has_some(data, tmp_path, monkeypatch, stage
         check(self, what, *rest, **options)
 
     monkeypatch.setattr(loop.Trainer, "_check_finite", look)
-    policy = TOKENS if stage == "pretrain" else POLICY
-    run(stage, write_config(tmp_path, policy, steps=1, validation_batches=0), data, tmp_path / "out")
+    section, changes = {"pretrain": TOKENS, "instruct": MODEL}.get(stage, POLICY), {}
+    if stage == "instruct":
+        data, changes = write_conversations(tmp_path / "said", 8), {"learning_parts": ["tower", "connector", "decoder"]}
+    run(stage, write_config(tmp_path, section, steps=1, validation_batches=0, **changes), data, tmp_path / "out")
     assert without == [[]]
 
 
@@ -158,5 +160,8 @@ def test_processes_wait_for_the_one_that_decodes(data, tmp_path, monkeypatch):
 
 
 def test_a_run_is_logged_for_tensorboard(data, tmp_path):
+    with pytest.raises(BitvlaError, match="needs keypoint_weight"):
+        run("localize", write_config(tmp_path, keypoint_weight=0, trackers=["tensorboard"]), data, tmp_path / "refused")
+    assert not (tmp_path / "refused").exists()
     run("finetune", write_config(tmp_path, steps=2, trackers=["tensorboard"]), data, tmp_path / "out")
     assert any(path.stat().st_size > 0 for path in (tmp_path / "out" / "bitvla").glob("events.out.tfevents.*"))

@@ -25,6 +25,9 @@ FORBIDDEN = {
     "quantization.py": ("torch", "bitvla"),
     "model": ("bitvla.sim", "bitvla.serve", "bitvla.evaluate", "metaworld", "mujoco"),
     "train": ("bitvla.sim", "bitvla.serve", "bitvla.evaluate", "metaworld", "mujoco"),
+    "train/starts.py": ("bitvla.train.policy", "bitvla.train.language", "bitvla.train.loop", "bitvla.train.plan"),
+    "train/policy.py": ("bitvla.train.language", "bitvla.train.loop", "bitvla.train.plan"),
+    "train/language.py": ("bitvla.train.policy", "bitvla.train.loop", "bitvla.train.plan"),
     "data": ("bitvla.model", "bitvla.train", "bitvla.evaluate"),
     "sim": ("torch", "bitvla.model", "bitvla.train", "bitvla.runtime", "bitvla.evaluate", "bitvla.robot"),
 }

@@ -4,9 +4,11 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ from bitvla.model.policy import TorchPolicy
 from bitvla.train import batches, stages
 from bitvla.train.config import Augmentation, load, policy_config
 from bitvla.train.loop import run
+from bitvla.train.plan import plan
 from datasets import make_writer, random_episode, write_dataset
 from training import FLOW, POLICY, TOKENS, losses_of, windows, write_config
 
@@ -155,9 +158,12 @@ def test_ctrl_c_keeps_the_work(data, tmp_path, monkeypatch):
         return step(self, window)
 
     monkeypatch.setattr(loop.Trainer, "_step", interrupt_at_five)
+    kept, waited = tmp_path / "out" / "training_state.pt", list[bool]()
+    monkeypatch.setattr(loop.Accelerator, "wait_for_everyone", lambda self: waited.append(kept.exists()))
     with pytest.raises(KeyboardInterrupt, match="go on"):
         run("finetune", config, data, tmp_path / "out")
-    assert torch.load(tmp_path / "out" / "training_state.pt", weights_only=True)["step"] == 6
+    assert torch.load(kept, weights_only=True)["step"] == 6
+    assert waited[-1]  # the other processes, until it is written: where they end, it is ended
 
 
 def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_checkpoint(data, tmp_path, monkeypatch):
@@ -244,8 +250,33 @@ def test_another_configuration_does_not_continue_a_run(data, tmp_path):
     ):
         with pytest.raises(BitvlaError, match=f"another configuration, data or start: {re.escape(told)}; change it"):
             run("finetune", write_config(tmp_path, **{"steps": 4, **changes}), data, tmp_path / "out")
+    shutil.copytree(tmp_path / "out", tmp_path / "start")
     with pytest.raises(BitvlaError, match=r"start: init checkpoint was None, is [0-9a-f]{64}; change it"):
-        run("finetune", write_config(tmp_path, steps=4), data, tmp_path / "out", init=tmp_path / "out")
+        run("finetune", write_config(tmp_path, steps=4), data, tmp_path / "out", init=tmp_path / "start")
+
+
+def test_what_a_run_starts_from_is_not_overwritten(data, teacher, tmp_path):
+    """A published checkpoint, or one without its training state, looks like a folder in which nothing has begun."""
+    shutil.copytree(teacher, tmp_path / "start", ignore=shutil.ignore_patterns("training_state.pt"))
+    before = (tmp_path / "start" / "model.safetensors").read_bytes()
+    config, out = write_config(tmp_path, "", steps=1), tmp_path / "start" / ".." / "start"
+    for stage, parent in (("finetune", "init"), ("distill", "teacher")):
+        with pytest.raises(BitvlaError, match=r"start holds the checkpoint to start from, .*; choose another"):
+            run(stage, config, data, out, **{parent: tmp_path / "start"})
+    assert (tmp_path / "start" / "model.safetensors").read_bytes() == before
+
+
+@pytest.mark.parametrize("changes", [{"learning_parts": ["head"]}, {"lora_rank": 2}])
+def test_a_decoder_that_nobody_has_taught_must_learn(data, teacher, tmp_path, changes):
+    """The checkpoint of a tower has one, as it was drawn."""
+    run("localize", write_config(tmp_path, steps=1), data, tmp_path / "tower")
+    run("localize", write_config(tmp_path, "", steps=1), data, tmp_path / "again", init=tmp_path / "tower")
+    config = write_config(tmp_path, "", steps=1, **changes)
+    for start in ("tower", "again"):
+        with pytest.raises(BitvlaError, match=rf"\S+ does not learn, and .*{start} has never learnt it"):
+            run("finetune", config, data, tmp_path / "out", init=tmp_path / start)
+    run("localize", write_config(tmp_path, "", steps=1), data, tmp_path / "taught", init=teacher)
+    run("finetune", config, data, tmp_path / "out", init=tmp_path / "taught")
 
 
 @pytest.mark.parametrize(
@@ -253,6 +284,7 @@ def test_another_configuration_does_not_continue_a_run(data, tmp_path):
     [
         ("finetune", {"learning_rat": 1}, "unknown field `learning_rat`; did you mean 'learning_rate'?"),
         ("finetune", {"augmentation": {"brightnes": 1}}, "brightnes.*; did you mean 'brightness'?"),
+        ("finetune", {"augmentation": {"contrast": 20}}, r"Expected `float` <= 1.0 - at `\$.augmentation.contrast`"),
         ("finetune", {"mixture": {"random": 0}}, "weight of 'random' is 0"),
         ("finetune", {"shard": True, "optimizer": "muon"}, "shard = true needs"),
         ("finetune", {"trackers": ["wandb"]}, "'wandb' is not installed"),
@@ -294,9 +326,6 @@ def test_what_does_not_fit_a_checkpoint_is_named_before_it_is_trained(data, teac
     slow = write_config(tmp_path, "", data={"random": {"control_hz": 5}})
     with pytest.raises(BitvlaError, match=r"10 times a second, random has 5 .*: data\.random\.control_hz = 10"):
         run("finetune", slow, data, out, init=teacher)
-    other = write_config(tmp_path, POLICY.replace("horizon = 3", "horizon = 5"))
-    with pytest.raises(BitvlaError, match=r"policy\.action\.horizon is 5, .*teacher has 3"):
-        run("finetune", other, data, out, init=teacher)
     with pytest.raises(BitvlaError, match="stage 'finetune' follows no teacher"):
         run("finetune", plain, data, out, teacher=teacher)
     run("finetune", write_config(tmp_path, POLICY.replace("num_layers = 2", "num_layers = 3"), steps=1), data, three)
@@ -310,6 +339,25 @@ def test_what_does_not_fit_a_checkpoint_is_named_before_it_is_trained(data, teac
     torch.save({}, tmp_path / "foreign" / "training_state.pt")
     with pytest.raises(BitvlaError, match=r"training_state\.pt cannot be read"):
         run("finetune", plain, data, tmp_path / "foreign", init=teacher)
+
+
+@pytest.mark.parametrize(
+    ("here", "there", "told"),
+    [
+        ("horizon = 3", "horizon = 5", r"action\.horizon is 5, .* has 3"),
+        ("execute_horizon = 2", "execute_horizon = 3", r"execute_horizon is 3, .* has 2"),
+        ('action_units = ["m", "m", "m"]', 'action_units = ["m", "m", "rad"]', r"action_units is .*rad.*, .* has \("),
+        ('name = "test"', 'name = "test"\ncameras = ["wrist"]', r"cameras is \('wrist',\), .* has \('front',\)"),
+    ],
+)
+def test_a_section_that_contradicts_its_checkpoint_is_refused_planned_or_not(
+    data, teacher, tmp_path, here, there, told
+):
+    config = write_config(tmp_path, POLICY.replace(here, there))
+    for train in (partial(run, data=data, out=tmp_path / "out"), plan):
+        with pytest.raises(BitvlaError, match=rf"^policy\.{told}.*; make them equal$"):
+            train("finetune", config, init=teacher)
+    assert plan("finetune", config, init=Path("owner/published"), data=data)["stage"]  # of which nothing is read
 
 
 def test_a_new_policy_that_cannot_be_is_refused(data, tmp_path):
@@ -427,6 +475,14 @@ def test_a_policy_learns_to_continue_decided_actions(data, tmp_path):
         run("finetune", write_config(tmp_path, policy="", max_prefix=3), data, tmp_path / "x", init=tmp_path / "plain")
     with pytest.raises(BitvlaError, match="prefix_dropout 2"):
         run("finetune", write_config(tmp_path, prefix_dropout=2), data, tmp_path / "x")
+
+
+def test_a_teacher_of_decided_actions_is_told_as_many_as_its_student(data, tmp_path):
+    run("finetune", write_config(tmp_path, steps=1, max_prefix=2), data, tmp_path / "teacher")
+    for most in (0, 1):
+        config = write_config(tmp_path, "", precision="ternary", max_prefix=most)
+        with pytest.raises(BitvlaError, match=rf"the student's action\.max_prefix is {most}, .*teacher has 2"):
+            run("distill", config, data, tmp_path / "out", teacher=tmp_path / "teacher")
 
 
 def first_observation(data: Path) -> dict[str, Any]:

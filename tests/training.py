@@ -10,7 +10,7 @@ from bitvla.data.lerobot import LeRobotDataset
 from bitvla.processing.prompt import Prompt
 from bitvla.train.batches import Windows
 from bitvla.train.config import Augmentation, load, policy_config
-from bitvla.train.loop import new_tokenizer
+from bitvla.train.policy import new_tokenizer
 
 POLICY = """
 [policy]

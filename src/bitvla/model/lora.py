@@ -12,6 +12,7 @@ from torch.nn.utils import parametrize
 
 # Parts that act, and FiLM. Often new: a run with adapters trains them whole, as the official fine-tuning does.
 WHOLE = ("film.", "proprio_projector.", "prefix_projector.", "action_head.", "language_model.lm_head.")
+ADAPTED = ".parametrizations.weight.original"  # a weight with an adapter, where it was ".weight"
 _PARAMETRIZATION = ".parametrizations.weight.0."
 
 

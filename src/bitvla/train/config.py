@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import msgspec
 
@@ -27,14 +27,16 @@ from bitvla.config import (
 from bitvla.data.lerobot import Conventions, LeRobotDataset, names_of
 from bitvla.errors import BitvlaError
 
+Share = Annotated[float, msgspec.Meta(ge=0, le=1)]
+
 
 class Augmentation(Record, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Random changes of training images. The crop's area is the policy's `crop_area`; its place is random."""
 
     random_crop: bool = True
-    brightness: float = 0.2
-    contrast: float = 0.2
-    saturation: float = 0.2
+    brightness: Share = 0.2
+    contrast: Share = 0.2
+    saturation: Share = 0.2
 
 
 Part = Literal["tower", "connector", "decoder", "head"]

@@ -11,11 +11,11 @@ import os
 import platform
 import signal
 import time
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import msgspec
 import torch
@@ -32,32 +32,31 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils._pytree import tree_map
 
 import bitvla
-from bitvla.config import LanguageModelConfig, PolicyConfig, to_dict
+from bitvla.config import to_dict
 from bitvla.convert.source import Source
 from bitvla.convert.training import Adapters, open_start
 from bitvla.data.lerobot import AS_STORED, LeRobotDataset, name_of
 from bitvla.data.llava import LlavaDataset
-from bitvla.errors import BitvlaError, meant
-from bitvla.model.checkpoint import golden_tensors, load_network, save_checkpoint
-from bitvla.model.lora import add_adapters, trained_state
-from bitvla.model.network import Backbone, BitVLA, checkpoint_activations, layers
-from bitvla.model.policy import TorchPolicy
-from bitvla.processing.prompt import Prompt, train_tokenizer
+from bitvla.errors import BitvlaError
+from bitvla.model.checkpoint import save_checkpoint
+from bitvla.model.lora import trained_state
+from bitvla.model.network import Backbone, checkpoint_activations, layers
 from bitvla.train import stages
-from bitvla.train.batches import Mixture, TokenWindow, Window, Windows, batches
-from bitvla.train.config import (
-    FREE_TO_CHANGE,
-    NO_POLICY,
-    NewPolicy,
-    TrainConfig,
-    extended,
-    for_dataset,
-    load,
-    policy_config,
+from bitvla.train.batches import TokenWindow, Window, batches
+from bitvla.train.config import FREE_TO_CHANGE, TrainConfig, load
+from bitvla.train.language import LanguageLearner
+from bitvla.train.policy import PolicyLearner
+from bitvla.train.starts import (
+    check_adapters,
+    check_mixture,
+    check_out,
+    check_stage,
+    check_teacher,
+    check_tower,
+    trains_language,
 )
 
 STATE_FILE = "training_state.pt"
-GOLDEN_OBSERVATIONS = 2
 
 
 def run(
@@ -97,132 +96,79 @@ def run(
     start = init or (teacher if stage == "distill" else None)
     sources = [data] if isinstance(data, str | Path) else list(data)
     names = [name_of(source) for source in sources]
-    _check_mixture(stage, config, names)
-    opened = {path: open_start(path, tower) for path in (start, teacher) if path is not None}
+    check_mixture(stage, config, names)
+    parents = {path for path in (start, teacher) if path is not None}
+    check_out(Path(out), parents)
+    opened = {path: open_start(path, tower) for path in parents}
     if teacher is not None:
         check_teacher(opened[teacher].config, teacher, opened[teacher].provenance)
     of_language = trains_language(stage, None if teacher is None else opened[teacher].config)
     check_adapters(stage, config, of_language)
     if config.lora_rank and start is None:
         raise BitvlaError(f"lora_rank is {config.lora_rank}: adapters need a checkpoint to adapt; give one with --init")
-    trainer: Trainer
+    accelerator = _accelerator(config, Path(out))
+    set_seed(config.seed)
+    source = None if start is None else opened[start]
+    share = None if cache_bytes is None else cache_bytes // len(sources)
+    learner: Learner
     if of_language:
-        from bitvla.train.language import LanguageTrainer  # which is a Trainer
-
-        conversations = LlavaDataset(sources[0], cache_bytes)
-        trainer = LanguageTrainer(stage, config, conversations, Path(out), start, teacher, opened)
+        learner = LanguageLearner(stage, config, LlavaDataset(sources[0], share), source)
     else:
-        share = None if cache_bytes is None else cache_bytes // len(sources)
-        datasets = [
-            LeRobotDataset(source, config.data.get(name, AS_STORED), share)
-            for source, name in zip(sources, names, strict=True)
-        ]
-        trainer = Trainer(stage, config, datasets, Path(out), start, teacher, opened, sentences)
-    return trainer.train()
+        described = [config.data.get(name, AS_STORED) for name in names]
+        datasets = [LeRobotDataset(one, how, share) for one, how in zip(sources, described, strict=True)]
+        learner = PolicyLearner(stage, config, datasets, source, sentences)
+    return Trainer(stage, config, learner, Path(out), accelerator, start, teacher, opened).train()
 
 
-def check_stage(stage: str, teacher: Path | None) -> None:
-    """BitvlaError for a stage that does not exist, cannot do without a teacher, or has none."""
-    if stage not in stages.NAMES:
-        raise BitvlaError(f"unknown stage '{stage}': use one of {', '.join(stages.NAMES)}")
-    if stage == "distill" and teacher is None:
-        raise BitvlaError("stage 'distill' needs a full-precision teacher: --teacher CHECKPOINT")
-    if stage != "distill" and teacher is not None:
-        raise BitvlaError(f"stage '{stage}' follows no teacher; leave out --teacher, or say --init to start from it")
+class Learner(Protocol):
+    """What the loop trains: a network, the data that it learns from, and what is minimised."""
 
+    network: Any
+    tokenizer: Tokenizer
+    auxiliary: stages.AuxiliaryHead
+    unit: str  # what an epoch has so many of
 
-def check_tower(stage: str, init: Path | None, tower: Path | None) -> None:
-    """BitvlaError for a tower where nothing begins to see."""
-    if tower is not None and (stage != "align" or init is None):
-        raise BitvlaError("--tower is for stage 'align', with a language model as --init; leave it out, or give both")
+    def windows(self, split: str, **shard: int) -> Any:
+        """The batches of "train" or "validation": a dataset with `num_frames`, `prepare(step)` and `where(step)`."""
 
+    def teacher(self, source: Source) -> torch.nn.Module:
+        """Whose states are followed."""
 
-def check_teacher(
-    config: PolicyConfig | LanguageModelConfig, teacher: Path, provenance: Mapping[str, Any] | None = None
-) -> None:
-    """BitvlaError for a checkpoint that no student can follow."""
-    if isinstance(config, LanguageModelConfig):
-        if config.precision == "ternary" and config.vision and config.vision.ternary:
-            raise BitvlaError(f"the tower of the teacher {teacher} is ternary; distillation needs full precision")
-        return
-    if config.precision != "full":
-        raise BitvlaError(f"the teacher {teacher} is {config.precision}; distillation needs full precision")
-    trained = (provenance or {}).get("stage")
-    if trained in ("localize", "pretrain"):
-        raise BitvlaError(f"the teacher {teacher} is of stage '{trained}' and has no action head; finetune it first")
+    def objective(self, teacher: stages.Network | None) -> stages.Objective:
+        """Without the teacher what is validated."""
 
+    def data(self) -> list[dict[str, Any]]:
+        """What the data are, for the record."""
 
-def trains_language(stage: str, teacher: PolicyConfig | LanguageModelConfig | None) -> bool:
-    """Does this stage train a vision-language model, on conversations?"""
-    return stage in ("align", "instruct") or (stage == "distill" and isinstance(teacher, LanguageModelConfig))
-
-
-def check_adapters(stage: str, config: TrainConfig, of_language: bool) -> None:
-    """BitvlaError where a configuration asks for adapters and its stage trains none."""
-    if config.lora_rank and stage == "localize":
-        raise BitvlaError("stage 'localize' trains a new tower; leave out lora_rank")
-    if config.lora_rank and of_language:
-        raise BitvlaError("adapters are of policies; leave out lora_rank, and say in learning_parts what learns")
-    if config.lora_rank and config.learning_parts is not None:
-        raise BitvlaError("lora_rank and learning_parts both say what learns; leave out one of them")
-
-
-def _check_mixture(stage: str, config: TrainConfig, names: list[str]) -> None:
-    for name in config.data:
-        if name not in names:
-            raise BitvlaError(f"the configuration describes the data '{name}', which is no --data{meant(name, names)}")
-    if stage != "pretrain":
-        if len(names) > 1:
-            raise BitvlaError(f"stage '{stage}' trains on one dataset, not on {', '.join(names)}")
-        return
-    if len(set(names)) < len(names):
-        raise BitvlaError(f"two datasets of a mixture have the same name: {', '.join(sorted(names))}; rename a folder")
-    for name in config.mixture:
-        if name not in names:
-            raise BitvlaError(f"the mixture has a weight for '{name}', which is no --data{meant(name, names)}")
-    for name in names:
-        if config.mixture and name not in config.mixture:
-            raise BitvlaError(f"the mixture has no weight for '{name}'; give one to every --data, or to none")
+    def golden(self, network: Any) -> tuple[dict[str, Tensor], list[str]] | None:
+        """A few raw observations with the answers of `network`, which has the averaged weights."""
 
 
 class Trainer:
-    """One run of a stage over demonstrations; `bitvla.train.language` has the one over conversations."""
+    """One run of a stage."""
 
     def __init__(
         self,
         stage: str,
         config: TrainConfig,
-        datasets: list[LeRobotDataset],
+        learner: Learner,
         out: Path,
+        accelerator: Accelerator,
         start: Path | None,
         teacher: Path | None,
         opened: Mapping[Path, Source],
-        sentences: list[str] | None,
     ) -> None:
-        self.stage, self.config, self.out, self.datasets = stage, config, out, datasets
-        self.accelerator = _accelerator(config, out)
-        self.console = Console(stderr=True, quiet=not self.accelerator.is_main_process)
-        set_seed(config.seed)
-        source = None if start is None else opened[start]
-        self.network, self.prompt, self.tokenizer = self._policy(source, sentences)
-        if config.lora_rank:
-            add_adapters(self.network, config.lora_rank, config.lora_alpha)
-        positions = keypoints = 0  # that a simulator knows
-        if datasets:
-            positions = 0 if datasets[0].environment_state is None else datasets[0].environment_state.shape[1]
-            keypoints = 0 if datasets[0].keypoints is None else datasets[0].keypoints.shape[2]
-        self.auxiliary = stages.AuxiliaryHead(self.network.config, positions, keypoints)
-        # Without gradients where nothing is asked of them, as several processes demand.
-        acts = stage in ("finetune", "distill")
-        self.auxiliary.linear.requires_grad_(bool(positions and config.auxiliary_weight and acts))
-        self.auxiliary.points.requires_grad_(bool(keypoints and config.keypoint_weight and stage != "pretrain"))
+        self.stage, self.config, self.learner, self.out, self.accelerator = stage, config, learner, out, accelerator
+        self.console = Console(stderr=True, quiet=not accelerator.is_main_process)
+        self.network, self.auxiliary = learner.network, learner.auxiliary
         # What is saved: whole, and not on the device; brought up to date with the averages when it is needed.
         self.averaged = copy.deepcopy(self.network).requires_grad_(False)
-        self.provenance = self._provenance({"init": source, "teacher": None if teacher is None else opened[teacher]})
-        if config.lora_rank and start is not None and source is not None:
+        parents = {"init": start, "teacher": teacher}
+        self.provenance = self._provenance({name: opened[path] for name, path in parents.items() if path is not None})
+        if config.lora_rank and start is not None:
             base = str(start.resolve()) if start.exists() else str(start)
             self.provenance["adapters"] = to_dict(
-                Adapters(base=base, sha256=source.sha256, rank=config.lora_rank, alpha=config.lora_alpha)
+                Adapters(base=base, sha256=opened[start].sha256, rank=config.lora_rank, alpha=config.lora_alpha)
             )
         state = self._read_state()
         if state is not None:
@@ -233,11 +179,19 @@ class Trainer:
         self._place(self._objective(None if teacher is None else opened[teacher]), state)
         self._last_log: tuple[int, float] | None = None
 
+    def _objective(self, teacher: Source | None) -> stages.Objective:
+        """What is minimised; the teacher, where there is one, stands frozen beside what it teaches."""
+        if teacher is None:
+            return self.learner.objective(None)
+        frozen: Any = self.learner.teacher(teacher).requires_grad_(False).eval().to(self.accelerator.device)
+        if self._sharded:
+            shard(frozen)
+        return self.learner.objective(torch.compile(frozen) if self.config.compile else frozen)
+
     def _place(self, objective: stages.Objective, state: dict[str, Any] | None) -> None:
         """Bring everything to its device, or its shards to their processes; optimisers over what is there then."""
         config, device = self.config, self.accelerator.device
         part = stages.trained_part(self.stage, self.network)
-        self.objective = objective
         trained = _Trained(part, self.auxiliary, objective, config.compile).to(device)
         self.network.to(device)
         if config.checkpoint_activations:
@@ -262,11 +216,6 @@ class Trainer:
         self.optimizers = [self.accelerator.prepare_optimizer(optimizer) for optimizer in self.optimizers]
 
     @property
-    def dataset(self) -> LeRobotDataset:
-        """The first one, whose robot the policy is of."""
-        return self.datasets[0]
-
-    @property
     def _sharded(self) -> bool:
         return self.config.shard and self.accelerator.num_processes > 1
 
@@ -276,9 +225,11 @@ class Trainer:
             self.out.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise BitvlaError(f"--out {self.out} cannot be a folder: {error.strerror}; choose another") from None
+        if config.trackers:
+            self.accelerator.init_trackers("bitvla", init_kwargs={"wandb": {"name": self.out.name}})
         split = {"rank": self.accelerator.process_index, "world_size": self.accelerator.num_processes}
         with self.accelerator.local_main_process_first():  # which decodes the videos once
-            self.windows = self._windows("train", **split)
+            self.windows = self.learner.windows("train", **split)
             self.windows.prepare(self.step * passes)
         self._announce(self.windows)
         steps = range(self.step * passes, config.steps * passes)
@@ -300,7 +251,6 @@ class Trainer:
                     self._save(progress.console)
                     raise KeyboardInterrupt(f"stopped at step {self.step}; run the same command again to go on")
         self._save(self.console)
-        self.accelerator.wait_for_everyone()
         self.accelerator.end_training()
         return {"stage": self.stage, "steps": self.step, "checkpoint": str(self.out), "losses": losses}
 
@@ -351,92 +301,17 @@ class Trainer:
         flag = torch.tensor(float(here), device=self.accelerator.device)
         return bool(self.accelerator.reduce(flag, reduction="sum"))
 
-    # -- what is trained -----------------------------------------------------------------
-
-    def _policy(self, start: Source | None, sentences: list[str] | None) -> tuple[Any, Any, Tokenizer]:
-        """Network, prompt and tokenizer."""
-        config = start_config(self.stage, self.config, start, self.dataset)
-        if start is not None:
-            _check_fits(config, self.dataset, start.folder)
-            tokenizer = Tokenizer.from_str(start.tokenizer)
-            network, prompt = load_network(start, config)
-        else:
-            corpus = sentences or [text for dataset in self.datasets for text in dataset.task_strings]
-            tokenizer = new_tokenizer(config, corpus)
-            prompt = Prompt(config, tokenizer)
-            network = BitVLA(config, prompt.image_id, prompt.proprio_id)
-        stages.freeze(self.stage, self.config, network)
-        check_frozen(self.stage, network, start)
-        return network, prompt, tokenizer
-
-    def _objective(self, teacher: Source | None) -> stages.Objective:
-        if self.stage == "localize" and not (self.config.keypoint_weight and self.dataset.keypoints is not None):
-            raise BitvlaError(
-                f"stage 'localize' needs keypoint_weight above 0 and observation.keypoints in {self.dataset.root}"
-            )
-        frozen: Any = None
-        if self.stage == "distill" and teacher is not None:
-            self._check_follows(teacher)
-            frozen = load_network(teacher)[0].requires_grad_(False).eval().to(self.accelerator.device)
-            if self._sharded:
-                shard(frozen)
-            if self.config.compile:
-                frozen = torch.compile(frozen)
-        return stages.objective(self.stage, self.config, self.auxiliary, frozen)
-
-    def _check_follows(self, teacher: Source) -> None:
-        """States are compared one to one: of the same layers, over the same tokens of the same observation."""
-        student, followed, of = self.network.config, teacher.config, "the student's "
-        assert isinstance(followed, PolicyConfig)
-        check_same(f"{of}vision", student.vision, followed.vision, teacher, ("ternary", "film"))
-        check_same(f"{of}language", student.language, followed.language, teacher)
-        check_same(f"{of}action", student.action, followed.action, teacher,
-                   ("head_hidden_size", "head_blocks", "max_prefix", "flow"))  # fmt: skip
-        check_same(f"{of}processing", student.processing, followed.processing, teacher, ("execute_horizon",))
-        if self.tokenizer.to_str() != Tokenizer.from_str(teacher.tokenizer).to_str():
-            raise BitvlaError(f"the student has another tokenizer than its teacher {teacher.folder}; leave out --init")
-
-    def _validation_objective(self) -> stages.Objective:
-        return self.objective if self.stage != "distill" else stages.finetune(self.config, self.auxiliary)
-
-    def _windows(self, split: str, **shard: int) -> Any:
-        """The batches of a split: a dataset with `num_frames`, `prepare(step)` and `where(step)`."""
-        config = self.network.config
-        configs = [config, *(for_dataset(config, dataset) for dataset in self.datasets[1:])]
-        parts = [
-            Windows(
-                dataset,
-                own,
-                Prompt(own, self.tokenizer),
-                batch_size=self.config.batch_size,
-                seed=self.config.seed,
-                augmentation=self.config.augmentation if split == "train" else None,
-                prefix_dropout=self.config.prefix_dropout if split == "train" else 1.0,
-                flow_samples=self.config.flow_samples if split == "train" else 0,
-                split=split,
-                balance_tasks=self.config.balance_tasks,
-                **shard,
-            )
-            for dataset, own in zip(self.datasets, configs, strict=True)
-        ]
-        if self.stage != "pretrain":
-            return parts[0]
-        share = {"batch_size": self.config.batch_size, "seed": self.config.seed, **shard}
-        return Mixture(parts, self.config.mixture, config, **share)
-
     # -- keeping -------------------------------------------------------------------------
 
-    def _provenance(self, parents: dict[str, Source | None]) -> dict[str, Any]:
+    def _provenance(self, parents: dict[str, Source]) -> dict[str, Any]:
         settings = msgspec.json.encode(self.config)
         return {
             "stage": self.stage,
             "config": to_dict(self.config),
             "config_digest": hashlib.sha256(settings).hexdigest(),
-            "data": self._data(),
+            "data": self.learner.data(),
             "parents": {
-                name: {"digest": source.sha256, "provenance": source.provenance}
-                for name, source in parents.items()
-                if source is not None
+                name: {"digest": source.sha256, "provenance": source.provenance} for name, source in parents.items()
             },
             "versions": {
                 "bitvla": bitvla.__version__,
@@ -445,20 +320,6 @@ class Trainer:
                 "transformers": transformers.__version__,
             },
         }
-
-    def _data(self) -> list[dict[str, Any]]:
-        """What the data are, for the record."""
-        return [
-            {
-                # The exact statistics of every frame change when any value does, and are cheap to read.
-                "digest": hashlib.sha256(dataset.stored_statistics()).hexdigest(),
-                "episodes": dataset.num_episodes,
-                "frames": dataset.num_frames,
-                # Which decides the order of the frames.
-                **({} if dataset.pictures.limit is None else {"cache_bytes": dataset.pictures.limit}),
-            }
-            for dataset in self.datasets
-        ]
 
     def _identity(self) -> str:
         """What a run is: stage, settings, data and parents."""
@@ -499,14 +360,18 @@ class Trainer:
     def _save(self, console: Console) -> None:
         """Write the averaged weights as a policy, then the state of the run."""
         state = self._state()
-        if not self.accelerator.is_main_process:
-            return
+        if self.accelerator.is_main_process:
+            self._write(state, console)
+        self.accelerator.wait_for_everyone()  # where one process ends, a launcher ends the others, also one that writes
+
+    def _write(self, state: dict[str, Any], console: Console) -> None:
         validation = self._validate()
         shown = _show(validation) or "left out (few episodes, or validation_batches = 0)"
         console.print(f"step {self.step}: validation {shown}")
         self._record({f"validation_{k}": v for k, v in validation.items()})
         provenance = {**self.provenance, "steps": self.step, "validation": validation}
-        save_checkpoint(self.out, self.averaged.cpu(), self.tokenizer, self._golden(), provenance)
+        averaged = self.averaged.cpu()
+        save_checkpoint(self.out, averaged, self.learner.tokenizer, self.learner.golden(averaged), provenance)
         temporary = self.out / (STATE_FILE + ".tmp")
         torch.save(state, temporary)
         os.replace(temporary, self.out / STATE_FILE)
@@ -514,33 +379,15 @@ class Trainer:
     @torch.no_grad()
     def _validate(self) -> dict[str, float]:
         """Mean losses of the averaged weights over episodes that are never trained on."""
-        windows = self._windows("validation")
+        windows = self.learner.windows("validation")
         if windows.num_frames == 0 or self.config.validation_batches == 0:
             return {}
         device = self.accelerator.device
         averaged = stages.trained_part(self.stage, self.averaged.eval().to(device))
-        plain = self._validation_objective()
+        plain = self.learner.objective(None)
         with self.accelerator.autocast():
             rows = [plain(averaged, _to(windows[i], device)) for i in range(self.config.validation_batches)]
         return {name: sum(row[name].item() for row in rows) / len(rows) for name in rows[0]}
-
-    def _golden(self) -> tuple[dict[str, torch.Tensor], list[str]] | None:
-        """A few raw observations of the data with the answers of the averaged weights."""
-        dataset, policy = self.dataset, TorchPolicy(self.averaged, self.prompt)
-        cameras = [camera.name for camera in policy.config.processing.cameras]
-        state = {"state": dataset.state} if policy.config.action.state_dim else {}
-        first_frames = [begin for begin, _ in dataset.episode_ranges]
-        chosen = first_frames[:: max(1, len(first_frames) // GOLDEN_OBSERVATIONS)][:GOLDEN_OBSERVATIONS]
-        observations = [
-            {
-                "images": {camera: dataset.images(camera)[frame] for camera in cameras},
-                **{name: values[frame] for name, values in state.items()},
-                "instruction": dataset.task_strings[dataset.episode_index[frame]],
-            }
-            for frame in chosen
-        ]
-        answers = [policy.act(observation) for observation in observations]
-        return golden_tensors(observations, answers)
 
     # -- telling -------------------------------------------------------------------------
 
@@ -549,13 +396,10 @@ class Trainer:
         effective = config.batch_size * config.gradient_accumulation
         parameters = sum(parameter.numel() for parameter in self.network.parameters())
         trained = sum(parameter.numel() for parameter in self.parameters)
-        episodes = sum(dataset.num_episodes for dataset in self.datasets)
-        # Not frames: where tasks are balanced, those of short ones count several times in an epoch.
-        amount = f"windows an epoch, of {episodes} episodes" if episodes else "conversations"
         self.console.print(
             f"{self.stage} of '{self.network.config.name}' ({config.precision} precision, {parameters / 1e6:.2f} M "
-            f"parameters, {trained / 1e6:.2f} M trained): {windows.num_frames} {amount}, {config.steps} steps of "
-            f"{effective} windows ({config.gradient_accumulation} x {processes} process(es) x "
+            f"parameters, {trained / 1e6:.2f} M trained): {windows.num_frames} {self.learner.unit}, "
+            f"{config.steps} steps of {effective} windows ({config.gradient_accumulation} x {processes} process(es) x "
             f"{config.batch_size // processes}; {config.steps * effective / windows.num_frames:.1f} epochs) on "
             f"{self.accelerator.device}"
         )
@@ -589,14 +433,6 @@ class Trainer:
             with (self.out / "metrics.jsonl").open("a") as file:
                 file.write(json.dumps({"step": self.step, **values}) + "\n")
             self.accelerator.log(values, step=self.step)
-
-
-def new_tokenizer(config: PolicyConfig, corpus: Iterable[str]) -> Tokenizer:
-    """The tokenizer of a new policy, made for the sentences that it will be told."""
-    template = config.processing.prompt
-    specials = [template.pad_token, "<|slot|>", template.image_token, template.proprio_token, template.stop_token]
-    specials += [token for token in ("<|begin_of_text|>", "<|eot_id|>") if token in template.template]
-    return train_tokenizer(sorted(set(corpus)), config.language.vocab_size - config.action.bins, specials)
 
 
 class _Trained(torch.nn.Module):
@@ -724,117 +560,7 @@ def _accelerator(config: TrainConfig, out: Path) -> Accelerator:
             f"batch_size {config.batch_size} cannot be shared by {accelerator.num_processes} processes; make it a "
             "multiple of that"
         )
-    if config.trackers:
-        accelerator.init_trackers("bitvla", init_kwargs={"wandb": {"name": out.name}})
     return accelerator
-
-
-def start_config(stage: str, config: TrainConfig, start: Source | None, dataset: LeRobotDataset) -> PolicyConfig:
-    """The policy that a stage trains: the one of the checkpoint `start`, or a new one, as over a base model."""
-    stored = start.config if start is not None and isinstance(start.config, PolicyConfig) else None
-    if start is not None and stored is not None and bool(stored.action.bins) == (stage == "pretrain"):
-        policy = msgspec.structs.replace(stored, precision=config.precision)
-        if config.policy is not None:
-            _check_section(config.policy, stored, start)
-    elif start is not None and stored is not None and stage == "pretrain":
-        raise BitvlaError(
-            f"{start.folder} regresses its actions; stage 'pretrain' goes on from a pre-trained checkpoint only"
-        )
-    elif config.policy is None:
-        raise BitvlaError(
-            NO_POLICY
-            if start is None
-            else f"{start.folder} is pre-trained and knows no action head; describe the policy in a [policy] section"
-        )
-    else:
-        policy = policy_config(config.policy, dataset, config.precision)
-    if bool(policy.action.bins) != (stage == "pretrain"):
-        raise BitvlaError(
-            "stage 'pretrain' writes actions as tokens: policy.action needs bins, as in bins = 256"
-            if stage == "pretrain"
-            else f"stage '{stage}' regresses its actions: leave out policy.action.bins"
-        )
-    policy = extended(policy, config)
-    if start is not None:
-        if config.lora_rank:  # to which no tokens are added
-            check_same("policy.language", policy.language, start.config.language, start, ("bidirectional",))
-        _check_backbone(policy, start)
-    return policy
-
-
-def _check_backbone(policy: PolicyConfig, start: Source) -> None:
-    """Tower and decoder must be those of the checkpoint; the decoder may become causal or not, the tower get FiLM.
-
-    Where tokens are actions, the decoder may get more of them.
-    """
-    stored, tokens = start.config, policy.language.vocab_size
-    causal = msgspec.structs.replace(
-        policy.language,
-        bidirectional=stored.language.bidirectional,
-        vocab_size=min(tokens, stored.language.vocab_size) if policy.action.bins else tokens,
-    )
-    filmed = policy.vision.film and stored.vision is not None and stored.vision.film
-    tower = msgspec.structs.replace(policy.vision, film=filmed)
-    check_same("policy.vision", tower, stored.vision, start)
-    check_same("policy.language", causal, stored.language, start)
-
-
-def _check_section(new: NewPolicy, stored: PolicyConfig, start: Source) -> None:
-    """Where the checkpoint says what the policy is, a [policy] section must not say otherwise."""
-    # Nothing said is as the checkpoint has it; a flow is put in by `extended`.
-    but = [name for name, said in (("film", new.vision.film), ("max_prefix", new.action.max_prefix)) if not said]
-    but += ["flow", "head_hidden_size", "head_blocks"] if new.action.flow else ["flow"]
-    for name, found in {"vision": stored.vision, "language": stored.language, "action": stored.action,
-                        "image": stored.processing.image, "prompt": stored.processing.prompt}.items():  # fmt: skip
-        check_same(f"policy.{name}", getattr(new, name), found, start, but)
-
-
-def check_same(section: str, wanted: Any, found: Any, start: Source, but: Collection[str] = ()) -> None:
-    """BitvlaError for a field of two records that differs, `but` for these."""
-    for field in wanted.__struct_fields__:
-        if field not in but and getattr(wanted, field) != getattr(found, field):
-            raise BitvlaError(
-                f"{section}.{field} is {getattr(wanted, field)}, {start.folder} has {getattr(found, field)}; make them "
-                "equal"
-            )
-
-
-def check_frozen(stage: str, network: Backbone, start: Source | None, part: str = "") -> None:
-    """What does not learn must be in the checkpoint, of which the `part` is taken that names begin with."""
-    stored = {} if start is None else start.specs
-    for name, parameter in network.named_parameters():
-        if not (parameter.requires_grad or (name in stored and name.startswith(part))):
-            raise BitvlaError(
-                f"in stage '{stage}' {name} does not learn, and "
-                f"{'no --init gives it' if start is None else f'{start.folder} does not have it'}: it would stay "
-                "random; give --init a checkpoint with it, or name its part in learning_parts"
-            )
-
-
-def _check_fits(config: Any, dataset: LeRobotDataset, start: Path) -> None:
-    wanted = [camera.name for camera in config.processing.cameras]
-    if not set(wanted) <= set(dataset.cameras):
-        raise BitvlaError(
-            f"{start} was trained on the cameras {wanted}, the data has {list(dataset.cameras)}; say in the "
-            f"configuration which are which: data.{dataset.name}.cameras"
-        )
-    for camera in config.processing.cameras:
-        if (size := dataset.shape(camera.name)[:2]) != (camera.height, camera.width):
-            raise BitvlaError(
-                f"{start} takes pictures of {camera.height} x {camera.width} from the camera '{camera.name}', the data "
-                f"has {size[0]} x {size[1]}; record or convert them at that size"
-            )
-    if not math.isclose(rate := config.processing.control_hz, dataset.fps, rel_tol=0.01):
-        raise BitvlaError(
-            f"{start} acts {rate:g} times a second, {dataset.name} has {dataset.fps:g} actions a second; where that is "
-            f"not their rate, say so in the configuration: data.{dataset.name}.control_hz = {rate:g}"
-        )
-    state_dim = 0 if config.action.bins else dataset.state.shape[1]
-    if dataset.action.shape[1] != config.action.dim or state_dim != config.action.state_dim:
-        raise BitvlaError(
-            f"{start} has {config.action.state_dim} state and {config.action.dim} action values, the data has "
-            f"{dataset.state.shape[1]} and {dataset.action.shape[1]}; give data of the same robot"
-        )
 
 
 def _show(losses: dict[str, float]) -> str:

@@ -30,9 +30,17 @@ from bitvla.model.network import Batch, BitVLA, VisionLanguageModel, VisionTower
 from bitvla.model.ternary import TernaryLinear
 from bitvla.train import stages
 from bitvla.train.batches import TokenWindow, Window
-from bitvla.train.config import NO_POLICY, NewPolicy, TrainConfig, extended, load
-from bitvla.train.language import start_config
-from bitvla.train.loop import check_adapters, check_stage, check_teacher, check_tower, optimizers, trains_language
+from bitvla.train.config import NewPolicy, TrainConfig, load
+from bitvla.train.loop import optimizers
+from bitvla.train.starts import (
+    check_adapters,
+    check_stage,
+    check_teacher,
+    check_tower,
+    start_model,
+    start_policy,
+    trains_language,
+)
 
 CHARACTERS_A_TOKEN = 4  # of English text, about
 # FLOP of an operation, from its arguments; PyTorch's own table has the attention of GPUs only.
@@ -74,23 +82,23 @@ def plan(
         check_stage(stage, teacher)
     check_tower(stage, init, tower)
     config, followed = load(config_path), _stored(teacher)
-    if stage == "distill" and teacher is not None and followed is not None:
-        check_teacher(followed, teacher)
+    if stage == "distill" and followed is not None:
+        check_teacher(followed.config, followed.folder)
     if config.batch_size % devices:
         raise BitvlaError(f"batch_size {config.batch_size} cannot be shared by {devices} devices; make it a multiple")
     start = init or (teacher if stage == "distill" else None)
     policy: PolicyConfig | LanguageModelConfig
-    of_language = trains_language(stage, followed) or (
+    of_language = trains_language(stage, None if followed is None else followed.config) or (
         stage == "distill" and followed is None and config.model is not None
     )
     check_adapters(stage, config, of_language)
+    stored = _stored(start)
     if of_language:
-        stored = _stored(start)
         if tower is not None and stored is not None:
             raise BitvlaError(f"{start} {official.SEES}")
-        policy, length, views = start_config(stage, config, stored), config.max_tokens, 1
+        policy, length, views = start_model(stage, config, stored), config.max_tokens, 1
     else:
-        policy = _policy(stage, config, _stored(start), data)
+        policy = start_policy(stage, config, stored, lambda new: _described(new, config, data))
         length, views = _sequence_length(policy), len(policy.processing.cameras)
     windows = config.batch_size // devices
     whole = _pass(stage, config, policy, windows, length, checkpoints=False)
@@ -172,7 +180,7 @@ def _pass(
             stages.freeze(stage, config, network)
             if stage == "distill" and policy.vision is not None:
                 teacher = VisionTower(policy.vision, "sdpa").requires_grad_(False)
-            objective = stages.likelihood if teacher is None else stages.distill_tower(config, teacher)
+            objective = stages.likelihood if teacher is None else stages.distill_tower(config, teacher, image_id=0)
         else:
             network = BitVLA(policy, image_id=0, proprio_id=2, attention="sdpa")
             stages.freeze(stage, config, network)
@@ -312,21 +320,22 @@ def _sequence_length(policy: PolicyConfig) -> int:
     return images + text + prompt.max_instruction_tokens + (action.dim if action.bins else action.num_slots + 1)
 
 
-def _stored(start: Path | None) -> PolicyConfig | LanguageModelConfig | None:
+class _Stored(NamedTuple):
+    """A training checkpoint of which nothing but config.json was read."""
+
+    folder: Path
+    config: PolicyConfig | LanguageModelConfig
+
+
+def _stored(start: Path | None) -> _Stored | None:
     """What the checkpoint of a start says that it is; a published one is not read."""
     if start is None or official.recognizes(start) or _is_on_the_hub(start):
         return None
-    return read_config(start)
+    return _Stored(start, read_config(start))
 
 
-def _policy(
-    stage: str, config: TrainConfig, stored: PolicyConfig | LanguageModelConfig | None, data: str | Path | None
-) -> PolicyConfig:
-    if isinstance(stored, PolicyConfig) and bool(stored.action.bins) == (stage == "pretrain"):
-        return extended(msgspec.structs.replace(stored, precision=config.precision), config)
-    if config.policy is None:
-        raise BitvlaError(NO_POLICY)
-    new = config.policy
+def _described(new: NewPolicy, config: TrainConfig, data: str | Path | None) -> PolicyConfig:
+    """A new policy without the statistics of its data."""
     names = new.cameras
     if names is None and data is not None:
         chosen = config.data.get(name_of(data), AS_STORED).cameras
@@ -335,16 +344,8 @@ def _policy(
         raise BitvlaError(
             "nothing says how many cameras there are: give --data, or policy.cameras in the configuration"
         )
-    return extended(_without_statistics(new, names, config), config)
-
-
-def _is_on_the_hub(start: Path) -> bool:
-    return not start.exists() and bitvla.HUB_ID.fullmatch(str(start)) is not None
-
-
-def _without_statistics(new: NewPolicy, cameras: Iterable[str], config: TrainConfig) -> PolicyConfig:
     processing = ProcessingConfig(
-        cameras=tuple(Camera(name=name, height=1, width=1) for name in cameras),
+        cameras=tuple(Camera(name=name, height=1, width=1) for name in names),
         image=new.image,
         prompt=new.prompt,
         state=_bounds(new.action.state_dim),
@@ -360,6 +361,10 @@ def _without_statistics(new: NewPolicy, cameras: Iterable[str], config: TrainCon
         processing=processing,
         precision=config.precision,
     )
+
+
+def _is_on_the_hub(start: Path) -> bool:
+    return not start.exists() and bitvla.HUB_ID.fullmatch(str(start)) is not None
 
 
 def _bounds(size: int) -> Statistics:

@@ -145,9 +145,12 @@ def distill(config: TrainConfig, auxiliary: AuxiliaryHead, teacher: Network) -> 
     return objective
 
 
-def distill_tower(config: TrainConfig, teacher: Network) -> Objective:
+def distill_tower(config: TrainConfig, teacher: Network, image_id: int) -> Objective:
     """Quantise-then-distill of the tower of a vision-language model, as the paper does it (eqs. 5-7): the likelihood of
-    the answers plus gamma times the distance of its hidden states from those of the `teacher`, the tower it was."""
+    the answers plus gamma times the distance of its hidden states from those of the `teacher`, the tower it was.
+
+    `image_id` is the token in whose places images are read.
+    """
 
     def objective(network: Network, window: TokenWindow) -> Losses:
         student = network(window.inputs)
@@ -156,7 +159,8 @@ def distill_tower(config: TrainConfig, teacher: Network) -> Objective:
             with torch.no_grad():
                 target = teacher(window.inputs.pixels.flatten(0, 1))
             losses["answers"] = losses["loss"]
-            losses["vision"] = _alignment(student.vision_states, target, torch.ones(1, 1, device=target[0].device))
+            shares = _image_shares(window.inputs.token_ids == image_id, *target[0].shape[:2])
+            losses["vision"] = _alignment(student.vision_states, target, torch.ones_like(shares)[:, None], shares)
             losses["loss"] = losses["loss"] + config.alignment_weight * losses["vision"]
         return losses
 
@@ -196,14 +200,26 @@ def _keypoint_loss(logits: Tensor, places: Tensor, targets: Tensor) -> Tensor:
     return ((which + where) * seen).mean()
 
 
-def _alignment(student: list[Tensor], teacher: list[Tensor], kept: Tensor) -> Tensor:
-    """Mean over layers of the mean squared distance over the tokens that are `kept` (B, S), windows weighing alike.
+def _alignment(student: list[Tensor], teacher: list[Tensor], kept: Tensor, shares: Tensor | None = None) -> Tensor:
+    """Mean over layers of the mean squared distance over the tokens that are `kept` (B, S).
 
-    The input to the first layer is not a layer's output.
+    Rows weigh alike, or as `shares` (B,) says. The input to the first layer is not a layer's output.
     """
     distances = []
     for s, t in zip(student[1:], teacher[1:], strict=True):
         squares = (s.float() - t.float()).square().mean(dim=-1)
         tokens = kept.expand_as(squares)
-        distances.append(((squares * tokens).sum(dim=1) / tokens.sum(dim=1)).mean())
+        each = (squares * tokens).sum(dim=1) / tokens.sum(dim=1)
+        distances.append(each.mean() if shares is None else (each * shares).sum())
     return torch.stack(distances).mean()
+
+
+def _image_shares(read: Tensor, images: int, patches: int) -> Tensor:
+    """What each of the images of a batch weighs (images,), from where its windows `read` one (B, S).
+
+    Windows weigh alike, as the images of one do; an image that no window reads weighs nothing.
+    """
+    counts = read.sum(dim=1, keepdim=True) // patches
+    ends, places = counts.cumsum(dim=0), torch.arange(images, device=read.device)
+    inside = (places >= ends - counts) & (places < ends)
+    return (inside / counts.clamp(min=1)).mean(dim=0)
