@@ -264,6 +264,23 @@ def test_told_names_replace_the_policy_s_own() -> None:
         KeyMap(named("a", "b"), NAMING, ("x=a", "y=a"))
 
 
+@pytest.mark.parametrize("pairs", [("x=a", "x=b"), ("x=", "x=a"), ("x=state", "x=state")])
+def test_a_key_is_mapped_once(pairs: tuple[str, ...]) -> None:
+    with pytest.raises(BitvlaError, match="'x' is mapped twice"):
+        KeyMap(named("a", "b"), NAMING, pairs)
+
+
+def test_a_mapped_key_is_no_other_part_too() -> None:
+    """One picture for two cameras would look right to every check, and steer wrong."""
+    keys = KeyMap(named("a", "b"), NAMING, ("images/a=b",))
+    with pytest.raises(BitvlaError, match="lacks 'a'"):
+        keys.observation({"images": {"a": 1}, "state": [1, 2, 3, 4], "prompt": "go"})
+    alone = NAMING._replace(camera=("{}",))
+    with pytest.raises(BitvlaError, match="takes all keys from 'a'"):
+        KeyMap(named("a", "b"), alone, ("a=b",))
+    assert KeyMap(named("a", "b"), alone, ("a=b", "b=a")).check(["a", "b", "state", "prompt"])["a"] == ("b",)
+
+
 # Sessions.
 
 
@@ -487,6 +504,16 @@ def test_wider_with_a_token_or_when_told() -> None:
     for options in ({"token": "secret"}, {"insecure": True}):
         with serving(host="0.0.0.0", **options) as server:
             assert server.get("/healthz")[0] == 200
+
+
+@pytest.mark.parametrize("changes", [{"port": 70_000}, {"http_port": 70_000}, {"port": -1}])
+@pytest.mark.parametrize("protocol", ["openpi", "lerobot", "gr00t"])
+def test_a_port_that_there_is_not_is_refused(protocol: str, changes: dict[str, int]) -> None:
+    """The libraries of two dialects would listen on the remainder by 65536."""
+    with pytest.raises(BitvlaError, match=f"no port {next(iter(changes.values()))}"), serving(
+        **{"protocol": protocol} | changes
+    ):
+        pass
 
 
 @pytest.mark.parametrize("token", ["", " ", "a b", "caf\u00e9", "a\n"])

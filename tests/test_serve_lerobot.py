@@ -331,6 +331,13 @@ def test_other_protocols_are_turned_away(served: Served, lerobot: Any, data: byt
         client.instruct(instructions(lerobot))
 
 
+def test_an_ipv6_address_is_listened_on(lerobot: Any) -> None:
+    with serving(protocol="lerobot", host="::1") as server:
+        server.address = f"[::1]:{server.port}"
+        with Client(server) as client:
+            client.instruct(instructions(lerobot))
+
+
 def test_a_port_that_is_taken_is_told(served: Served) -> None:
     with pytest.raises(Exception, match="cannot listen"), serving(protocol="lerobot", port=served.port):
         pass

@@ -142,9 +142,9 @@ class LeRobot:
         }
         self._server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, methods),))
         try:
-            port = self._server.add_insecure_port(f"{options.host}:{options.listen_port}")
-        except RuntimeError as error:
-            raise OSError(f"port {options.listen_port} is taken or not ours: {error}") from None
+            port = self._server.add_insecure_port(options.address)
+        except RuntimeError:  # which does not say why
+            raise OSError(f"{options.address} is in use, or not an address of this machine") from None
         await self._server.start()
         return int(port)
 
