@@ -691,6 +691,12 @@ def test_a_wrong_address_is_told_at_once(url: str) -> None:
         bitvla.connect(url)
 
 
+@pytest.mark.parametrize("timeout", [0, -1, float("nan"), float("inf"), 1e12])
+def test_a_timeout_that_cannot_be_waited_for_is_refused(timeout: float) -> None:
+    with pytest.raises(BitvlaError, match="timeout is"):
+        bitvla.connect("ws://127.0.0.1:1", timeout=timeout)
+
+
 def listener(answer: bytes) -> tuple[socket.socket, threading.Thread]:
     """Someone else on a port, who says `answer` to the first that comes and is then silent."""
     server = socket.create_server(("127.0.0.1", 0))
@@ -725,6 +731,23 @@ def test_a_late_answer_is_never_taken_for_another_one() -> None:
         held.going.set()
         for seed in (2, 3):
             assert policy.act(observation(seed)).tobytes() == expected(seed).tobytes()
+
+
+def test_an_interrupted_greeting_is_not_taken_for_a_reply(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    interruptions = [KeyboardInterrupt()]
+    receive = ClientConnection.recv
+
+    def recv(connection: ClientConnection, timeout: float) -> Any:
+        if interruptions:
+            raise interruptions.pop()
+        return receive(connection, timeout)
+
+    with bitvla.connect(served.url) as policy:
+        policy.close()
+        monkeypatch.setattr(ClientConnection, "recv", recv)
+        with pytest.raises(KeyboardInterrupt):
+            policy.reset()
+        assert policy.act(observation(1)).tobytes() == expected(1).tobytes()
 
 
 def test_a_server_that_comes_back_is_found_again() -> None:
