@@ -188,6 +188,14 @@ def test_it_does_not_guess_where_the_robot_is() -> None:
         guard(np.zeros(1, np.float32))
 
 
+@pytest.mark.parametrize("state", [(math.nan, 0), (0,), (0, 0, 0)])
+@pytest.mark.parametrize("kind", ["displacement", "position"])
+def test_a_state_that_tells_no_place_is_refused(kind: Any, state: tuple[float, ...]) -> None:
+    guard = make(Axis(name="x", kind=kind, low=-1, high=1, workspace=Workspace(state="x", low=-1, high=1)))
+    with pytest.raises(BitvlaError, match="does not know where 'x' is: the state is"):
+        guard.observe(seen(*state))
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

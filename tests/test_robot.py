@@ -29,12 +29,12 @@ from bitvla.robot.base import FakeRobot, actions_of, make_robot
 from bitvla.robot.lerobot import LeRobotRobot, open_lerobot
 from bitvla.robot.recorder import DECISION, Recorder
 from bitvla.robot.replay import replay
-from bitvla.robot.run import Options, run
-from bitvla.serve.executor import Executor
-from bitvla.serve.guard import Guard, limits_from
+from bitvla.robot.run import Options, _check_limits, run
+from bitvla.serve.executor import Executor, Step
+from bitvla.serve.guard import Axis, Guard, Limits, limits_from
 from bitvla.serve.joining import RealTimeChunking
 from bitvla.serve.schedule import settings_for
-from checkpoints import pack_random, tiny_config
+from checkpoints import pack_random, tiny_config, token_config
 from serving import NANO, serving
 
 FAST = Options(seconds=0.6, control_hz=20.0, threads=1)
@@ -196,6 +196,26 @@ def test_a_robot_that_fails_is_told_to_hold_and_let_go(policy: str, tmp_path: Pa
     assert LeRobotDataset(tmp_path / "data").num_frames == 6
 
 
+def test_a_robot_whose_observation_lacks_a_value_is_named(info: dict[str, Any]) -> None:
+    for seen in ({}, FEATURES | {"s1": "x"}):
+        with pytest.raises(BitvlaError, match="the robot failed: "):
+            LeRobotRobot(Hardware(get_observation=lambda seen=seen: seen), info, "go").observe()
+
+
+def test_limits_that_contradict_a_name_are_refused() -> None:
+    """To hold, a position that is called a displacement would be told to go to 0, and a speed would go on."""
+    for name, kind in (("elbow.pos", "displacement"), ("gripper.pos", "displacement"), ("x.vel", "position")):
+        with pytest.raises(BitvlaError, match=f"call '{name}' a {kind}, which its name contradicts"):
+            _check_limits(Limits(axes=(Axis(name=name, kind=kind, low=-1, high=1),)), {"action": {"names": [name]}})
+    for name, kind in (("elbow.pos", "position"), ("gripper.pos", "position"), ("x", "displacement")):
+        _check_limits(Limits(axes=(Axis(name=name, kind=kind, low=-1, high=1),)), {"action": {"names": [name]}})
+
+
+def test_a_policy_without_a_state_is_told_before_anything_is_measured(tmp_path: Path) -> None:
+    with pytest.raises(BitvlaError, match="takes no state"):
+        run(str(pack_random(tmp_path, token_config())), fake, FAST)
+
+
 def test_names_tell_what_is_commanded_or_do_not() -> None:
     assert actions_of(["shoulder_pan.pos", "gripper.pos", "x.vel"]) == ("position", "gripper", "displacement")
     assert actions_of(["ee.x"]) is None
@@ -222,6 +242,12 @@ def test_what_a_run_needs_is_named(
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize("rate", ["0", "-1", "nan", "inf"])
+def test_a_rate_that_is_none_is_bad_usage(policy: str, rate: str) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(["run", policy, "--robot", "fake", "--instruction", "go", "--hz", rate])
 
 
 def test_without_lerobot_it_says_where_to_get_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -387,6 +413,61 @@ def test_a_run_that_is_refused_leaves_no_episode(policy: str, tmp_path: Path) ->
     with pytest.raises(BitvlaError, match="no image"):
         run(policy, lambda info: Blind(info, "go"), msgspec.structs.replace(FAST, record=tmp_path / "data"))
     assert LeRobotDataset(tmp_path / "data").num_episodes == 1
+
+
+STEP = Step(
+    time_ms=0, kind="hold", step=0, action=(0.0,) * 4, sources=(), queue=0, age_ms=0, slack_ms=0, change=0, jerk=0,
+    seam=False,
+)  # fmt: skip
+
+
+@pytest.fixture
+def recorder(info: dict[str, Any], tmp_path: Path) -> Recorder:
+    """Three frames are recorded."""
+    recorder = Recorder(tmp_path / "data", info, 20.0, "fake")
+    for _ in range(3):
+        recorder.commanded(fake(info).observe(), np.zeros(4, np.float32), STEP)
+    return recorder
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"images": {"corner": np.zeros((8, 8, 3), np.uint8), "wrist": np.zeros((30, 30, 3), np.uint8)}}, "8, 8, 3"),
+        ({"images": {"corner": np.zeros((36, 32, 3)), "wrist": np.zeros((30, 30, 3), np.uint8)}}, "dtype float64"),
+        ({"images": {"corner": np.zeros((36, 32, 3), np.uint8)}}, "'wrist'"),
+        ({"state": np.zeros(2)}, "3 finite numbers"),
+        ({"state": [0, np.nan, 0]}, "3 finite numbers"),
+    ],
+)
+def test_a_frame_that_does_not_fit_is_refused_and_the_others_kept(
+    recorder: Recorder, info: dict[str, Any], tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(BitvlaError, match=message):
+        recorder.commanded(fake(info).observe() | changes, np.zeros(4, np.float32), STEP)
+    recorder.save()
+    assert LeRobotDataset(tmp_path / "data").num_frames == 3
+
+
+def test_a_full_disk_leaves_what_is_whole(recorder: Recorder, info: dict[str, Any], tmp_path: Path) -> None:
+    recorder._files["corner"].flush()
+    os.truncate(tmp_path / "data" / ".running" / "0.raw", 36 * 32 * 3 * 5 // 2)
+    recorder.save()
+    assert LeRobotDataset(tmp_path / "data").num_frames == 2
+    recorder.commanded(fake(info).observe(), np.zeros(4, np.float32), STEP)
+    recorder._files["wrist"] = open("/dev/full", "wb")  # noqa: SIM115 -- the recorder closes it
+    with pytest.raises(BitvlaError, match="free some space"):
+        for _ in range(10):
+            recorder.commanded(fake(info).observe(), np.zeros(4, np.float32), STEP)
+    recorder.save()
+    assert LeRobotDataset(tmp_path / "data").num_episodes == 1
+    assert not (tmp_path / "data" / ".running").exists()
+
+
+def test_a_folder_that_cannot_be_is_told_before_anything_moves(info: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(BitvlaError, match="cannot record to .*file/data: Not a directory; choose another folder"):
+        Recorder(tmp_path / "file" / "data", info, 20.0, "fake")
 
 
 def test_another_dataset_is_not_added_to(policy: str, tmp_path: Path) -> None:

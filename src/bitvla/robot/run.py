@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import bitvla
 from bitvla.config import Record
 from bitvla.errors import BitvlaError
-from bitvla.robot.base import Robot, check_fits
+from bitvla.robot.base import Robot, check_fits, contradicts
 from bitvla.serve.executor import Executor, Summary
 from bitvla.serve.guard import Guard, Limits, limits_from, load_limits
 from bitvla.serve.joining import Joining, RealTimeChunking, Replace, TemporalEnsemble, WeightedAverage
@@ -118,7 +118,7 @@ def _rate(info: Mapping[str, Any], wanted: float | None) -> float:
     trained = float(info["control_hz"])
     if wanted is not None and wanted > trained:
         raise BitvlaError(f"--hz {wanted:g} is faster than the {trained:g} Hz that the policy was trained at")
-    return wanted or trained
+    return trained if wanted is None else wanted
 
 
 def _trained_limits(robot: Robot, info: Mapping[str, Any]) -> Limits:
@@ -135,6 +135,10 @@ def _check_limits(limits: Limits, info: Mapping[str, Any]) -> None:
     if names != info["action"]["names"]:
         raise BitvlaError(f"the limits are for {', '.join(names)}; the policy's actions are "
                           f"{', '.join(info['action']['names'])}")  # fmt: skip
+    for axis in limits.axes:
+        if contradicts(axis.name, axis.kind):
+            raise BitvlaError(f"the limits call '{axis.name}' a {axis.kind}, which its name contradicts: to hold, the "
+                              "robot would be told to move; correct its kind")  # fmt: skip
 
 
 def _recorder(options: Options, info: Mapping[str, Any], hz: float, robot: Robot) -> Recorder | None:
