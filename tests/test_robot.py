@@ -23,7 +23,7 @@ import pytest
 
 import bitvla
 from bitvla.cli import main
-from bitvla.data.lerobot import LeRobotDataset
+from bitvla.data.lerobot import LeRobotDataset, alone
 from bitvla.errors import BitvlaError
 from bitvla.robot.base import FakeRobot, actions_of, make_robot
 from bitvla.robot.lerobot import LeRobotRobot, open_lerobot
@@ -456,18 +456,21 @@ def test_a_full_disk_leaves_what_is_whole(recorder: Recorder, info: dict[str, An
     assert LeRobotDataset(tmp_path / "data").num_frames == 2
     recorder.commanded(fake(info).observe(), np.zeros(4, np.float32), STEP)
     recorder._files["wrist"] = open("/dev/full", "wb")  # noqa: SIM115 -- the recorder closes it
+    image = np.zeros((30, 30, 3), np.uint8)
     with pytest.raises(BitvlaError, match="free some space"):
-        for _ in range(10):
-            recorder.commanded(fake(info).observe(), np.zeros(4, np.float32), STEP)
+        all(recorder._write("wrist", image) is None for _ in range(10))  # some fit into the buffer
     recorder.save()
     assert LeRobotDataset(tmp_path / "data").num_episodes == 1
     assert not (tmp_path / "data" / ".running").exists()
 
 
-def test_a_folder_that_cannot_be_is_told_before_anything_moves(info: dict[str, Any], tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_or_is_in_use_is_told_before_anything_is_measured(policy: str, tmp_path: Path) -> None:
+    """A second recorder would write its pictures into the episode of the first."""
     (tmp_path / "file").touch()
-    with pytest.raises(BitvlaError, match="cannot record to .*file/data: Not a directory; choose another folder"):
-        Recorder(tmp_path / "file" / "data", info, 20.0, "fake")
+    with pytest.raises(BitvlaError, match=r"cannot write to .*: Not a directory"):
+        record(policy, tmp_path / "file" / "data")
+    with alone(tmp_path / "data", "recording"), pytest.raises(BitvlaError, match="another recording is writing"):
+        record(policy, tmp_path / "data")
 
 
 def test_another_dataset_is_not_added_to(policy: str, tmp_path: Path) -> None:
@@ -524,7 +527,8 @@ def test_a_signal_holds_and_keeps_the_episode(
     tmp_path: Path, start: Callable[..., subprocess.Popen[str]], number: int, status: int
 ) -> None:
     process = start("--seconds", "60", "--log", str(tmp_path / "log.jsonl"))
-    wait_for(lambda: (tmp_path / "log.jsonl").exists() and '"kind"' in (tmp_path / "log.jsonl").read_text())
+    log = tmp_path / "log.jsonl"
+    wait_for(lambda: log.exists() and log.read_text().count('"kind"') > 1)  # the first frame is recorded then
     os.kill(process.pid, number)
     _, error = process.communicate(timeout=30)
     assert process.returncode == status, error

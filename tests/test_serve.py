@@ -510,8 +510,9 @@ def test_wider_with_a_token_or_when_told() -> None:
 @pytest.mark.parametrize("protocol", ["openpi", "lerobot", "gr00t"])
 def test_a_port_that_there_is_not_is_refused(protocol: str, changes: dict[str, int]) -> None:
     """The libraries of two dialects would listen on the remainder by 65536."""
-    with pytest.raises(BitvlaError, match=f"no port {next(iter(changes.values()))}"), serving(
-        **{"protocol": protocol} | changes
+    with (
+        pytest.raises(BitvlaError, match=f"no port {next(iter(changes.values()))}"),
+        serving(**{"protocol": protocol} | changes),
     ):
         pass
 

@@ -50,7 +50,9 @@ class Robot(executor.Robot, Protocol):
 def check_fits(robot: Robot, info: Mapping[str, Any]) -> None:
     """Raise BitvlaError unless cameras, state and actions of `robot` are those that `policy.info()` tells."""
     if not info["state"]["names"]:
-        raise BitvlaError("the policy takes no state, and a robot here always gives one: call it from a loop of your own")
+        raise BitvlaError(
+            "the policy takes no state, and a robot here always gives one: call it from a loop of your own"
+        )
     wanted = _cameras(info)
     if robot.cameras.keys() != wanted.keys():
         odd = min(robot.cameras.keys() ^ wanted.keys())

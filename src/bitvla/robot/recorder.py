@@ -50,13 +50,15 @@ DECISION = (
 class Recorder:
     """Records runs into the dataset `root`, which may hold earlier ones of the same robot, policy size and rate.
 
+    One recorder has a folder at a time: see `bitvla.data.lerobot.alone`.
+
     Args:
         info: of the policy (`policy.info()`): it names cameras, state, action and the horizon.
         fps: commands a second.
         robot_type: as LeRobot calls it.
 
     Raises:
-        BitvlaError: the folder cannot be written to, or holds another dataset.
+        BitvlaError: the folder holds another dataset. OSError: it cannot be written to.
     """
 
     def __init__(self, root: Path, info: Mapping[str, Any], fps: float, robot_type: str) -> None:
@@ -80,10 +82,8 @@ class Recorder:
         self._facts = {"policy": info["name"], "policy_sha256": info.get("sha256") or ""}
         self._state_shape, self._chunk_size = (len(info["state"]["names"]),), len(rows)
         self._folder = Path(root) / ".running"
-        try:
-            self._folder.mkdir(parents=True, exist_ok=True)  # now, before anything moves
-        except OSError as error:
-            raise BitvlaError(f"cannot record to {root}: {error.strerror}; choose another folder") from None
+        shutil.rmtree(self._folder, ignore_errors=True)  # of a run that was killed
+        self._folder.mkdir(parents=True)  # now, before anything moves
         self._begin()
 
     def _begin(self) -> None:
@@ -169,9 +169,7 @@ class Recorder:
     def _write(self, camera: str, image: NDArray[np.uint8]) -> None:
         try:
             if camera not in self._files:
-                if not self._files:
-                    shutil.rmtree(self._folder, ignore_errors=True)  # of a run that was killed
-                    self._folder.mkdir(parents=True)
+                self._folder.mkdir(exist_ok=True)
                 self._files[camera] = (self._folder / f"{len(self._files)}.raw").open("wb")
             self._files[camera].write(np.ascontiguousarray(image).data)
         except OSError as error:

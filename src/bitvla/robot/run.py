@@ -70,7 +70,7 @@ def run(source: str, make_robot: Callable[[Mapping[str, Any]], Robot], options: 
         stack.callback(robot.close)
         check_fits(robot, info)
         hz = _rate(info, options.control_hz)
-        recorder = _recorder(options, info, hz, robot)
+        recorder = _recorder(stack, options, info, hz, robot)
         limits = load_limits(options.limits) if options.limits else _trained_limits(robot, info)
         _check_limits(limits, info)
         settings = settings_for(
@@ -141,11 +141,15 @@ def _check_limits(limits: Limits, info: Mapping[str, Any]) -> None:
                               "robot would be told to move; correct its kind")  # fmt: skip
 
 
-def _recorder(options: Options, info: Mapping[str, Any], hz: float, robot: Robot) -> Recorder | None:
+def _recorder(
+    stack: contextlib.ExitStack, options: Options, info: Mapping[str, Any], hz: float, robot: Robot
+) -> Recorder | None:
     if options.record is None:
         return None
+    from bitvla.data.lerobot import alone
     from bitvla.robot.recorder import Recorder
 
+    stack.enter_context(alone(options.record, "recording"))
     return Recorder(options.record, info, hz, type(robot).__name__)
 
 
