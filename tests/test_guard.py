@@ -208,6 +208,12 @@ def test_a_state_that_tells_no_place_is_refused(kind: Any, state: tuple[float, .
         ({"kind": "position", "max_speed": 1.0}, "says where the robot is"),
         ({"workspace": Workspace(state="z", low=0, high=1)}, "names the state 'z'; there is x, y"),
         ({"workspace": Workspace(state="x", low=1, high=1)}, "needs low below high"),
+        ({"workspace": Workspace(state="x", low=0, high=1, scale=0)}, "a scale that is not 0"),
+        ({"kind": "position", "workspace": Workspace(state="x", low=1, high=2)}, "has nothing between"),
+        (
+            {"kind": "position", "workspace": Workspace(state="x", low=-0.2, high=-0.1, scale=-0.1)},
+            "has nothing between",
+        ),
     ],
 )
 def test_limits_that_cannot_be_right_are_refused(changes: dict[str, Any], message: str) -> None:

@@ -339,6 +339,18 @@ def test_a_replay_says_where_another_policy_differs(policies: tuple[Path, Path],
         replay(tmp_path / "data", second, episode=7, threads=1)
 
 
+def test_a_chunk_that_was_decided_as_far_as_the_other_policy_looks_is_left_out(policy: str, tmp_path: Path) -> None:
+    action = msgspec.structs.replace(tiny_config().action, horizon=1)
+    processing = msgspec.structs.replace(tiny_config().processing, execute_horizon=1)
+    short = str(pack_random(tmp_path / "short", tiny_config(action=action, processing=processing)))
+    record(policy, tmp_path / "data", joining="real_time_chunking")
+    recorded = LeRobotDataset(tmp_path / "data").vectors("executor.decision")
+    asked, frozen = recorded[:, DECISION.index("latency_ms")] > 0, recorded[:, DECISION.index("frozen")]
+    result = replay(tmp_path / "data", short, threads=1)
+    assert result["chunks"] == (asked & (frozen < 1)).sum() < asked.sum()
+    assert all(np.isfinite(chunk["mean share of the span"]) for chunk in result["most different"])
+
+
 def test_the_commands_do_both(policies: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     first, second = map(str, policies)
     options = ["--robot", "fake", "--instruction", "go", "--seconds", "0.5", "--record", str(tmp_path / "data")]

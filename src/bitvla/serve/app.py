@@ -149,7 +149,7 @@ def _explained(options: Options) -> Iterator[None]:
         yield
     except OSError as error:
         raise BitvlaError(
-            f"cannot listen on {options.host}: {error.strerror or error}; choose another --port or --http-port"
+            f"cannot listen on {options.host}: {error.strerror or error}; choose another --host, --port or --http-port"
         ) from None
 
 

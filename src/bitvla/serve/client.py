@@ -22,12 +22,8 @@ RESET = {"bitvla": "reset"}
 _RETRY_SECONDS = 0.05  # between two tries to connect
 _MAX_REPLY = 1 << 22  # bytes
 _LONGEST_TIMEOUT = 86_400  # seconds: a day, since systems count neither inf nor much more
-_MAY_CHANGE = (
-    "server",
-    "name",
-    "sha256",
-    "action_range",
-)  # of what a server tells, when it comes back or loads another policy
+# What a server may tell otherwise when it comes back or has loaded another policy.
+_MAY_CHANGE = ("server", "name", "sha256", "action_range")
 
 
 class _LostError(Exception):

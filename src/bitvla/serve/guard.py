@@ -189,6 +189,8 @@ class _Motion:
             self._state, self._scale = state_names.index(place.state), place.scale
             ends = sorted((place.low / place.scale, place.high / place.scale))
             self._low, self._high = max(self._low, ends[0]), min(self._high, ends[1])
+            if not self._low < self._high:
+                raise BitvlaError(f"guard, axis '{axis.name}': its workspace has nothing between its low and high")
         self._place: float | None = None
         self._v = self._a = 0.0
 
