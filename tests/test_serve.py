@@ -135,6 +135,8 @@ def test_requests_sent_ahead_are_answered_in_order(served: Served) -> None:
         ({"instruction": 7}, "instruction"),
         ({"prompt": "twice"}, "more than once"),
         ({"depth": np.zeros(3)}, "--map depth="),
+        ({"images/wrist": np.zeros((128, 128, 3), np.uint8)}, "'images/wrist' is there more than once"),
+        ({"depth": {str(key): 0 for key in range(1000)}}, "more than 1000 keys"),
         ({1: 2}, "no text"),
     ],
 )

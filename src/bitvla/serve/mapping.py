@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import islice
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -11,6 +13,7 @@ from bitvla.config import PolicyConfig
 from bitvla.errors import BitvlaError
 
 _DEEPEST = 4  # levels of a message
+_MOST_KEYS = 1000  # of a message: millions would keep the other robots waiting
 
 # What LIBERO's two cameras are called in the datasets that policies are trained on.
 _LIBERO_CAMERAS = {
@@ -84,7 +87,13 @@ class KeyMap:
     def observation(self, message: object) -> dict[str, Any]:
         """The policy's observation {"images", "state", "instruction"} from a message of nested dictionaries; no state
         where the policy takes none."""
-        flat = dict(_flatten(message))
+        pairs = list(islice(_flatten(message), _MOST_KEYS + 1))
+        if len(pairs) > _MOST_KEYS:
+            raise BitvlaError(f"the observation has more than {_MOST_KEYS} keys")
+        flat = dict(pairs)
+        if len(flat) < len(pairs):
+            twice = Counter(key for key, _ in pairs).most_common(1)[0][0]
+            raise BitvlaError(f"'{twice}' is there more than once: flat, and nested; send one of them")
         chosen = self.check(list(flat))
         images = {camera: flat[chosen[camera][0]] for camera in self._cameras}
         if self._turn:
