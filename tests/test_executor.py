@@ -244,6 +244,20 @@ def test_a_policy_without_prefix_cannot_be_conditioned() -> None:
         Bench([100 * MS], joining=RealTimeChunking(), policy=Numbered(8, max_prefix=1)).run()
 
 
+def test_a_stop_while_the_policy_is_measured_does_not_wait_for_all_calls() -> None:
+    class Slow(Numbered):
+        def act(self, observation: dict[str, Any], prefix: Any = None) -> np.ndarray:
+            if self.calls == 3:
+                bench.executor.stop()
+            return super().act(observation, prefix)
+
+    bench = Bench([MS], policy=Slow(8), warmup_calls=1000)
+    with pytest.raises(BitvlaError, match="nothing has moved"):
+        bench.run()
+    assert bench.policy.calls == 4
+    assert not bench.robot.actions
+
+
 def test_a_plan_can_be_used_again() -> None:
     plan = Bench([MS, 90 * MS]).run().plan
     again = Bench([90 * MS], plan=plan)

@@ -188,6 +188,14 @@ def test_it_does_not_guess_where_the_robot_is() -> None:
         guard(np.zeros(1, np.float32))
 
 
+@pytest.mark.parametrize("state", [(math.nan, 0), (0,), (0, 0, 0)])
+@pytest.mark.parametrize("kind", ["displacement", "position"])
+def test_a_state_that_tells_no_place_is_refused(kind: Any, state: tuple[float, ...]) -> None:
+    guard = make(Axis(name="x", kind=kind, low=-1, high=1, workspace=Workspace(state="x", low=-1, high=1)))
+    with pytest.raises(BitvlaError, match="does not know where 'x' is: the state is"):
+        guard.observe(seen(*state))
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -200,6 +208,12 @@ def test_it_does_not_guess_where_the_robot_is() -> None:
         ({"kind": "position", "max_speed": 1.0}, "says where the robot is"),
         ({"workspace": Workspace(state="z", low=0, high=1)}, "names the state 'z'; there is x, y"),
         ({"workspace": Workspace(state="x", low=1, high=1)}, "needs low below high"),
+        ({"workspace": Workspace(state="x", low=0, high=1, scale=0)}, "a scale that is not 0"),
+        ({"kind": "position", "workspace": Workspace(state="x", low=1, high=2)}, "has nothing between"),
+        (
+            {"kind": "position", "workspace": Workspace(state="x", low=-0.2, high=-0.1, scale=-0.1)},
+            "has nothing between",
+        ),
     ],
 )
 def test_limits_that_cannot_be_right_are_refused(changes: dict[str, Any], message: str) -> None:

@@ -244,6 +244,12 @@ def test_the_longest_instruction_is_accepted_and_no_longer_one(prompt: Prompt) -
         prompt.ids("q" * (limit + 1))
 
 
+def test_an_instruction_without_end_is_not_counted_in_tokens(prompt: Prompt) -> None:
+    """It would take the one worker of a server for a minute, and every robot with it."""
+    with pytest.raises(BitvlaError, match="20000 characters"):
+        prompt.ids("x" * 20_000)
+
+
 @pytest.mark.parametrize("token", ["<|image_pad|>", "<proprio_pad>", "<|IMAGE_PAD|>", "<|end_of_text|>", "<|pad|>"])
 def test_special_tokens_cannot_be_smuggled_in(prompt: Prompt, token: str) -> None:
     with pytest.raises(BitvlaError, match="reserved tokens"):

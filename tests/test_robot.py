@@ -23,18 +23,18 @@ import pytest
 
 import bitvla
 from bitvla.cli import main
-from bitvla.data.lerobot import LeRobotDataset
+from bitvla.data.lerobot import LeRobotDataset, alone
 from bitvla.errors import BitvlaError
 from bitvla.robot.base import FakeRobot, actions_of, make_robot
 from bitvla.robot.lerobot import LeRobotRobot, open_lerobot
 from bitvla.robot.recorder import DECISION, Recorder
 from bitvla.robot.replay import replay
-from bitvla.robot.run import Options, run
-from bitvla.serve.executor import Executor
-from bitvla.serve.guard import Guard, limits_from
+from bitvla.robot.run import Options, _check_limits, run
+from bitvla.serve.executor import Executor, Step
+from bitvla.serve.guard import Axis, Guard, Limits, limits_from
 from bitvla.serve.joining import RealTimeChunking
 from bitvla.serve.schedule import settings_for
-from checkpoints import pack_random, tiny_config
+from checkpoints import pack_random, tiny_config, token_config
 from serving import NANO, serving
 
 FAST = Options(seconds=0.6, control_hz=20.0, threads=1)
@@ -196,6 +196,26 @@ def test_a_robot_that_fails_is_told_to_hold_and_let_go(policy: str, tmp_path: Pa
     assert LeRobotDataset(tmp_path / "data").num_frames == 6
 
 
+def test_a_robot_whose_observation_lacks_a_value_is_named(info: dict[str, Any]) -> None:
+    for seen in ({}, FEATURES | {"s1": "x"}):
+        with pytest.raises(BitvlaError, match="the robot failed: "):
+            LeRobotRobot(Hardware(get_observation=lambda seen=seen: seen), info, "go").observe()
+
+
+def test_limits_that_contradict_a_name_are_refused() -> None:
+    """To hold, a position that is called a displacement would be told to go to 0, and a speed would go on."""
+    for name, kind in (("elbow.pos", "displacement"), ("gripper.pos", "displacement"), ("x.vel", "position")):
+        with pytest.raises(BitvlaError, match=f"call '{name}' a {kind}, which its name contradicts"):
+            _check_limits(Limits(axes=(Axis(name=name, kind=kind, low=-1, high=1),)), {"action": {"names": [name]}})
+    for name, kind in (("elbow.pos", "position"), ("gripper.pos", "position"), ("x", "displacement")):
+        _check_limits(Limits(axes=(Axis(name=name, kind=kind, low=-1, high=1),)), {"action": {"names": [name]}})
+
+
+def test_a_policy_without_a_state_is_told_before_anything_is_measured(tmp_path: Path) -> None:
+    with pytest.raises(BitvlaError, match="takes no state"):
+        run(str(pack_random(tmp_path, token_config())), fake, FAST)
+
+
 def test_names_tell_what_is_commanded_or_do_not() -> None:
     assert actions_of(["shoulder_pan.pos", "gripper.pos", "x.vel"]) == ("position", "gripper", "displacement")
     assert actions_of(["ee.x"]) is None
@@ -222,6 +242,12 @@ def test_what_a_run_needs_is_named(
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize("rate", ["0", "-1", "nan", "inf"])
+def test_a_rate_that_is_none_is_bad_usage(policy: str, rate: str) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(["run", policy, "--robot", "fake", "--instruction", "go", "--hz", rate])
 
 
 def test_without_lerobot_it_says_where_to_get_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -313,6 +339,18 @@ def test_a_replay_says_where_another_policy_differs(policies: tuple[Path, Path],
         replay(tmp_path / "data", second, episode=7, threads=1)
 
 
+def test_a_chunk_that_was_decided_as_far_as_the_other_policy_looks_is_left_out(policy: str, tmp_path: Path) -> None:
+    action = msgspec.structs.replace(tiny_config().action, horizon=1)
+    processing = msgspec.structs.replace(tiny_config().processing, execute_horizon=1)
+    short = str(pack_random(tmp_path / "short", tiny_config(action=action, processing=processing)))
+    record(policy, tmp_path / "data", joining="real_time_chunking")
+    recorded = LeRobotDataset(tmp_path / "data").vectors("executor.decision")
+    asked, frozen = recorded[:, DECISION.index("latency_ms")] > 0, recorded[:, DECISION.index("frozen")]
+    result = replay(tmp_path / "data", short, threads=1)
+    assert result["chunks"] == (asked & (frozen < 1)).sum() < asked.sum()
+    assert all(np.isfinite(chunk["mean share of the span"]) for chunk in result["most different"])
+
+
 def test_the_commands_do_both(policies: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     first, second = map(str, policies)
     options = ["--robot", "fake", "--instruction", "go", "--seconds", "0.5", "--record", str(tmp_path / "data")]
@@ -389,6 +427,64 @@ def test_a_run_that_is_refused_leaves_no_episode(policy: str, tmp_path: Path) ->
     assert LeRobotDataset(tmp_path / "data").num_episodes == 1
 
 
+STEP = Step(
+    time_ms=0, kind="hold", step=0, action=(0.0,) * 4, sources=(), queue=0, age_ms=0, slack_ms=0, change=0, jerk=0,
+    seam=False,
+)  # fmt: skip
+
+
+@pytest.fixture
+def recorder(info: dict[str, Any], tmp_path: Path) -> Recorder:
+    """Three frames are recorded."""
+    recorder = Recorder(tmp_path / "data", info, 20.0, "fake")
+    for _ in range(3):
+        recorder.commanded(fake(info).observe(), np.zeros(4, np.float32), STEP)
+    return recorder
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"images": {"corner": np.zeros((8, 8, 3), np.uint8), "wrist": np.zeros((30, 30, 3), np.uint8)}}, "8, 8, 3"),
+        ({"images": {"corner": np.zeros((36, 32, 3)), "wrist": np.zeros((30, 30, 3), np.uint8)}}, "dtype float64"),
+        ({"images": {"corner": np.zeros((36, 32, 3), np.uint8)}}, "'wrist'"),
+        ({"state": np.zeros(2)}, "3 finite numbers"),
+        ({"state": [0, np.nan, 0]}, "3 finite numbers"),
+    ],
+)
+def test_a_frame_that_does_not_fit_is_refused_and_the_others_kept(
+    recorder: Recorder, info: dict[str, Any], tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(BitvlaError, match=message):
+        recorder.commanded(fake(info).observe() | changes, np.zeros(4, np.float32), STEP)
+    recorder.save()
+    assert LeRobotDataset(tmp_path / "data").num_frames == 3
+
+
+def test_a_full_disk_leaves_what_is_whole(recorder: Recorder, info: dict[str, Any], tmp_path: Path) -> None:
+    recorder._files["corner"].flush()
+    os.truncate(tmp_path / "data" / ".running" / "0.raw", 36 * 32 * 3 * 5 // 2)
+    recorder.save()
+    assert LeRobotDataset(tmp_path / "data").num_frames == 2
+    recorder.commanded(fake(info).observe(), np.zeros(4, np.float32), STEP)
+    recorder._files["wrist"] = open("/dev/full", "wb")  # noqa: SIM115 -- the recorder closes it
+    image = np.zeros((30, 30, 3), np.uint8)
+    with pytest.raises(BitvlaError, match="free some space"):
+        all(recorder._write("wrist", image) is None for _ in range(10))  # some fit into the buffer
+    recorder.save()
+    assert LeRobotDataset(tmp_path / "data").num_episodes == 1
+    assert not (tmp_path / "data" / ".running").exists()
+
+
+def test_a_folder_that_cannot_be_or_is_in_use_is_told_before_anything_is_measured(policy: str, tmp_path: Path) -> None:
+    """A second recorder would write its pictures into the episode of the first."""
+    (tmp_path / "file").touch()
+    with pytest.raises(BitvlaError, match=r"cannot write to .*: Not a directory"):
+        record(policy, tmp_path / "file" / "data")
+    with alone(tmp_path / "data", "recording"), pytest.raises(BitvlaError, match="another recording is writing"):
+        record(policy, tmp_path / "data")
+
+
 def test_another_dataset_is_not_added_to(policy: str, tmp_path: Path) -> None:
     record(policy, tmp_path / "data")
     with pytest.raises(BitvlaError, match="other features or another rate"):
@@ -443,7 +539,8 @@ def test_a_signal_holds_and_keeps_the_episode(
     tmp_path: Path, start: Callable[..., subprocess.Popen[str]], number: int, status: int
 ) -> None:
     process = start("--seconds", "60", "--log", str(tmp_path / "log.jsonl"))
-    wait_for(lambda: (tmp_path / "log.jsonl").exists() and '"kind"' in (tmp_path / "log.jsonl").read_text())
+    log = tmp_path / "log.jsonl"
+    wait_for(lambda: log.exists() and log.read_text().count('"kind"') > 1)  # the first frame is recorded then
     os.kill(process.pid, number)
     _, error = process.communicate(timeout=30)
     assert process.returncode == status, error

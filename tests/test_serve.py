@@ -135,6 +135,8 @@ def test_requests_sent_ahead_are_answered_in_order(served: Served) -> None:
         ({"instruction": 7}, "instruction"),
         ({"prompt": "twice"}, "more than once"),
         ({"depth": np.zeros(3)}, "--map depth="),
+        ({"images/wrist": np.zeros((128, 128, 3), np.uint8)}, "'images/wrist' is there more than once"),
+        ({"depth": {str(key): 0 for key in range(1000)}}, "more than 1000 keys"),
         ({1: 2}, "no text"),
     ],
 )
@@ -262,6 +264,23 @@ def test_told_names_replace_the_policy_s_own() -> None:
             keys.observation({"arm": [1, 2, 3], "prompt": "go"} | wrong)
     with pytest.raises(BitvlaError, match="already taken"):
         KeyMap(named("a", "b"), NAMING, ("x=a", "y=a"))
+
+
+@pytest.mark.parametrize("pairs", [("x=a", "x=b"), ("x=", "x=a"), ("x=state", "x=state")])
+def test_a_key_is_mapped_once(pairs: tuple[str, ...]) -> None:
+    with pytest.raises(BitvlaError, match="'x' is mapped twice"):
+        KeyMap(named("a", "b"), NAMING, pairs)
+
+
+def test_a_mapped_key_is_no_other_part_too() -> None:
+    """One picture for two cameras would look right to every check, and steer wrong."""
+    keys = KeyMap(named("a", "b"), NAMING, ("images/a=b",))
+    with pytest.raises(BitvlaError, match="lacks 'a'"):
+        keys.observation({"images": {"a": 1}, "state": [1, 2, 3, 4], "prompt": "go"})
+    alone = NAMING._replace(camera=("{}",))
+    with pytest.raises(BitvlaError, match="takes all keys from 'a'"):
+        KeyMap(named("a", "b"), alone, ("a=b",))
+    assert KeyMap(named("a", "b"), alone, ("a=b", "b=a")).check(["a", "b", "state", "prompt"])["a"] == ("b",)
 
 
 # Sessions.
@@ -489,6 +508,17 @@ def test_wider_with_a_token_or_when_told() -> None:
             assert server.get("/healthz")[0] == 200
 
 
+@pytest.mark.parametrize("changes", [{"port": 70_000}, {"http_port": 70_000}, {"port": -1}])
+@pytest.mark.parametrize("protocol", ["openpi", "lerobot", "gr00t"])
+def test_a_port_that_there_is_not_is_refused(protocol: str, changes: dict[str, int]) -> None:
+    """The libraries of two dialects would listen on the remainder by 65536."""
+    with (
+        pytest.raises(BitvlaError, match=f"no port {next(iter(changes.values()))}"),
+        serving(**{"protocol": protocol} | changes),
+    ):
+        pass
+
+
 @pytest.mark.parametrize("token", ["", " ", "a b", "caf\u00e9", "a\n"])
 def test_a_token_is_letters_and_digits(token: str) -> None:
     with pytest.raises(BitvlaError, match="letters and digits"), serving(token=token):
@@ -664,6 +694,12 @@ def test_a_wrong_address_is_told_at_once(url: str) -> None:
         bitvla.connect(url)
 
 
+@pytest.mark.parametrize("timeout", [0, -1, float("nan"), float("inf"), 1e12])
+def test_a_timeout_that_cannot_be_waited_for_is_refused(timeout: float) -> None:
+    with pytest.raises(BitvlaError, match="timeout is"):
+        bitvla.connect("ws://127.0.0.1:1", timeout=timeout)
+
+
 def listener(answer: bytes) -> tuple[socket.socket, threading.Thread]:
     """Someone else on a port, who says `answer` to the first that comes and is then silent."""
     server = socket.create_server(("127.0.0.1", 0))
@@ -698,6 +734,23 @@ def test_a_late_answer_is_never_taken_for_another_one() -> None:
         held.going.set()
         for seed in (2, 3):
             assert policy.act(observation(seed)).tobytes() == expected(seed).tobytes()
+
+
+def test_an_interrupted_greeting_is_not_taken_for_a_reply(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    interruptions = [KeyboardInterrupt()]
+    receive = ClientConnection.recv
+
+    def recv(connection: ClientConnection, timeout: float) -> Any:
+        if interruptions:
+            raise interruptions.pop()
+        return receive(connection, timeout)
+
+    with bitvla.connect(served.url) as policy:
+        policy.close()
+        monkeypatch.setattr(ClientConnection, "recv", recv)
+        with pytest.raises(KeyboardInterrupt):
+            policy.reset()
+        assert policy.act(observation(1)).tobytes() == expected(1).tobytes()
 
 
 def test_a_server_that_comes_back_is_found_again() -> None:

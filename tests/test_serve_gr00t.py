@@ -10,6 +10,7 @@ import io
 import socket
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import msgpack
@@ -19,9 +20,11 @@ import zmq
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import bitvla
 from bitvla.errors import BitvlaError
 from bitvla.serve.arrays import unpack_with
 from bitvla.serve.gr00t import _decode
+from checkpoints import pack_random, token_config
 from serving import Held, Served, config, expected, observation, serving, wait_until
 
 
@@ -112,6 +115,12 @@ def test_the_modalities_are_told(served: Served) -> None:
     names = {name: modality["as_json"]["modality_keys"] for name, modality in modalities.items()}
     assert names == {"video": ["corner", "wrist"], "state": ["state"], "language": ["task"], "action": ["action"]}
     assert modalities["action"]["as_json"]["delta_indices"] == list(range(16))
+
+
+def test_a_policy_without_a_state_asks_for_none(tmp_path: Path) -> None:
+    path = pack_random(tmp_path, token_config())
+    with serving(lambda: bitvla.load(path, threads=1), protocol="gr00t") as server, Client(server) as client:
+        assert client.call("get_modality_config")["state"]["as_json"]["modality_keys"] == []
 
 
 def test_sixteen_robots_at_once_each_get_their_own_answers(served: Served) -> None:
@@ -245,6 +254,15 @@ def test_hostile_messages_are_refused_and_the_connection_lives(
         assert "error" in client.receive()
         assert client.act()[0]["action"].tobytes() == expected().tobytes()
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("endpoint", "data", "named"),
+    [("get_action", np.zeros(2), "'data' is not a dictionary"), (np.zeros(2), {}, "unknown endpoint")],
+)
+def test_an_array_where_none_belongs_is_named(served: Served, endpoint: Any, data: Any, named: str) -> None:
+    with Client(served) as client:
+        assert named in client.call(endpoint, data)["error"]
 
 
 def test_frames_that_no_req_socket_sends_are_dropped(served: Served) -> None:

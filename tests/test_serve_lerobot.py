@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import gc
 import os
 import pickle
 import socket
@@ -20,7 +21,7 @@ import grpc
 import numpy as np
 import pytest
 
-from bitvla.serve.lerobot import MESSAGES, SERVICE
+from bitvla.serve.lerobot import MESSAGES, SERVICE, Robot
 from serving import NANO, Held, Served, config, expected, get, lerobot_messages, observation, serving
 from test_serve_pickles import HOSTILE
 
@@ -235,7 +236,13 @@ def test_the_token_is_asked_for(lerobot: Any) -> None:
             assert chunk(client.actions()) == expected().tobytes()
 
 
+def robots_kept() -> int:
+    gc.collect()
+    return sum(type(one) is Robot for one in gc.get_objects())
+
+
 def test_a_robot_that_has_long_been_idle_makes_room(lerobot: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = robots_kept()
     with serving(protocol="lerobot", max_sessions=1) as server, Client(server) as first, Client(server) as second:
         first.instruct(instructions(lerobot))
         with pytest.raises(grpc.RpcError) as refused:
@@ -245,6 +252,24 @@ def test_a_robot_that_has_long_been_idle_makes_room(lerobot: Any, monkeypatch: p
         second.instruct(instructions(lerobot))
         with pytest.raises(grpc.RpcError, match="no session"):
             first.actions()
+        assert robots_kept() == before + 1
+
+
+def test_a_new_episode_is_not_given_the_last_one_s_answer(lerobot: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("bitvla.serve.lerobot._PATIENCE_SECONDS", 0.2)
+    held = Held(going=True)
+    with serving(lambda: held, protocol="lerobot") as server, Client(server) as client:
+        client.instruct(instructions(lerobot))
+        held.going.clear()
+        held.began.clear()
+        client.observe(seen(lerobot, 1))
+        assert held.began.wait(10)
+        client.call("Ready", b"")
+        held.going.set()
+        assert client.actions() == []
+        client.observe(seen(lerobot, 2))
+        monkeypatch.setattr("bitvla.serve.lerobot._PATIENCE_SECONDS", 10)
+        assert chunk(client.actions()) == expected(2).tobytes()
 
 
 def test_ready_only_after_the_warm_up() -> None:
@@ -329,6 +354,13 @@ def test_other_protocols_are_turned_away(served: Served, lerobot: Any, data: byt
             pass
     with Client(served) as client:
         client.instruct(instructions(lerobot))
+
+
+def test_an_ipv6_address_is_listened_on(lerobot: Any) -> None:
+    with serving(protocol="lerobot", host="::1") as server:
+        server.address = f"[::1]:{server.port}"
+        with Client(server) as client:
+            client.instruct(instructions(lerobot))
 
 
 def test_a_port_that_is_taken_is_told(served: Served) -> None:

@@ -303,6 +303,37 @@ def test_a_memo_bomb_takes_no_memory() -> None:
         tracemalloc.stop()
 
 
+def remembered(slot: int, value: bytes) -> bytes:
+    return value + b"q" + bytes([slot])
+
+
+def test_a_storage_that_is_read_again_and_again_takes_no_memory() -> None:
+    """A megabyte, made into 200 storages and 200 tensors."""
+    count = 250_000
+    reference = storage(count=1, data=b"").replace(b"K\x01N", b"J" + struct.pack("<i", count) + b"N")[:-8]
+    blob = reference + struct.pack("<q", count) + bytes(4 * count)
+    load = remembered(1, named("torch.storage", "_load_from_bytes"))
+    data = remembered(0, b"B" + struct.pack("<I", len(blob)) + blob)
+    again = remembered(2, b"h\x01h\x00\x85R")
+    size = b"J" + struct.pack("<i", count) + b"\x85"
+    view = named("torch._utils", "_rebuild_tensor_v2") + b"(h\x02K\x00" + size + b"K\x01\x85tR"
+    message = raw(b"](", data, load, again * 200, view * 200, b"e")
+    tracemalloc.start()
+    try:
+        value = loads(message)
+        assert value[-1].shape == (count,)
+        assert tracemalloc.get_traced_memory()[1] < 3 * len(message)
+    finally:
+        tracemalloc.stop()
+
+
+def test_a_storage_has_few_operations() -> None:
+    """It may be read a thousand times, so a long program in it would stop the server for minutes."""
+    data = storage(kind=b"]" * 100 + b"a" * 99)
+    with pytest.raises(BitvlaError, match="more than 40 operations"):
+        loads(tensor(load_storage(data)))
+
+
 def test_oddities_that_do_no_harm() -> None:
     assert loads(b"\x80\x04\x95" + struct.pack("<Q", 1 << 60) + b"N.") is None  # a frame of an exabyte
     assert loads(pickle.dumps(collections.OrderedDict(a=1))) == {"a": 1}

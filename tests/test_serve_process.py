@@ -118,7 +118,8 @@ def test_hangup_and_a_new_file_load_the_policy_again(tmp_path: Path) -> None:
         (["--protocol", "openpi", "--preset", "libero"], "not clear"),
         (["--protocol", "openpi", "--preset", "droid"], "libero"),
         (["--protocol", "openpi", "--http-port", "0"], "--http-port"),
-        (["--protocol", "openpi", "--port", "70000"], "port"),
+        (["--protocol", "openpi", "--port", "70000"], "no port 70000"),
+        (["--protocol", "lerobot", "--host", "203.0.113.7", "--insecure"], "cannot listen on 203.0.113.7"),
         (["--protocol", "openpi", "--host", "203.0.113.7", "--insecure"], "cannot listen on 203.0.113.7"),
     ],
 )

@@ -822,7 +822,7 @@ def _add_serving(add: _Add) -> None:
     run.add_argument("--seconds", type=_amount, default=30.0, metavar="S", help="longest episode (default: 30); 0: "
                      "measure and prove, move nothing")  # fmt: skip
     run.add_argument("--episodes", type=_count, default=1, metavar="N", help="episodes in a row (default: 1)")
-    run.add_argument("--hz", type=_amount, metavar="F", help="actions a second (default: as the policy was trained)")
+    run.add_argument("--hz", type=_rate, metavar="F", help="actions a second (default: as the policy was trained)")
     joinings = " | ".join(JOININGS)
     run.add_argument(
         "--joining", choices=JOININGS, default="replace", metavar="J", help=f"{joinings} (default: replace)"

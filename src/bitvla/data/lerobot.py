@@ -75,12 +75,26 @@ class Episode:
 
 
 @contextlib.contextmanager
-def claim(root: Path, work: str, settings: Mapping[str, Any]) -> Iterator[None]:
-    """Have `root` for this `work` ("recording") alone; BitvlaError where it holds another, or something else."""
-    root.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(root, os.O_RDONLY)  # the folder itself is locked: no file to be left behind
+def alone(root: Path, work: str) -> Iterator[None]:
+    """Have `root` for this `work` ("recording") alone; BitvlaError while another process has it, or if none can."""
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(root, os.O_RDONLY)  # the folder itself is locked: no file to be left behind
+    except OSError as error:
+        raise BitvlaError(f"cannot write to {root}: {error.strerror}; choose another folder") from None
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError:
+        raise BitvlaError(f"another {work} is writing {root} now; wait for it or choose another folder") from None
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def claim(root: Path, work: str, settings: Mapping[str, Any]) -> Iterator[None]:
+    """Have `root` `alone` for this `work`; BitvlaError where it holds another, or something else."""
+    with alone(root, work):
         path = root / "meta" / f"{work}.json"
         if not path.exists():
             if any(root.iterdir()):
@@ -89,10 +103,6 @@ def claim(root: Path, work: str, settings: Mapping[str, Any]) -> Iterator[None]:
         elif json.loads(path.read_text()) != settings:
             raise BitvlaError(f"{root} holds a {work} with other settings ({path.read_text()}); choose another folder")
         yield
-    except BlockingIOError:
-        raise BitvlaError(f"another {work} is writing {root} now; wait for it or choose another folder") from None
-    finally:
-        os.close(descriptor)
 
 
 class LeRobotWriter:

@@ -13,6 +13,7 @@ from bitvla.errors import BitvlaError
 
 ASK_FOR_A_LETTER = "\nAnswer with the option's letter from the given choices directly"  # as lmms-eval asks
 NO_TOWER = "the model has no vision tower, so it sees no images; give one that was packed from a vision-language model"
+LONGEST_INSTRUCTION = 10_000  # characters: counting the tokens of a message full of them would take a minute
 SLOT_ID = 1  # what the reference feeds as an action placeholder; its embedding is replaced by zeros
 
 
@@ -59,6 +60,8 @@ class Prompt:
         """
         if not isinstance(instruction, str) or not instruction.strip():
             raise BitvlaError(f"the instruction is empty ({instruction!r}); say what the robot should do")
+        if len(instruction) > LONGEST_INSTRUCTION:
+            raise BitvlaError(f"the instruction has {len(instruction)} characters; shorten it ({instruction[:40]}...)")
         text = " ".join(instruction.split())
         if self._prompt.lower_case:
             text = text.lower()

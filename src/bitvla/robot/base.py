@@ -49,6 +49,10 @@ class Robot(executor.Robot, Protocol):
 
 def check_fits(robot: Robot, info: Mapping[str, Any]) -> None:
     """Raise BitvlaError unless cameras, state and actions of `robot` are those that `policy.info()` tells."""
+    if not info["state"]["names"]:
+        raise BitvlaError(
+            "the policy takes no state, and a robot here always gives one: call it from a loop of your own"
+        )
     wanted = _cameras(info)
     if robot.cameras.keys() != wanted.keys():
         odd = min(robot.cameras.keys() ^ wanted.keys())
@@ -83,6 +87,12 @@ def actions_of(names: Sequence[str], otherwise: Kind | None = None) -> tuple[Kin
     """What actions of these names command, as LeRobot's robots name them, or `otherwise`; None if it is not told."""
     kinds = [_action_of(name) or otherwise for name in names]
     return tuple(kind for kind in kinds if kind) if all(kinds) else None
+
+
+def contradicts(name: str, kind: Kind) -> bool:
+    """Whether an action of this name cannot be of this kind: held as one, it would move."""
+    told = "position" if name.endswith(".pos") else _action_of(name)
+    return told not in (None, "gripper", kind) and "displacement" in (told, kind)
 
 
 def _action_of(name: str) -> Kind | None:

@@ -41,7 +41,10 @@ class LeRobotRobot:
             self._ask(self._robot.connect)
 
     def observe(self) -> dict[str, Any]:
-        seen = self._ask(self._robot.get_observation)
+        return self._ask(self._observe)
+
+    def _observe(self) -> dict[str, Any]:
+        seen = self._robot.get_observation()
         return {
             "images": {name: seen[name] for name in self.cameras},
             "state": np.array([seen[name] for name in self.state_names], np.float32),

@@ -15,6 +15,7 @@ grow, and a run that is killed loses that episode alone.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 from collections.abc import Mapping
@@ -25,8 +26,10 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from bitvla.config import Camera
 from bitvla.data.lerobot import Episode, LeRobotWriter
 from bitvla.errors import BitvlaError
+from bitvla.processing.images import check_image
 from bitvla.serve.executor import Request, Step, Summary
 from bitvla.serve.joining import Chunk
 
@@ -47,13 +50,15 @@ DECISION = (
 class Recorder:
     """Records runs into the dataset `root`, which may hold earlier ones of the same robot, policy size and rate.
 
+    One recorder has a folder at a time: see `bitvla.data.lerobot.alone`.
+
     Args:
         info: of the policy (`policy.info()`): it names cameras, state, action and the horizon.
         fps: commands a second.
         robot_type: as LeRobot calls it.
 
     Raises:
-        BitvlaError: the folder cannot be written to, or holds another dataset.
+        BitvlaError: the folder holds another dataset. OSError: it cannot be written to.
     """
 
     def __init__(self, root: Path, info: Mapping[str, Any], fps: float, robot_type: str) -> None:
@@ -73,14 +78,16 @@ class Recorder:
             },
             lossless=True,
         )
+        self._cameras = [Camera(**camera) for camera in info["cameras"]]
         self._facts = {"policy": info["name"], "policy_sha256": info.get("sha256") or ""}
-        self._chunk_size = len(rows)
+        self._state_shape, self._chunk_size = (len(info["state"]["names"]),), len(rows)
         self._folder = Path(root) / ".running"
+        shutil.rmtree(self._folder, ignore_errors=True)  # of a run that was killed
+        self._folder.mkdir(parents=True)  # now, before anything moves
         self._begin()
 
     def _begin(self) -> None:
         self._files: dict[str, IO[bytes]] = {}
-        self._shapes: dict[str, tuple[int, ...]] = {}
         self._instruction, self._summary = "", ""
         self._rows: list[dict[str, NDArray[np.float32]]] = []
         self._asked_at: dict[int, int] = {}  # frame of each question
@@ -99,9 +106,10 @@ class Recorder:
         self._chunks[self._asked_at[chunk.id]] = chunk.actions.ravel(), latency / 1e6
 
     def commanded(self, observation: dict[str, Any], planned: NDArray[np.float32], step: Step) -> None:
+        state = self._checked(observation)
         self._instruction = observation["instruction"]
-        for camera, image in observation["images"].items():
-            self._write(camera, image)
+        for camera in self._cameras:
+            self._write(camera.name, observation["images"][camera.name])
         source = step.sources[-1] if step.sources else None
         decision = {
             "held": step.kind != "play",
@@ -115,7 +123,7 @@ class Recorder:
             "frozen": 0,
         }
         self._rows.append({
-            "observation.state": np.array(observation["state"], np.float32),
+            "observation.state": state,
             "action": np.array(step.action, np.float32),
             PLANNED: planned.copy(),
             DECISION_KEY: np.array([decision[name] for name in DECISION], np.float32),
@@ -128,11 +136,17 @@ class Recorder:
     def save(self) -> None:
         """Let the episode join the dataset. One without a command, as of a run that was refused, is left out."""
         for file in self._files.values():
-            file.close()
-        if self._rows:
-            self._writer.append([self._episode()])
-        shutil.rmtree(self._folder, ignore_errors=True)
-        self._begin()
+            with contextlib.suppress(OSError):  # of a full disk, which is told already; what is whole on it is kept
+                file.close()
+        try:
+            sizes = {camera.name: 3 * camera.height * camera.width for camera in self._cameras}
+            whole = [Path(file.name).stat().st_size // sizes[camera] for camera, file in self._files.items()]
+            self._rows = self._rows[: min(whole, default=0)]
+            if self._rows:
+                self._writer.append([self._episode()])
+        finally:
+            shutil.rmtree(self._folder, ignore_errors=True)
+            self._begin()
 
     def _episode(self) -> Episode:
         for frame, (chunk, latency) in self._chunks.items():
@@ -142,8 +156,10 @@ class Recorder:
                 row[DECISION_KEY][DECISION.index("latency_ms")] = latency
                 row[DECISION_KEY][DECISION.index("frozen")] = self._frozen[frame]
         images = {
-            camera: np.memmap(file.name, np.uint8, "r", shape=(len(self._rows), *self._shapes[camera]))
-            for camera, file in self._files.items()
+            camera.name: np.memmap(
+                self._files[camera.name].name, np.uint8, "r", shape=(len(self._rows), camera.height, camera.width, 3)
+            )
+            for camera in self._cameras
         }
         vectors = {key: np.stack([row[key] for row in self._rows]) for key in self._rows[0]}
         ended = json.loads(self._summary)["ended"] if self._summary else "unknown"
@@ -153,11 +169,17 @@ class Recorder:
     def _write(self, camera: str, image: NDArray[np.uint8]) -> None:
         try:
             if camera not in self._files:
-                if not self._files:
-                    shutil.rmtree(self._folder, ignore_errors=True)  # of a run that was killed
-                    self._folder.mkdir(parents=True)
+                self._folder.mkdir(exist_ok=True)
                 self._files[camera] = (self._folder / f"{len(self._files)}.raw").open("wb")
-                self._shapes[camera] = image.shape
             self._files[camera].write(np.ascontiguousarray(image).data)
         except OSError as error:
             raise BitvlaError(f"cannot record to {self._folder}: {error.strerror}; free some space") from None
+
+    def _checked(self, observation: dict[str, Any]) -> NDArray[np.float32]:
+        """The state of an observation that fits the dataset; one frame that does not would spoil all of it."""
+        for camera in self._cameras:
+            check_image(observation["images"].get(camera.name), camera)
+        state = np.array(observation["state"], np.float32)
+        if state.shape != self._state_shape or not np.isfinite(state).all():
+            raise BitvlaError(f"cannot record the state {state}: {self._state_shape[0]} finite numbers are needed")
+        return state

@@ -44,10 +44,11 @@ def replay(
             recorded = ", ".join(dataset.features[key]["names"])
             raise BitvlaError(f"'{key}' was recorded as {recorded}; {policy} has {', '.join(names)}: another robot")
     run = _Recording(dataset)
+    rows = min(run.chunks.shape[1], info["horizon"])
     frames = [frame for frame in run.asked if episode is None or dataset.episode_index[frame] == episode]
     if not frames:
         raise BitvlaError(f"episode {episode} of {recording} holds no chunk; it has {dataset.num_episodes} episodes")
-    rows = min(run.chunks.shape[1], info["horizon"])
+    frames = [frame for frame in frames if len(run.prefix(frame)) < rows]  # others were decided in all common rows
     errors = np.full((len(frames), rows, len(info["action"]["names"])), np.nan)
     for index, frame in enumerate(frames):
         prefix = run.prefix(frame)

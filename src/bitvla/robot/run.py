@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import bitvla
 from bitvla.config import Record
 from bitvla.errors import BitvlaError
-from bitvla.robot.base import Robot, check_fits
+from bitvla.robot.base import Robot, check_fits, contradicts
 from bitvla.serve.executor import Executor, Summary
 from bitvla.serve.guard import Guard, Limits, limits_from, load_limits
 from bitvla.serve.joining import Joining, RealTimeChunking, Replace, TemporalEnsemble, WeightedAverage
@@ -70,7 +70,7 @@ def run(source: str, make_robot: Callable[[Mapping[str, Any]], Robot], options: 
         stack.callback(robot.close)
         check_fits(robot, info)
         hz = _rate(info, options.control_hz)
-        recorder = _recorder(options, info, hz, robot)
+        recorder = _recorder(stack, options, info, hz, robot)
         limits = load_limits(options.limits) if options.limits else _trained_limits(robot, info)
         _check_limits(limits, info)
         settings = settings_for(
@@ -118,7 +118,7 @@ def _rate(info: Mapping[str, Any], wanted: float | None) -> float:
     trained = float(info["control_hz"])
     if wanted is not None and wanted > trained:
         raise BitvlaError(f"--hz {wanted:g} is faster than the {trained:g} Hz that the policy was trained at")
-    return wanted or trained
+    return trained if wanted is None else wanted
 
 
 def _trained_limits(robot: Robot, info: Mapping[str, Any]) -> Limits:
@@ -135,13 +135,21 @@ def _check_limits(limits: Limits, info: Mapping[str, Any]) -> None:
     if names != info["action"]["names"]:
         raise BitvlaError(f"the limits are for {', '.join(names)}; the policy's actions are "
                           f"{', '.join(info['action']['names'])}")  # fmt: skip
+    for axis in limits.axes:
+        if contradicts(axis.name, axis.kind):
+            raise BitvlaError(f"the limits call '{axis.name}' a {axis.kind}, which its name contradicts: to hold, the "
+                              "robot would be told to move; correct its kind")  # fmt: skip
 
 
-def _recorder(options: Options, info: Mapping[str, Any], hz: float, robot: Robot) -> Recorder | None:
+def _recorder(
+    stack: contextlib.ExitStack, options: Options, info: Mapping[str, Any], hz: float, robot: Robot
+) -> Recorder | None:
     if options.record is None:
         return None
+    from bitvla.data.lerobot import alone
     from bitvla.robot.recorder import Recorder
 
+    stack.enter_context(alone(options.record, "recording"))
     return Recorder(options.record, info, hz, type(robot).__name__)
 
 

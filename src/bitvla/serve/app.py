@@ -130,6 +130,7 @@ async def running(load: Callable[[], Policy], options: Options) -> AsyncIterator
 def _dialect(engine: Engine, config: PolicyConfig, options: Options, stop: Callable[[], None]) -> Dialect:
     """Made by its module, which alone needs its library."""
     if options.protocol == "lerobot":
+        os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # heeded at its import; what matters is logged by us
         from bitvla.serve.lerobot import LeRobot
 
         return LeRobot(engine, config, options)
@@ -148,7 +149,7 @@ def _explained(options: Options) -> Iterator[None]:
         yield
     except OSError as error:
         raise BitvlaError(
-            f"cannot listen on {options.host}: {error.strerror or error}; choose another --port or --http-port"
+            f"cannot listen on {options.host}: {error.strerror or error}; choose another --host, --port or --http-port"
         ) from None
 
 

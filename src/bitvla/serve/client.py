@@ -21,12 +21,9 @@ from bitvla.serve.arrays import pack, unpack
 RESET = {"bitvla": "reset"}
 _RETRY_SECONDS = 0.05  # between two tries to connect
 _MAX_REPLY = 1 << 22  # bytes
-_MAY_CHANGE = (
-    "server",
-    "name",
-    "sha256",
-    "action_range",
-)  # of what a server tells, when it comes back or loads another policy
+_LONGEST_TIMEOUT = 86_400  # seconds: a day, since systems count neither inf nor much more
+# What a server may tell otherwise when it comes back or has loaded another policy.
+_MAY_CHANGE = ("server", "name", "sha256", "action_range")
 
 
 class _LostError(Exception):
@@ -41,8 +38,8 @@ class RemotePolicy:
     """
 
     def __init__(self, url: str, token: str | None = None, timeout: float = 5.0) -> None:
-        if not timeout > 0:
-            raise BitvlaError(f"timeout is {timeout}; give seconds, more than 0")
+        if not 0 < timeout <= _LONGEST_TIMEOUT:
+            raise BitvlaError(f"timeout is {timeout}; give seconds, more than 0 and up to {_LONGEST_TIMEOUT}")
         self._url, self._timeout = url, timeout
         self._headers = {"Authorization": f"Api-Key {token}"} if token else {}
         self._connection: ClientConnection | None = None
@@ -140,10 +137,13 @@ class RemotePolicy:
         _limit_send(connection.socket, self._timeout)
         try:
             greeting = connection.recv(max(0.0, deadline - time.monotonic()))
+            self._meet(self._unpack(greeting) if isinstance(greeting, bytes) else {})
         except (ConnectionClosed, OSError) as error:
             self._drop()
             raise _LostError(_reason(error)) from None
-        self._meet(self._unpack(greeting) if isinstance(greeting, bytes) else {})
+        except BaseException:
+            self._drop()  # interrupted, or not our server: no call may take the greeting for its reply
+            raise
         return connection
 
     def _rejected(self, error: InvalidStatus) -> Exception:
@@ -154,11 +154,9 @@ class RemotePolicy:
     def _meet(self, info: dict[str, Any]) -> None:
         """Take in what the server serves; it must stay the same robot's from connection to connection."""
         if "cameras" not in info or "horizon" not in info:
-            self._drop()
             raise BitvlaError(f"{self._url} does not say which policy it serves; start it with: bitvla serve")
         changed = [name for name in self._info if name not in _MAY_CHANGE and info.get(name) != self._info[name]]
         if changed:
-            self._drop()
             raise BitvlaError(f"{self._url} now serves a policy with other {', '.join(changed)}; connect anew")
         self._info = info
 

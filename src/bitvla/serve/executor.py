@@ -339,6 +339,8 @@ class Executor:
 
     def _wait_for_answer(self, asked: Request) -> Answer:
         while (answer := self._worker.take()) is None:
+            if self._stop.is_set():
+                raise BitvlaError("stopped while the policy was measured; nothing has moved")
             now = self._clock.now()
             if now - asked.observed > WARMUP_SECONDS * SECOND:
                 raise BitvlaError(f"the policy has not answered its first calls within {WARMUP_SECONDS} s")

@@ -75,9 +75,8 @@ class Gr00t:
             zmq.LINGER: _LINGER,
         }.items():
             socket.setsockopt(option, value)
-        host = f"[{options.host}]" if ":" in options.host else options.host
         try:
-            socket.bind(f"tcp://{host}:{options.listen_port}")
+            socket.bind(f"tcp://{options.address}")
         except zmq.ZMQError as error:
             raise OSError(str(error)) from None
         self._run(self._receive())
@@ -119,23 +118,24 @@ class Gr00t:
             if token is not None and not same(request.get("api_token"), token):
                 raise BitvlaError("Unauthorized: wrong or missing 'api_token'")
             await self._engine.wait_ready()
-            return await self._call(peer, request.get("endpoint", "get_action"), request.get("data") or {})
+            return await self._call(peer, request.get("endpoint", "get_action"), request.get("data"))
         except BitvlaError as error:
             return {"error": str(error)[:_LONGEST_REASON]}
         except Exception:  # logged by `request`; its text is for the log, not for strangers
             return {"error": "the server failed to answer; its log has the reason"}
 
     async def _call(self, peer: bytes, endpoint: object, data: Any) -> Any:
+        allowed = {"ping", "get_action", "reset", "get_modality_config", *(["kill"] * self._options.allow_kill)}
+        if not isinstance(endpoint, str) or endpoint not in allowed:
+            raise BitvlaError(f"unknown endpoint {endpoint!r}"[:200] + "; there are ping, get_action, reset, "
+                              "get_modality_config, and with --allow-kill kill")  # fmt: skip
         if endpoint == "ping":
             return {"status": "ok", "message": "Server is running"}
         if endpoint == "get_modality_config":
             return self._modalities()
-        if endpoint == "kill" and self._options.allow_kill:
+        if endpoint == "kill":
             self._stop()
             return {"status": "ok"}
-        if endpoint not in ("get_action", "reset"):
-            raise BitvlaError(f"unknown endpoint {endpoint!r}"[:200] + "; there are ping, get_action, reset, "
-                              "get_modality_config, and with --allow-kill kill")  # fmt: skip
         session = self._peers.open(peer, peer.hex())
         with self._engine.request(session):
             if endpoint == "reset":
@@ -148,7 +148,8 @@ class Gr00t:
 
     def _modalities(self) -> dict[str, Any]:
         cameras = [camera.name for camera in self._config.processing.cameras]
-        keys = {"video": cameras, "state": ["state"], "language": ["task"], "action": ["action"]}
+        state = ["state"] if self._config.processing.state.names else []  # some policies take none
+        keys = {"video": cameras, "state": state, "language": ["task"], "action": ["action"]}
         steps = {"action": list(range(self._config.action.horizon))}
         return {
             modality: {

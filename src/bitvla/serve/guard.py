@@ -114,7 +114,8 @@ class Guard:
         self._cameras = _Cameras(limits.frozen_after)
 
     def observe(self, observation: dict[str, Any]) -> None:
-        """Learn where the robot is; BitvlaError if a camera has frozen while the robot was told to move."""
+        """Learn where the robot is. BitvlaError if a camera has frozen while the robot was told to move, or if the
+        state does not tell the place of an axis with a workspace."""
         self._cameras.see(observation["images"])
         for axis in self._axes:
             axis.observe(observation["state"])
@@ -183,11 +184,13 @@ class _Motion:
         bounds = (-math.inf, math.inf) if self._absolute else (axis.low, axis.high)
         self._slowest, self._fastest = max(bounds[0], -speed), min(bounds[1], speed)
         self._low, self._high = (axis.low, axis.high) if self._absolute else (-math.inf, math.inf)
-        self._state, self._scale = None, 1.0
+        self._state, self._scale, self._states = None, 1.0, len(state_names)
         if (place := axis.workspace) is not None:
             self._state, self._scale = state_names.index(place.state), place.scale
             ends = sorted((place.low / place.scale, place.high / place.scale))
             self._low, self._high = max(self._low, ends[0]), min(self._high, ends[1])
+            if not self._low < self._high:
+                raise BitvlaError(f"guard, axis '{axis.name}': its workspace has nothing between its low and high")
         self._place: float | None = None
         self._v = self._a = 0.0
 
@@ -198,6 +201,8 @@ class _Motion:
     def observe(self, state: NDArray[np.float32]) -> None:
         # The place of a position axis is its last command, which the robot follows; only at first is it observed.
         if self._state is not None and (self._place is None or not self._absolute):
+            if len(state) != self._states or not math.isfinite(state[self._state]):
+                raise BitvlaError(f"the guard does not know where '{self.name}' is: the state is {state}")
             self._place = float(state[self._state]) / self._scale
 
     def limit(self, value: float) -> tuple[float, str]:

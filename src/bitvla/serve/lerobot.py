@@ -66,10 +66,11 @@ MESSAGES = _messages()
 
 
 class Robot:
-    """One robot: its session, what it asked for, and the newest answer that it has not fetched."""
+    """What a robot asked for, and the newest answer that it has not fetched. It must not hold its session, with which
+    it is forgotten."""
 
-    def __init__(self, session: Session, setup: Record, actions_per_chunk: int) -> None:
-        self.session, self.actions_per_chunk = session, actions_per_chunk
+    def __init__(self, setup: Record, actions_per_chunk: int) -> None:
+        self.actions_per_chunk = actions_per_chunk
         self.timed_action = Global(setup.kind.module, "TimedAction")
         self._answers: asyncio.Queue[bytes | BitvlaError] = asyncio.Queue()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -82,7 +83,6 @@ class Robot:
 
     async def fetch(self) -> bytes:
         """The newest answer, b"" when there is none for a while. Raises what went wrong instead."""
-        self.session.touch()
         try:
             answer = await asyncio.wait_for(self._answers.get(), _PATIENCE_SECONDS)
         except TimeoutError:
@@ -92,7 +92,9 @@ class Robot:
         return answer
 
     def reset(self) -> None:
-        self.session.reset()
+        """Begin a new episode: what the last one saw is not answered, even if the policy computes it now."""
+        for task in self._tasks:
+            task.cancel()
         self._forget()
 
     async def _publish(self, work: Coroutine[Any, Any, bytes]) -> None:
@@ -142,9 +144,9 @@ class LeRobot:
         }
         self._server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, methods),))
         try:
-            port = self._server.add_insecure_port(f"{options.host}:{options.listen_port}")
-        except RuntimeError as error:
-            raise OSError(f"port {options.listen_port} is taken or not ours: {error}") from None
+            port = self._server.add_insecure_port(options.address)
+        except RuntimeError:  # which does not say why
+            raise OSError(f"{options.address} is in use, or not an address of this machine") from None
         await self._server.start()
         return int(port)
 
@@ -176,9 +178,10 @@ class LeRobot:
 
     async def _ready(self, _: bytes, context: Any) -> Any:
         await self._engine.wait_ready()
-        robot = self._robot(context)
-        if robot:
-            robot.reset()
+        session = self._peers.get(context.peer())
+        if session:
+            session.reset()
+            self._robots[session].reset()
         return MESSAGES["Empty"]()
 
     async def _instruct(self, request: bytes, context: Any) -> Any:
@@ -186,25 +189,27 @@ class LeRobot:
         setup = _record(loads(MESSAGES["PolicySetup"].FromString(request).data), "RemotePolicyConfig")
         count = self._check(setup.fields)
         session = self._peers.open(context.peer(), unquote(context.peer()))
-        self._robots[session] = Robot(session, setup, count)
+        self._robots[session] = Robot(setup, count)
         return MESSAGES["Empty"]()
 
     async def _observe(self, chunks: AsyncIterator[bytes], context: Any) -> Any:
-        robot = self._known(context)
-        robot.answer(self._answer(robot, await self._collected(chunks)))
+        session, robot = self._known(context)
+        robot.answer(self._answer(session, robot, await self._collected(chunks)))
         return MESSAGES["Empty"]()
 
     async def _act(self, _: bytes, context: Any) -> Any:
-        return MESSAGES["Actions"](data=await self._known(context).fetch())
+        session, robot = self._known(context)
+        session.touch()
+        return MESSAGES["Actions"](data=await robot.fetch())
 
-    async def _answer(self, robot: Robot, data: bytes) -> bytes:
+    async def _answer(self, session: Session, robot: Robot, data: bytes) -> bytes:
         """From a pickled TimedObservation to a pickled list of TimedAction."""
-        with self._engine.request(robot.session):
+        with self._engine.request(session):
             seen = _record(loads(data), "TimedObservation").fields
             timestamp, timestep = seen.get("timestamp"), seen.get("timestep")
             if not isinstance(timestamp, float) or not math.isfinite(timestamp) or type(timestep) is not int:
                 raise BitvlaError("the observation has no time stamp and time step")
-            answer = await robot.session.act(self._keys.observation(_flat(seen.get("observation"))))
+            answer = await session.act(self._keys.observation(_flat(seen.get("observation"))))
             chunk = answer.chunk[: robot.actions_per_chunk]
             period = 1 / self._config.processing.control_hz
             return dumps([
@@ -250,15 +255,11 @@ class LeRobot:
         path = Path(self._engine.policy.info().get("path") or "")
         return [self._config.name, path.name, path.stem, str(path)]
 
-    def _robot(self, context: Any) -> Robot | None:
+    def _known(self, context: Any) -> tuple[Session, Robot]:
         session = self._peers.get(context.peer())
-        return self._robots.get(session) if session else None
-
-    def _known(self, context: Any) -> Robot:
-        robot = self._robot(context)
-        if robot is None:
+        if session is None:
             raise BitvlaError("this connection has no session here; start the robot client again")
-        return robot
+        return session, self._robots[session]
 
 
 def _record(value: Any, name: str) -> Record:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import islice
 from typing import Any, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
 from bitvla.config import PolicyConfig
 from bitvla.errors import BitvlaError
 
 _DEEPEST = 4  # levels of a message
+_MOST_KEYS = 1000  # of a message: millions would keep the other robots waiting
 
 # What LIBERO's two cameras are called in the datasets that policies are trained on.
 _LIBERO_CAMERAS = {
@@ -47,7 +49,11 @@ class KeyMap:
         self._alternatives = _by_name(config, naming)
         self._ignored: set[str] = set()
         told: dict[str, tuple[str, ...]] = {}
+        mapped: set[str] = set()
         for key, part in [*_libero(self._cameras, preset), *map(_parse, pairs)]:
+            if key in mapped:
+                raise BitvlaError(f"--map {key}={part}: '{key}' is mapped twice; say one thing of it")
+            mapped.add(key)
             if not part:
                 self._ignored.add(key)
             elif part not in self._alternatives:
@@ -58,7 +64,12 @@ class KeyMap:
                 raise BitvlaError(f"--map {key}={part}: '{part}' is already taken from '{told[part][0]}'")
             else:
                 told[part] = (*told.get(part, ()), key)
-        self._alternatives |= {part: [keys] for part, keys in told.items()}
+        for part, alternatives in self._alternatives.items():
+            # A key that stands for something else now is not the part's own any more.
+            left = [keys for keys in alternatives if mapped.isdisjoint(keys)]
+            if not left and part not in told:
+                raise BitvlaError(f"--map takes all keys from '{part}'; say which is it with --map KEY={part}")
+            self._alternatives[part] = [told[part]] if part in told else left
         self._known = {key for keys in self._alternatives.values() for alternative in keys for key in alternative}
 
     def check(self, keys: Sequence[str]) -> dict[str, tuple[str, ...]]:
@@ -76,7 +87,13 @@ class KeyMap:
     def observation(self, message: object) -> dict[str, Any]:
         """The policy's observation {"images", "state", "instruction"} from a message of nested dictionaries; no state
         where the policy takes none."""
-        flat = dict(_flatten(message))
+        pairs = list(islice(_flatten(message), _MOST_KEYS + 1))
+        if len(pairs) > _MOST_KEYS:
+            raise BitvlaError(f"the observation has more than {_MOST_KEYS} keys")
+        flat = dict(pairs)
+        if len(flat) < len(pairs):
+            twice = Counter(key for key, _ in pairs).most_common(1)[0][0]
+            raise BitvlaError(f"'{twice}' is there more than once: flat, and nested; send one of them")
         chosen = self.check(list(flat))
         images = {camera: flat[chosen[camera][0]] for camera in self._cameras}
         if self._turn:
@@ -156,10 +173,11 @@ def _turned(image: object) -> object:
     return image[::-1, ::-1] if isinstance(image, np.ndarray) and image.ndim == 3 else image
 
 
-def _joined(values: list[Any]) -> NDArray[np.float32]:
-    """One vector of several values; the shape of a single one stays, for the policy to check."""
+def _joined(values: list[Any]) -> Any:
+    """One vector of several values; a single one stays as it is. The policy checks either."""
+    if len(values) == 1:
+        return values[0]
     try:
-        vectors = [np.asarray(value, np.float32) for value in values]
+        return np.concatenate([np.asarray(value).reshape(-1) for value in values])
     except (TypeError, ValueError, OverflowError):
         raise BitvlaError("the state, or a part of it, is not a vector of numbers") from None
-    return vectors[0] if len(vectors) == 1 else np.concatenate([vector.reshape(-1) for vector in vectors])

@@ -39,6 +39,12 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
         return PORTS[self.protocol] if self.port is None else self.port
 
     @property
+    def address(self) -> str:
+        """Host and port in one, an IPv6 host in brackets."""
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return f"{host}:{self.listen_port}"
+
+    @property
     def max_bytes(self) -> int:
         return int(self.max_message_mb * 1e6)
 
@@ -52,6 +58,9 @@ def check(options: Options) -> Options:
             f"--host {options.host} lets other machines drive the robot: give --token (or BITVLA_TOKEN), "
             "or --insecure where the network itself keeps strangers out"
         )
+    for port in (options.listen_port, options.http_port or 0):
+        if not 0 <= port <= 65535:
+            raise BitvlaError(f"there is no port {port}: choose one up to 65535")
     if options.http_port is not None and options.protocol == "openpi":
         raise BitvlaError("openpi answers /healthz, /readyz and /metrics on its own port; leave --http-port out")
     return options

@@ -22,6 +22,7 @@ from bitvla.errors import BitvlaError
 from bitvla.serve.arrays import MOST_DIMENSIONS, array, parse_dtype
 
 MOST_OPERATIONS = 20_000  # an observation of two cameras and seven joints takes about 150
+_MOST_IN_STORAGE = 40  # operations of each pickle in a storage, which a message may have read again and again
 _MOST_BITS = 128  # of an integer
 _MODULES = ("lerobot.async_inference.helpers", "lerobot.scripts.server.helpers")  # since 0.4; before
 _RECORDS = ("RemotePolicyConfig", "TimedObservation", "TimedAction")
@@ -110,12 +111,12 @@ _Calls = dict[Global, Callable[..., Any]]
 _Find = Callable[[Any], Any]
 
 
-def _read(stream: io.BytesIO, calls: _Calls, find: _Find | None) -> Any:
+def _read(stream: io.BytesIO, calls: _Calls, find: _Find | None, most: int = MOST_OPERATIONS) -> Any:
     machine = _Machine(calls, find)
     try:
         for count, (operation, argument, _) in enumerate(pickletools.genops(stream)):
-            if count >= MOST_OPERATIONS:
-                raise BitvlaError(f"the pickle has more than {MOST_OPERATIONS} operations")
+            if count >= most:
+                raise BitvlaError(f"the pickle has more than {most} operations")
             machine.step(operation.name, argument)
     except BitvlaError:
         raise
@@ -342,7 +343,7 @@ def _load_storage(data: Any) -> _Storage:
     def refer(identity: Any) -> Any:
         return identity
 
-    magic, protocol, system, reference, keys = (_read(stream, {}, refer) for _ in range(5))
+    magic, protocol, system, reference, keys = (_read(stream, {}, refer, _MOST_IN_STORAGE) for _ in range(5))
     if magic != _MAGIC or protocol != _PROTOCOL or type(system) is not dict or system.get("little_endian") is not True:
         raise BitvlaError("the pickle has a tensor that was not written by torch.save on a little-endian machine")
     what, kind, key, place, count, view = reference
@@ -353,11 +354,15 @@ def _load_storage(data: Any) -> _Storage:
     (length,) = struct.unpack("<q", stream.read(8))
     if type(count) is not int or length != count:
         raise BitvlaError("the pickle has a tensor whose sizes contradict each other")
-    return _Storage(array(stream.read(), parse_dtype(_STORAGES[kind.name]), (count,)))
+    # A view: a message may have the same storage read a thousand times.
+    dtype, elements = parse_dtype(_STORAGES[kind.name]), np.frombuffer(data, np.uint8)[stream.tell() :]
+    if len(elements) != count * dtype.itemsize:
+        raise BitvlaError("the pickle has a tensor whose storage is cut off")
+    return _Storage(elements.view(dtype))
 
 
 def _tensor(storage: Any, offset: Any, size: Any, stride: Any, *_: Any) -> NDArray[Any]:
-    """A tensor as an array. Nothing outside of its storage is seen, and no element twice."""
+    """A tensor as a view of its storage. Nothing outside of it is seen, and no element twice."""
     if type(storage) is not _Storage or type(size) is not tuple or type(stride) is not tuple:
         raise TypeError("a tensor without storage, size or stride")
     numbers = (offset, *size, *stride)
@@ -368,9 +373,7 @@ def _tensor(storage: Any, offset: Any, size: Any, stride: Any, *_: Any) -> NDArr
     if count > len(values) or (count and last >= len(values)):
         raise ValueError("a tensor larger than its storage")
     steps = [step * values.itemsize for step in stride]
-    return (
-        np.lib.stride_tricks.as_strided(values[offset:], size, steps).copy() if count else np.zeros(size, values.dtype)
-    )
+    return np.lib.stride_tricks.as_strided(values[offset:], size, steps) if count else np.zeros(size, values.dtype)
 
 
 _CALLS: _Calls = {
