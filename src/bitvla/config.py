@@ -19,9 +19,9 @@ from bitvla.errors import BitvlaError, meant
 
 T = TypeVar("T")
 Precision = Literal["full", "bfloat16", "int8", "ternary"]  # of the layers of a flow-matching expert
-# What the kernels take (csrc/kernels/kernels.h): values of an attention head, columns of a ternary matrix.
-MAX_HEAD_SIZE = 256
-_MOST = {"hidden_size": 1 << 18, "intermediate_size": 1 << 18, "max_positions": 1 << 20}  # of other sizes 2**24
+MAX_HEAD_SIZE = 256  # values of an attention head that the kernels take (csrc/kernels/kernels.h)
+# Columns of a ternary matrix that the kernels take; rows of the rotary table, which is computed at load.
+_MOST = {"hidden_size": 1 << 18, "intermediate_size": 1 << 18, "max_positions": 1 << 20}
 Model = TypeVar("Model", bound="PolicyConfig | LanguageModelConfig")
 
 
