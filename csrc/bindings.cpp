@@ -86,6 +86,9 @@ Array<T> expect(const char* name, const Given& array, std::initializer_list<size
           static_cast<size_t>(apart ? array.stride(0) : step)};
 }
 
+// start + count, or the largest number where that would wrap around.
+size_t end_of(size_t start, size_t count) { return start > kAny - count ? kAny : start + count; }
+
 template <class Given>
 size_t rows_of(const char* name, const Given& array) {
   REQUIRE(array.ndim() == 2, std::string(name) + ": " + std::to_string(array.ndim()) + " dimensions, expected 2");
@@ -301,7 +304,7 @@ void append(In k, In v, size_t start, size_t kv_heads, Out packed_k, Out packed_
   job.dim = k.shape(1) / kv_heads;
   const auto ka = expect<const float>("k", k, {job.keys, kv_heads * job.dim});
   const auto va = expect<const float>("v", v, {job.keys, kv_heads * job.dim});
-  expect_packed<float>(job, "packed_k", packed_k, "packed_v", packed_v, start + job.keys);
+  expect_packed<float>(job, "packed_k", packed_k, "packed_v", packed_v, end_of(start, job.keys));
   job.k = ka.data;
   job.v = va.data;
   job.k_stride = ka.stride;
@@ -311,7 +314,9 @@ void append(In k, In v, size_t start, size_t kv_heads, Out packed_k, Out packed_
 }
 
 void rope(Out x, In cos, In sin, size_t start, size_t heads) {
-  const size_t tokens = rows_of("x", x), positions = rows_of("cos", cos);
+  const size_t tokens = rows_of("x", x), positions = rows_of("cos", cos), end = end_of(start, tokens);
+  REQUIRE(heads <= x.shape(1), "heads: " + std::to_string(heads) + ", expected at most the columns of x, " +
+                                   std::to_string(x.shape(1)));
   RopeJob job{};
   job.heads = heads;
   job.dim = 2 * cos.shape(1);
@@ -321,8 +326,8 @@ void rope(Out x, In cos, In sin, size_t start, size_t heads) {
   job.x_stride = array.stride;
   job.cos = expect<const float>("cos", cos, {positions, job.dim / 2}).data;
   job.sin = expect<const float>("sin", sin, {positions, job.dim / 2}).data;
-  REQUIRE(start + tokens <= positions, "cos: " + std::to_string(positions) + " positions, expected at least " +
-                                           std::to_string(start + tokens));
+  REQUIRE(end <= positions,
+          "cos: " + std::to_string(positions) + " positions, expected at least " + std::to_string(end));
   if (tokens == 0) return;
   nb::gil_scoped_release free;
   run_rope(job, tokens);

@@ -23,6 +23,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from safetensors import safe_open
 from safetensors.numpy import save_file
+from tokenizers import Tokenizer
 
 import bitvla
 from bitvla import BitvlaError, bundle
@@ -373,6 +374,14 @@ def test_tensors_in_other_places_are_refused(content: bytes, scratch: Path) -> N
     assert "SHA-256" in refused(scratch)
 
 
+def test_a_description_of_millions_of_golden_images_costs_nothing(content: bytes, scratch: Path) -> None:
+    config = header_of(content)[0]["__metadata__"]["bitvla"]["config"]
+    config["processing"]["cameras"] = [{"name": str(index), "height": 1, "width": 1} for index in range(40)]
+    config["language"]["max_positions"] = 1 << 20
+    scratch.write_bytes(with_document(content, config=config, golden=["open"] * 40))
+    assert "1600 layers or golden images" in refused(scratch, digest=False)
+
+
 @pytest.mark.parametrize(
     ("section", "field"), [("vision", "num_layers"), ("language", "num_layers"), ("action", "head_blocks")]
 )
@@ -382,7 +391,7 @@ def test_a_description_of_millions_of_layers_costs_nothing(
     config = header_of(content)[0]["__metadata__"]["bitvla"]["config"]
     config[section][field] = (1 << 24) - 1
     scratch.write_bytes(with_document(content, config=config))
-    assert "layers described" in refused(scratch, digest=False)
+    assert "layers or golden images" in refused(scratch, digest=False)
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, 0.0, -1.0])
@@ -447,6 +456,32 @@ def test_a_damaged_tokenizer_is_refused(path: Path, scratch: Path) -> None:
     write(scratch, msgspec.structs.replace(policy.document, tokenizer='{"model": 1}'), policy.tensors)
     with pytest.raises(BitvlaError, match="tokenizer is damaged"):
         bitvla.load(scratch)
+
+
+@pytest.mark.parametrize("mapped", [False, True])
+def test_a_token_without_an_embedding_is_refused(
+    path: Path, scratch: Path, monkeypatch: pytest.MonkeyPatch, mapped: bool
+) -> None:
+    """Of a mapped file, what follows the embedding would be read."""
+    policy = read(path)
+    tokenizer = json.loads(policy.tokenizer())
+    tokenizer["model"]["vocab"]["q"] = policy.config.language.vocab_size
+    write(scratch, msgspec.structs.replace(policy.document, tokenizer=json.dumps(tokenizer)), policy.tensors)
+    if mapped:
+        monkeypatch.setattr(bundle, "READ_AT_LOAD", 0)
+    with pytest.raises(BitvlaError, match=r"embed_tokens\.weight has 300 rows, none of them for token 300"):
+        bitvla.load(scratch).act(observation(policy.config) | {"instruction": "q"})
+
+
+def test_a_tokenizer_shortens_and_fills_nothing(path: Path, scratch: Path) -> None:
+    """Training libraries leave in its file how they did."""
+    policy = read(path)
+    tokenizer = Tokenizer.from_str(policy.tokenizer())
+    tokenizer.enable_truncation(4)
+    tokenizer.enable_padding(length=99)
+    write(scratch, msgspec.structs.replace(policy.document, tokenizer=tokenizer.to_str()), policy.tensors)
+    seen = observation(policy.config)
+    np.testing.assert_array_equal(bitvla.load(scratch).act(seen), bitvla.load(path).act(seen))
 
 
 def test_the_smallest_policy_acts(path: Path) -> None:

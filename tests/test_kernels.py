@@ -461,6 +461,10 @@ def test_wrong_arguments_are_named() -> None:
     table = np.zeros((5, 5), np.float32)
     refused("x: shape (4, 20), expected (4, 30)", native.rope, x, table, table, 0, 3)
     refused("cos: 5 positions, expected at least 6", native.rope, x, table, table, 2, 2)
+    # Sums and products that would wrap around.
+    refused("cos: 5 positions, expected at least 18446744073709551615", native.rope, x, table, table, 2**64 - 1, 2)
+    refused("heads: 4611686018427387904, expected at most", native.rope, x[:, :0], table[:, :2], table[:, :2], 0, 2**62)
+    refused("packed_k, packed_v: room for 18", native.append, x, x, 2**64 - 1, 2, packed_k, packed_v)
     refused("threads: 0", native.set_num_threads, 0)
     with pytest.raises(TypeError):
         native.relu(x, memoryview(x.tobytes()))  # an output must be writable

@@ -5,6 +5,7 @@ pytest tests/test_language.py
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shutil
@@ -163,6 +164,8 @@ def test_bench_measures_writing(model_file: Path) -> None:
         bench(model_file, views=2)
     with pytest.raises(BitvlaError, match="neither views nor batches"):
         bench(model_file, batch=2)
+    with pytest.raises(BitvlaError, match="4097 tokens after 69 do not fit into the 4096"):
+        bench(model_file, threads=1, repeats=4097)
 
 
 # What is written.
@@ -327,7 +330,12 @@ def test_policies_and_language_models_are_not_mixed_up(model_file: Path, packed:
 
 
 @pytest.mark.parametrize(
-    ("prompt", "message"), [(" ", "the prompt is empty"), ("a<|eot_id|>b", "the prompt contains reserved tokens")]
+    ("prompt", "message"),
+    [
+        (" ", "the prompt is empty"),
+        ("a<|eot_id|>b", "the prompt contains reserved tokens"),
+        ("a\udcff", "cannot become tokens"),
+    ],
 )
 def test_unusable_prompts_are_refused(model: LanguageModel, prompt: str, message: str) -> None:
     with pytest.raises(BitvlaError, match=message):
@@ -351,6 +359,20 @@ def test_chat_prints_the_answer(model_file: Path, capsys: pytest.CaptureFixture[
     assert record["answer"] + "\n" == printed
     assert record["answer_tokens"] == 4
     assert not record["ended"]
+
+
+def test_input_that_is_no_text_is_one_line(
+    model_file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for options in ([], ["--json"]):
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"wei\xdf"), encoding="utf-8"))
+        assert main(["chat", str(model_file), "--max-tokens", "1", *options]) == 1
+        assert capsys.readouterr().err.startswith("error: standard input is not utf-8 text: ")
+
+
+def test_a_model_has_no_more_threads_than_kernels_take(model_file: Path) -> None:
+    with pytest.raises(BitvlaError, match="threads is 1025; give"):
+        LanguageModel.load(model_file, threads=1025)
 
 
 def test_chat_needs_neither_torch_nor_extras(model_file: Path) -> None:

@@ -197,6 +197,14 @@ def test_bench_measures_every_part(path: Path) -> None:
     assert all(seconds > 0 for seconds in result["startup"].values())
 
 
+def test_a_fresh_process_that_was_killed_is_named(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As by a system without memory, which leaves no word."""
+    killed = subprocess.CompletedProcess([], -9, stdout="", stderr="")
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: killed)
+    with pytest.raises(BitvlaError, match=r"a fresh process could not run the policy: it ended with status -9$"):
+        bench(path, threads=1, repeats=1)
+
+
 def test_bench_measures_batches(path: Path) -> None:
     result = bench(path, threads=1, repeats=2, batch=5)
     assert [row["observations"] for row in result["batches"]] == [1, 2, 4, 5]

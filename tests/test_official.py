@@ -185,13 +185,15 @@ def three_shards(folder: Path) -> None:
 
 
 def plain_side_files(folder: Path) -> None:
-    """Safetensors for one, the other without the prefix of distributed training and with `latest` for a step."""
+    """Safetensors for one, the other as parameters, without the prefix of distributed training and with `latest` for a
+    step."""
     head = folder / "action_head--10000_checkpoint.pt"
     save_file(torch.load(head, weights_only=True), folder / "action_head--latest_checkpoint.safetensors")
     head.unlink()
     proprio = folder / "proprio_projector--10000_checkpoint.pt"
-    state = {name.removeprefix("module."): tensor for name, tensor in torch.load(proprio, weights_only=True).items()}
+    state = torch.load(proprio, weights_only=True)
     proprio.unlink()
+    state = {name.removeprefix("module."): torch.nn.Parameter(tensor) for name, tensor in state.items()}
     torch.save(state, folder / "proprio_projector--latest_checkpoint.pt")
 
 

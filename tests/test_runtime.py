@@ -10,6 +10,7 @@ import logging
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -436,6 +437,20 @@ def test_calls_do_not_disturb_each_other(policy: Policy, policy_file: Path) -> N
     assert len({chunk.tobytes() for chunk in first}) == 4
 
 
+def test_threads_of_the_caller_wait_for_each_other(policy: Policy) -> None:
+    seen = [observation(policy.config, seed) for seed in range(3)]
+    alone = [policy.act(one) for one in seen]
+    with ThreadPoolExecutor(len(seen)) as callers:
+        together = list(callers.map(policy.act, seen * 40))
+    np.testing.assert_array_equal(together, alone * 40)
+
+
+def test_a_prefix_may_lie_in_memory_as_it_likes(tmp_path: Path) -> None:
+    policy = bitvla.load(pack_random(tmp_path, BATCHED["decided actions"]))
+    seen, prefix = observation(policy.config), np.full((3, 4), 0.25)
+    np.testing.assert_array_equal(policy.act(seen, np.asfortranarray(prefix)), policy.act(seen, prefix))
+
+
 BATCHED = CONFIGS | {"action tokens": token_config(), "decided actions": changed(action={"max_prefix": 3})}
 BATCHED["flow, decided actions"] = tiny_config(action=msgspec.structs.replace(flow_config().action, max_prefix=3))
 BATCHED["a prompt that begins alike"] = with_prompt(token_config(), BEGINS_ALIKE)
@@ -536,13 +551,28 @@ BAD_OBSERVATIONS = {
     "nan state": (lambda seen: seen | {"state": [0.0, np.nan, 0.0]}, r"'s1' is nan"),
     "infinite state": (lambda seen: seen | {"state": [0.0, 0.0, np.inf]}, r"'s2' is inf"),
     "short state": (lambda seen: seen | {"state": [0.0]}, r"shape \(1,\)"),
-    "text state": (lambda seen: seen | {"state": "closed"}, r"not a vector of numbers"),
+    "text state": (lambda seen: seen | {"state": "closed"}, r"state is not a vector of numbers: 'closed'"),
+    "numbers as text": (lambda seen: seen | {"state": ["0.1"] * 3}, r"not a vector of numbers"),
+    "complex state": (lambda seen: seen | {"state": np.ones(3, complex)}, r"not a vector of numbers"),
+    "times": (lambda seen: seen | {"state": np.zeros(3, "m8[s]")}, r"not a vector of numbers"),
+    "huge state": (lambda seen: seen | {"state": [10**400] * 3}, r"not a vector of numbers"),
+    "objects as a state": (lambda seen: seen | {"state": np.array([object()] * 99)}, r"not a vector of numbers"),
+    "a state that is no array": (lambda seen: seen | {"state": NoArray()}, r"not a vector of numbers"),
     "empty instruction": (lambda seen: seen | {"instruction": " \n"}, r"instruction is empty"),
-    "no text": (lambda seen: seen | {"instruction": None}, r"instruction is empty"),
-    "unhashable text": (lambda seen: seen | {"instruction": ["open"]}, r"instruction is empty"),
+    "no text": (lambda seen: seen | {"instruction": None}, r"instruction is None, not a text"),
+    "bytes": (lambda seen: seen | {"instruction": b"open"}, r"instruction is b'open', not a text"),
+    "unhashable text": (lambda seen: seen | {"instruction": ["open"]}, r"instruction is \['open'\], not a text"),
+    "half a character": (lambda seen: seen | {"instruction": "open \udcff"}, r"'open \\udcff' cannot become tokens"),
     "long instruction": (lambda seen: seen | {"instruction": "push the button " * 99}, r"shorten it"),
     "special token": (lambda seen: seen | {"instruction": "open <|image_pad|>"}, r"reserved tokens"),
 }
+
+
+class NoArray:
+    """As a tensor of PyTorch that needs a gradient, or lies on a GPU."""
+
+    def __array__(self, *_: Any, **__: Any) -> NDArray[Any]:
+        raise RuntimeError("call detach() first\nor cpu()")
 
 
 def with_image(seen: dict[str, Any], image: Any) -> dict[str, Any]:
@@ -571,9 +601,10 @@ def test_an_answer_that_is_not_finite_is_refused(policy: Policy, monkeypatch: py
         policy.act(observation(policy.config))
 
 
-def test_threads_must_be_positive(policy_file: Path) -> None:
-    with pytest.raises(BitvlaError, match="threads is 0"):
-        bitvla.load(policy_file, threads=0)
+@pytest.mark.parametrize("threads", [0, -1, 1025, 1 << 40, 2.5, "2"])
+def test_a_number_of_threads_that_cannot_be_is_refused(policy_file: Path, threads: Any) -> None:
+    with pytest.raises(BitvlaError, match=f"threads is {threads!r}; give a whole number from 1 to 1024"):
+        bitvla.load(policy_file, threads=threads)
 
 
 def test_unknown_sources_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

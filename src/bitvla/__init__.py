@@ -28,9 +28,10 @@ HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")  # "org/name"
 def load(source: str | os.PathLike[str], threads: int | None = None, prune: float = 0.0) -> Policy:
     """Load a policy from a file, or from the Hugging Face Hub by its id ("org/name").
 
-    `threads` sets how many threads the kernels of this process use (default: as many as it may run on). `prune`, from 0
-    to below 1, is the share of each image's tokens, those that resemble others most, that the decoder does without:
-    faster, and other actions (docs/results.md). Raises BitvlaError for a file that is missing, damaged or not a policy.
+    `threads` sets how many threads the kernels of this process use (default: one for each core it may use). `prune`,
+    from 0 to below 1, is the share of each image's tokens, those that resemble others most, that the decoder does
+    without: faster, and other actions (docs/results.md). Raises BitvlaError for a file that is missing, damaged or not
+    a policy.
     """
     from bitvla.runtime.policy import Policy
 

@@ -143,8 +143,16 @@ class Bundle(Generic[C]):
         return msgspec.json.decode(text, type=_Tokenizer).tokenizer
 
     def rows(self, name: str, indices: NDArray[np.int64]) -> NDArray[np.float32]:
-        """Rows of a matrix, float32 (n, columns); read beside the map, which would make far more of it resident."""
+        """Rows of a matrix, float32 (n, columns); read beside the map, which would make far more of it resident.
+
+        BitvlaError for a row that is not there.
+        """
         table = self.tensors[name]
+        last = int(indices.max(initial=0))
+        if last >= len(table):
+            raise BitvlaError(
+                f"{name} has {len(table)} rows, none of them for token {last}: the tokenizer belongs to another model"
+            )
         if self.file is None:
             return to_float32(table[indices])
         size = table.shape[1] * table.itemsize
@@ -479,13 +487,16 @@ def _parse_document(path: Path, text: bytes, kind: type[C], num_tensors: int) ->
         check(config)
     except BitvlaError as error:
         raise BitvlaError(f"{path}: {error}") from None
-    depths = [config.language.num_layers, len(document.golden)]
+    counts = [config.language.num_layers]
     if config.vision:
-        depths.append(config.vision.num_layers + config.language.num_layers)
+        counts.append(config.vision.num_layers + config.language.num_layers)
     if isinstance(config, PolicyConfig):
-        depths.append(config.action.flow.num_layers if config.action.flow else config.action.head_blocks)
-    if max(depths) > num_tensors:
-        raise BitvlaError(f"{path} is damaged: {max(depths)} layers described, only {num_tensors} tensors present")
+        counts.append(config.action.flow.num_layers if config.action.flow else config.action.head_blocks)
+        counts.append(len(document.golden) * len(config.processing.cameras))
+    if max(counts) > num_tensors:
+        raise BitvlaError(
+            f"{path} is damaged: it describes {max(counts)} layers or golden images, with only {num_tensors} tensors"
+        )
     if config.precision != "ternary":
         raise BitvlaError(f"{path} describes a {config.precision} precision policy; policy files are ternary")
     return document

@@ -19,6 +19,9 @@ from bitvla.errors import BitvlaError, meant
 
 T = TypeVar("T")
 Precision = Literal["full", "bfloat16", "int8", "ternary"]  # of the layers of a flow-matching expert
+MAX_HEAD_SIZE = 256  # values of an attention head that the kernels take (csrc/kernels/kernels.h)
+# Columns of a ternary matrix that the kernels take; rows of the rotary table, which is computed at load.
+_MOST = {"hidden_size": 1 << 18, "intermediate_size": 1 << 18, "max_positions": 1 << 20}
 Model = TypeVar("Model", bound="PolicyConfig | LanguageModelConfig")
 
 
@@ -287,6 +290,7 @@ def _language_rules(language: LanguageConfig) -> list[tuple[bool, str]]:
     return [
         (language.hidden_size % (2 * language.num_heads) == 0, f"language.hidden_size {language.hidden_size} does not "
          f"give an even head size for language.num_heads {language.num_heads}"),
+        _head_rule("language", language.hidden_size, language.num_heads),
         (language.num_heads % language.num_kv_heads == 0, f"language.num_heads {language.num_heads} is not a multiple "
          f"of language.num_kv_heads {language.num_kv_heads}"),
         (language.rope_theta > 0 and language.rms_norm_eps > 0,
@@ -300,6 +304,7 @@ def _vision_rules(vision: VisionConfig) -> list[tuple[bool, str]]:
          f"vision.patch_size {vision.patch_size}"),
         (vision.hidden_size % vision.num_heads == 0, f"vision.hidden_size {vision.hidden_size} is not a multiple of "
          f"vision.num_heads {vision.num_heads}"),
+        _head_rule("vision", vision.hidden_size, vision.num_heads),
         (vision.layer_norm_eps > 0, f"vision.layer_norm_eps {vision.layer_norm_eps} is not positive"),
     ]  # fmt: skip
 
@@ -312,9 +317,15 @@ def _flow_rules(action: ActionConfig) -> list[tuple[bool, str]]:
         (not action.bins, "action.flow and action.bins are two kinds of actions; leave out one of them"),
         (flow.hidden_size % 2 == 0 and flow.hidden_size % flow.num_heads == 0, f"action.flow.hidden_size "
          f"{flow.hidden_size} is not even, or not a multiple of action.flow.num_heads {flow.num_heads}"),
+        _head_rule("action.flow", flow.hidden_size, flow.num_heads),
         (flow.steps <= 1000, f"action.flow.steps is {flow.steps}; more than 1000 are a mistake"),
         (flow.layer_norm_eps > 0, f"action.flow.layer_norm_eps {flow.layer_norm_eps} is not positive"),
     ]  # fmt: skip
+
+
+def _head_rule(section: str, hidden_size: int, num_heads: int) -> tuple[bool, str]:
+    return (hidden_size <= num_heads * MAX_HEAD_SIZE, f"{section}.hidden_size {hidden_size} gives each of "
+            f"{section}.num_heads {num_heads} more than {MAX_HEAD_SIZE} values")  # fmt: skip
 
 
 def _sight_rules(config: LanguageModelConfig) -> list[tuple[bool, str]]:
@@ -358,9 +369,9 @@ def _check_sizes(config: PolicyConfig | LanguageModelConfig) -> None:
     for section, value in sections.items():
         for field in value.__struct_fields__:
             size = getattr(value, field)
-            least, limit = 0 if field in optional | absent else 1, 1 if field in absent else 1 << 24
-            if type(size) is int and not least <= size < limit:
-                allowed = f"0, as {why}" if field in absent else f"a size from {least}"
+            least, most = 0 if field in optional | absent else 1, 0 if field in absent else _MOST.get(field, 1 << 24)
+            if type(size) is int and not least <= size <= most:
+                allowed = f"0, as {why}" if field in absent else f"a size from {least} to {most}"
                 raise BitvlaError(f"policy configuration: {section}.{field} is {size}; it must be {allowed}")
 
 

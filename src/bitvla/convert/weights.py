@@ -49,7 +49,7 @@ class Weights:
             with safetensors(place.path, "pt") as file:
                 tensor = file.get_tensor(place.key)
         else:
-            tensor = place.loaded
+            tensor = place.loaded.detach()  # it may have been saved as a parameter
         if tensor.dtype == torch.bfloat16:
             tensor = tensor.view(torch.uint16)
         elif tensor.dtype == torch.float16:

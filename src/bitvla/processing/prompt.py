@@ -45,7 +45,7 @@ class Prompt:
                 f"the tokenizer has {size} tokens, the policy's embedding only {config.language.vocab_size} rows: "
                 "this tokenizer belongs to another model"
             )
-        said = self._reserved & {self.image_id, *tokenizer.encode(self._prompt.template, add_special_tokens=False).ids}
+        said = self._reserved & {self.image_id, *encode(tokenizer, self._prompt.template)}
         if config.action.bins and max(said, default=0) >= config.language.vocab_size - config.action.bins:
             raise BitvlaError(
                 f"the prompt's token {tokenizer.id_to_token(max(said))} (id {max(said)}) is one of the last "
@@ -56,16 +56,18 @@ class Prompt:
     def ids(self, instruction: str) -> NDArray[np.int64]:
         """Token ids (length,) of the whole sequence for `instruction`.
 
-        Raises BitvlaError for an instruction that is empty, too long, or would smuggle in special tokens.
+        Raises BitvlaError for an instruction that is no text, empty, too long, or would smuggle in special tokens.
         """
-        if not isinstance(instruction, str) or not instruction.strip():
+        if not isinstance(instruction, str):
+            raise BitvlaError(f"the instruction is {instruction!r:.60}, not a text; say what the robot should do")
+        if not instruction.strip():
             raise BitvlaError(f"the instruction is empty ({instruction!r}); say what the robot should do")
         if len(instruction) > LONGEST_INSTRUCTION:
             raise BitvlaError(f"the instruction has {len(instruction)} characters; shorten it ({instruction[:40]}...)")
         text = " ".join(instruction.split())
         if self._prompt.lower_case:
             text = text.lower()
-        words = self._tokenizer.encode(text, add_special_tokens=False).ids
+        words = encode(self._tokenizer, text)
         if self._reserved & set(words):
             raise BitvlaError(f"the instruction contains reserved tokens ({text[:60]!r}); remove them")
         length = len(words)
@@ -75,7 +77,7 @@ class Prompt:
                 f"{self._prompt.max_instruction_tokens}; shorten it ({text[:40]}...)"
             )
         filled = self._prompt.template.replace("{images}", self._images).replace("{instruction}", text)
-        ids = self._tokenizer.encode(filled, add_special_tokens=False).ids
+        ids = encode(self._tokenizer, filled)
         end = [*[SLOT_ID] * self._num_slots, self.stop_id] if self._num_slots else []
         return np.asarray([*ids, *end], dtype=np.int64)
 
@@ -109,8 +111,7 @@ class Chat:
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text, whose special tokens count as such."""
-        ids: list[int] = self.tokenizer.encode(text, add_special_tokens=False).ids
-        return ids
+        return encode(self.tokenizer, text)
 
     def begin(self) -> list[int]:
         """What every conversation begins with."""
@@ -141,6 +142,17 @@ class Chat:
     def _check_reserved(self, name: str, text: str) -> None:
         if self._reserved & set(self.encode(text)):
             raise BitvlaError(f"the {name} contains reserved tokens ({text[:60]!r}); remove them")
+
+
+def encode(tokenizer: Tokenizer, text: str) -> list[int]:
+    """Token ids of a text, whose special tokens count as such; BitvlaError for one that has none."""
+    try:
+        ids: list[int] = tokenizer.encode(text, add_special_tokens=False).ids
+    except Exception:  # of the library: half a surrogate pair, which a byte that is not UTF-8 becomes, is "no str"
+        raise BitvlaError(
+            f"{text[:60]!r} cannot become tokens: a character in it is not Unicode, or the tokenizer lacks it"
+        ) from None
+    return ids
 
 
 def special_id(tokenizer: Tokenizer, token: str) -> int:

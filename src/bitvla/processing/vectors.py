@@ -13,10 +13,7 @@ _EPSILON = np.float32(1e-8)
 
 def check_state(state: object, statistics: Statistics) -> NDArray[np.float32]:
     """Return `state` as float32 (state_dim,) if it is finite and has the right length; otherwise BitvlaError."""
-    try:
-        vector = np.asarray(state, dtype=np.float32)
-    except (TypeError, ValueError):
-        raise BitvlaError(f"the state is not a vector of numbers: {state!r}") from None
+    vector = _numbers(state, "the state is not a vector of numbers")
     if vector.shape != (len(statistics.names),):
         raise BitvlaError(
             f"the state has shape {vector.shape}; the policy needs ({len(statistics.names)},): "
@@ -26,6 +23,17 @@ def check_state(state: object, statistics: Statistics) -> NDArray[np.float32]:
         if not np.isfinite(value):
             raise BitvlaError(f"the state '{name}' is {value}; refusing to act on it. Check the sensor")
     return vector
+
+
+def _numbers(given: object, otherwise: str) -> NDArray[np.float32]:
+    """What a robot gave, as float32 in C order; BitvlaError, `otherwise`, where it is text, complex, ragged ..."""
+    try:
+        values = np.asarray(given)
+    except Exception:  # ragged lists have NumPy's errors, tensors on a GPU those of their library
+        values = np.empty(0, object)
+    if values.dtype.kind not in "biuf":
+        raise BitvlaError(f"{otherwise}: {' '.join(repr(given).split()):.80}")
+    return np.asarray(values, np.float32, order="C")
 
 
 def normalize(values: NDArray[np.float32], statistics: Statistics) -> NDArray[np.float32]:
@@ -76,10 +84,7 @@ def check_prefix(prefix: object, config: PolicyConfig) -> NDArray[np.float32]:
     None is no action, and is all that a policy takes which was not trained for a prefix.
     """
     most, dim = config.action.max_prefix, config.action.dim
-    try:
-        actions = np.asarray(np.empty((0, dim)) if prefix is None else prefix, dtype=np.float32)
-    except (TypeError, ValueError, OverflowError):
-        raise BitvlaError(f"the prefix is not an array of actions: {prefix!r}"[:200]) from None
+    actions = _numbers(np.empty((0, dim)) if prefix is None else prefix, "the prefix is not an array of actions")
     if actions.ndim != 2 or actions.shape[1] != dim:
         raise BitvlaError(f"the prefix has shape {actions.shape}; the policy needs (n, {dim}), a row an action")
     if len(actions) > most:

@@ -232,7 +232,13 @@ def _writing(path: Path, threads: int | None, repeats: int) -> dict[str, Any]:
 
 
 def token_times(model: LanguageModel, tokens: int) -> NDArray[np.float64]:
-    """Milliseconds of each token (tokens, parts) after a prompt; which tokens they are costs nothing more or less."""
+    """Milliseconds of each token (tokens, parts) after a prompt; which tokens they are costs nothing more or less.
+
+    BitvlaError where they are more than the model was built for.
+    """
+    most = model.config.language.max_positions
+    if PROMPT_TOKENS + WARM_UP + tokens > most:
+        raise BitvlaError(f"{tokens} tokens after {PROMPT_TOKENS + WARM_UP} do not fit into the {most} of the model")
     cache = Cache(model.config.language, PROMPT_TOKENS + WARM_UP + tokens)
     model.logits([0] * PROMPT_TOKENS, cache)
     times = []
@@ -247,6 +253,7 @@ def _startup(path: Path, threads: int, views: int, prune: float, batch: int) -> 
     command = [sys.executable, "-c", _STARTUP, *map(str, (path, threads, views, prune, batch))]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
-        raise BitvlaError(f"a fresh process could not run the policy: {done.stderr.strip().splitlines()[-1]}")
+        said = done.stderr.strip().splitlines() or [f"it ended with status {done.returncode}"]  # killed, for its memory
+        raise BitvlaError(f"a fresh process could not run the policy: {said[-1]}")
     result: dict[str, Any] = json.loads(done.stdout)
     return result

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import statistics
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,19 +30,17 @@ def chat(
     seen = [read_image(path) for path in images]
     conversation = Conversation(LanguageModel.load(source, threads))
     if prompt is None and not sys.stdin.isatty():
-        prompt = sys.stdin.read()
+        prompt = _given(sys.stdin.read)
     if prompt is not None:
         _print_answer(conversation, prompt, seen, max_tokens, sampler)
         return
     while True:
         try:
-            prompt = input("> ")
+            _print_answer(conversation, _given(partial(input, "> ")), seen, max_tokens, sampler)
+            seen = []
         except EOFError:
             print()
             return
-        try:
-            _print_answer(conversation, prompt, seen, max_tokens, sampler)
-            seen = []
         except BitvlaError as error:  # such a prompt is not a reason to end the conversation
             print(f"error: {error}", file=sys.stderr)
 
@@ -58,7 +57,7 @@ def answer(
     """The answer to `prompt`, or to standard input, as a record: the text, its tokens, and milliseconds."""
     seen = [read_image(path) for path in images]
     conversation = Conversation(LanguageModel.load(source, threads))
-    prompt = sys.stdin.read() if prompt is None else prompt
+    prompt = _given(sys.stdin.read) if prompt is None else prompt
     text = "".join(conversation.say(prompt, images=seen, max_tokens=max_tokens, sampler=sampler))
     first, *others = conversation.milliseconds
     return {
@@ -71,6 +70,16 @@ def answer(
         "prompt_ms": first,
         "ms_a_token": statistics.median(others) if others else None,
     }
+
+
+def _given(read: Callable[[], str]) -> str:
+    """What `read` finds on standard input; BitvlaError where that is not text."""
+    try:
+        return read()
+    except UnicodeDecodeError as error:
+        raise BitvlaError(
+            f"standard input is not {error.encoding} text: {error.reason}, at byte {error.start}"
+        ) from None
 
 
 def _print_answer(

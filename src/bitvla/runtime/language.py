@@ -12,14 +12,13 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers.decoders import DecodeStream
 
-import bitvla._native as native
 from bitvla.bundle import Bundle, read_language_model
 from bitvla.config import LanguageModelConfig
 from bitvla.errors import BitvlaError
 from bitvla.processing.images import image_patches
 from bitvla.processing.prompt import NO_TOWER, Chat
 from bitvla.runtime.network import Cache, Decoder, Floats, Linear, Span, VisionTower, Workspace, stored_linear
-from bitvla.runtime.policy import parse_tokenizer
+from bitvla.runtime.policy import parse_tokenizer, use_threads
 from bitvla.runtime.selftest import choose_isa
 
 Image = NDArray[np.uint8]
@@ -71,8 +70,7 @@ class LanguageModel:
     @classmethod
     def load(cls, path: Path, threads: int | None = None) -> LanguageModel:
         """Load the file of a language model. BitvlaError where it is missing, damaged or a policy."""
-        if threads is not None:
-            native.set_num_threads(threads)
+        use_threads(threads)
         return cls(read_language_model(Path(path)))
 
     @property

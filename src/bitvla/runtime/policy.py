@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -33,7 +34,7 @@ _MAX_PLANS = 256  # instructions whose token ids are remembered
 
 
 class Policy:
-    """A loaded policy. Not for use by several threads at once: its buffers are used again by every call.
+    """A loaded policy. Threads that call it wait for each other, since its buffers are used again by every call.
 
     `timings` holds the milliseconds that each part of the last call took, by the names in `PARTS`.
     """
@@ -48,14 +49,12 @@ class Policy:
         self.isa = choose_isa(self.network.parts)
         self.timings = dict.fromkeys(PARTS, 0.0)
         self._plans: dict[str, Plan] = {}
+        self._calling = threading.Lock()
 
     @classmethod
     def load(cls, path: Path, threads: int | None = None, prune: float = 0.0) -> Policy:
         """Load a policy file; see `bitvla.load`."""
-        if threads is not None:
-            if threads < 1:
-                raise BitvlaError(f"threads is {threads}; give a number from 1")
-            native.set_num_threads(threads)
+        use_threads(threads)
         return cls(read(path), prune)
 
     @property
@@ -83,6 +82,10 @@ class Policy:
         `prefixes`: one, or None, for each observation. Raises BitvlaError where there is none, or where
         any of it is unusable.
         """
+        with self._calling:
+            return self._act_batch(observations, prefixes)
+
+    def _act_batch(self, observations: Sequence[object], prefixes: Sequence[object] | None) -> NDArray[np.float32]:
         times = [time.perf_counter()]
         prefixes = [None] * len(observations) if prefixes is None else prefixes
         patches, plans, states, given = self._preprocess(observations, prefixes)
@@ -172,9 +175,26 @@ class Policy:
         return prompt
 
 
-def parse_tokenizer(text: str) -> Tokenizer:
-    """The tokenizer from the text of its tokenizer.json; BitvlaError when it is not one."""
+def use_threads(threads: int | None) -> None:
+    """Have the kernels of this process use so many threads; None leaves their number. BitvlaError for an impossible
+    one."""
+    if threads is None:
+        return
     try:
-        return Tokenizer.from_str(text)
+        native.set_num_threads(threads)
+    except (TypeError, ValueError):
+        raise BitvlaError(f"threads is {threads!r}; give a whole number from 1 to 1024") from None
+
+
+def parse_tokenizer(text: str) -> Tokenizer:
+    """The tokenizer from the text of its tokenizer.json; BitvlaError when it is not one.
+
+    It neither shortens nor fills texts, whatever it did in training: the file keeps that.
+    """
+    try:
+        tokenizer = Tokenizer.from_str(text)
     except Exception as error:  # the library raises plain Exception
         raise BitvlaError(f"the policy's tokenizer is damaged: {error}") from None
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer

@@ -1,7 +1,7 @@
 """One policy, many robots: what is the same whichever dialect they speak.
 
-Everything here runs on the event loop, except the policy itself: it lives in one worker thread, since a policy is not
-for several threads at once, and the loop must keep answering while it computes. A session has room for one waiting
+Everything here runs on the event loop, except the policy itself: it lives in one worker thread, since the loop must
+keep answering while it computes, and calls of a policy wait for each other. A session has room for one waiting
 observation; a newer one takes its place. So at most one observation a robot waits, sessions take turns in the order in
 which they asked, and nothing piles up. What waits when the policy becomes free is computed together, where that is
 faster; nothing waits for company.
