@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import time
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from threading import Thread
@@ -378,6 +379,24 @@ def batches(windows: Dataset[Any], steps: range, workers: int = 1) -> Iterator[W
         if isinstance(batch, BitvlaError):
             raise batch
         yield batch
+
+
+@contextlib.contextmanager
+def workers_alive() -> Iterator[None]:
+    """A BitvlaError where a process that prepares batches was ended: PyTorch says so whatever the main one is doing."""
+    try:
+        try:
+            yield
+        except (ConnectionError, EOFError):  # it was sending a batch; PyTorch's own error is about to come
+            time.sleep(1)
+            raise
+    except RuntimeError as error:
+        if not str(error).startswith("DataLoader worker (pid"):
+            raise
+        raise BitvlaError(
+            f"a process that prepares batches was ended from outside ({' '.join(str(error).split())}), as where memory "
+            "or shared memory (/dev/shm) runs out; give more of it or fewer workers, and run the same command again"
+        ) from None
 
 
 def _flowing(window: Window, decided: Tensor, chances: Tensor) -> Window:

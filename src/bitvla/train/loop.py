@@ -44,7 +44,7 @@ from bitvla.model.network import Backbone, BitVLA, checkpoint_activations, layer
 from bitvla.model.policy import TorchPolicy
 from bitvla.processing.prompt import Prompt, train_tokenizer
 from bitvla.train import stages
-from bitvla.train.batches import Mixture, TokenWindow, Window, Windows, batches
+from bitvla.train.batches import Mixture, TokenWindow, Window, Windows, batches, workers_alive
 from bitvla.train.config import (
     FREE_TO_CHANGE,
     NO_POLICY,
@@ -284,7 +284,7 @@ class Trainer:
         steps = range(self.step * passes, config.steps * passes)
         losses: dict[str, float] = {}
         latest: list[stages.Losses] = []
-        with _interruptible() as interrupted, self._progress() as progress:
+        with _interruptible() as interrupted, workers_alive(), self._progress() as progress:
             bar = progress.add_task(self.stage, total=config.steps, completed=self.step, losses="")
             for number, window in zip(steps, batches(self.windows, steps, config.workers), strict=True):
                 self.number = number
