@@ -432,8 +432,8 @@ def _group_bytes(dataset: LeRobotDataset, cameras: Sequence[str]) -> int | None:
         return None
     if limit < 8 * sizes.max():
         raise BitvlaError(
-            f"--cache-size is too small for {dataset.name}: {limit / 1e6:.0f} MB, of which its longest episode takes "
-            f"{sizes.max() / 1e6:.0f} MB; give at least {8 * sizes.max() / 1e6:.0f} MB"
+            f"--cache-size is too small for {dataset.name}: its share is {limit / 1e6:.2f} MB, of which its longest "
+            f"episode takes {sizes.max() / 1e6:.2f} MB; make the share at least {math.ceil(8 * sizes.max() / 1e6)} MB"
         )
     return int(limit // 4 - sizes.max())
 

@@ -24,6 +24,7 @@ from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs, set_seed
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from safetensors import SafetensorError
 from tokenizers import Tokenizer
 from torch import Tensor
 from torch._functorch import config as functorch
@@ -506,9 +507,16 @@ class Trainer:
         console.print(f"step {self.step}: validation {shown}")
         self._record({f"validation_{k}": v for k, v in validation.items()})
         provenance = {**self.provenance, "steps": self.step, "validation": validation}
-        save_checkpoint(self.out, self.averaged.cpu(), self.tokenizer, self._golden(), provenance)
-        temporary = self.out / (STATE_FILE + ".tmp")
-        torch.save(state, temporary)
+        golden, temporary = self._golden(), self.out / (STATE_FILE + ".tmp")
+        try:
+            save_checkpoint(self.out, self.averaged.cpu(), self.tokenizer, golden, provenance)
+            torch.save(state, temporary)
+        except (RuntimeError, SafetensorError) as error:  # as PyTorch and safetensors tell of a full disk
+            temporary.unlink(missing_ok=True)
+            raise BitvlaError(
+                f"the checkpoint of step {self.step} cannot be written to {self.out} ({' '.join(str(error).split())}); "
+                "free some space and run the same command again"
+            ) from None
         os.replace(temporary, self.out / STATE_FILE)
 
     @torch.no_grad()
