@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from bitvla.data import lerobot
 from bitvla.data.lerobot import LeRobotDataset
 from bitvla.errors import BitvlaError
 from datasets import make_writer, random_episode, write_dataset
@@ -38,11 +39,13 @@ def test_what_is_written_is_read(written):
     assert data.episodes["recovery"].tolist() == [True, False, False, False, False, True]
 
 
-def test_an_episode_that_lacks_a_vector_is_refused(tmp_path):
+def test_an_episode_of_other_vectors_or_pictures_is_refused(tmp_path):
     writer, episode = make_writer(tmp_path / "d"), random_episode(0)
     vectors = {key: values for key, values in episode.vectors.items() if key != "observation.state"}
-    with pytest.raises(BitvlaError, match=r"episode 0 has the vectors action, .* holds action, .*observation\.state"):
+    with pytest.raises(BitvlaError, match=r"'observation\.state' of episode 0 has the shape None; .* needs \(12, 3\)"):
         writer.append([type(episode)(episode.images, vectors, episode.task)])
+    with pytest.raises(BitvlaError, match=r"images\.front' of episode 1 has the shape \(12, 20, 20, 3\); .* 16, 16, 3"):
+        writer.append([episode, random_episode(1, size=20)])  # which the encoder would stretch
     assert writer.num_episodes == 0
 
 
@@ -83,8 +86,6 @@ def test_any_lengths_round_trip(tmp_path_factory, lengths):
 
 
 def test_an_interrupted_batch_leaves_the_dataset_as_it_was(dataset, monkeypatch):
-    from bitvla.data import lerobot
-
     before = LeRobotDataset(dataset).action
 
     def full_disk(path, value):
@@ -104,6 +105,13 @@ def edit_info(root, **changes):
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
+def edit_feature(root, key, shape):
+    """Another shape of a feature, or None to have no such feature."""
+    features = json.loads((root / "meta" / "info.json").read_text())["features"]
+    feature = features.pop(key)
+    edit_info(root, features=features if shape is None else features | {key: feature | {"shape": shape}})
+
+
 EPISODES, TASKS = "meta/episodes/chunk-000/file-000.parquet", "meta/tasks.parquet"
 
 
@@ -120,6 +128,16 @@ def edit_table(root, name, edit):
 def poisoned(table):
     table.at[30, "action"] = np.array([np.nan, 0, 0], np.float32)
     return table
+
+
+def edit_frame(root, frame, column, value):
+    edit_frames(root, lambda table: table.assign(**{column: table[column].where(table.index != frame, value)}))
+
+
+def lost_a_frame(table):
+    """The encoder did, of the first episode: the second one begins a frame early."""
+    begin = "videos/observation.images.front/from_timestamp"
+    return table.assign(**{begin: table[begin].where(table["episode_index"] != 1, table[begin] - 0.1)})
 
 
 @pytest.mark.parametrize(
@@ -149,15 +167,50 @@ def poisoned(table):
             lambda root: edit_table(root, TASKS, lambda table: table.reset_index(drop=True)),
             "no sentence for the task 0",
         ),
+        (lambda root: edit_frame(root, 30, "frame_index", 7), "episode 2 .* frames are not numbered from 0 on"),
+        (lambda root: edit_frame(root, 30, "task_index", 1), "episode 2 .* has 2 tasks, and is trained with one"),
+        (lambda root: edit_table(root, EPISODES, lost_a_frame), "fewer frames of episode 0 than its table"),
+        (lambda root: edit_info(root, total_episodes=5), "its episodes have 60 frames, its tables 72"),
         (lambda root: edit_info(root, fps=0), "has an fps of 0: write the rate"),
         (lambda root: edit_info(root, features={"action": {"shape": [3]}}), "missing required field `dtype`"),
         (lambda root: edit_info(root, video_path=None), "no video_path"),
+        (lambda root: edit_feature(root, "observation.images.front", None), "no camera: .* called observation.images"),
+        (lambda root: edit_feature(root, "observation.images.front", [16, 16]), r"shape \[16, 16\]; it must be height"),
+        (lambda root: edit_feature(root, "observation.state", None), "has no 'observation.state'$"),
     ],
 )
 def test_a_broken_dataset_is_refused(dataset, break_it, message):
     break_it(dataset)
     with pytest.raises(BitvlaError, match=message):
         LeRobotDataset(dataset)
+
+
+def test_one_value_may_be_a_plain_number(dataset):
+    """As LeRobot stores a feature of the shape (1,)."""
+    for name in ("data/chunk-000/file-000.parquet", "data/chunk-000/file-001.parquet"):
+        edit_table(dataset, name, lambda table: table.assign(action=[row[0] for row in table["action"]]))
+    edit_feature(dataset, "action", [1])
+    assert np.array_equal(
+        LeRobotDataset(dataset).action, np.concatenate([random_episode(i).vectors["action"][:, :1] for i in range(6)])
+    )
+
+
+def test_a_picture_that_never_reached_the_disk_is_decoded_again(dataset):
+    before = LeRobotDataset(dataset).images("front")[3]
+    for path in (dataset / ".cache").rglob("*.rgb"):
+        path.write_bytes(path.read_bytes()[:-3000])  # as where the machine went down
+    images = LeRobotDataset(dataset).images("front")
+    assert np.array_equal(images[3], before)
+    assert images[11].shape == (16, 16, 3)
+
+
+def test_files_beyond_the_first_chunk_are_kept_apart(tmp_path, monkeypatch):
+    """By writers that are opened anew, as each run of a robot has one."""
+    monkeypatch.setattr(lerobot, "_FILES_PER_CHUNK", 2)
+    for i in range(4):
+        make_writer(tmp_path / "d").append([random_episode(i)])
+    episodes = [random_episode(i).vectors["observation.state"] for i in range(4)]
+    assert np.array_equal(LeRobotDataset(tmp_path / "d").state, np.concatenate(episodes))
 
 
 def test_a_truncated_video_is_refused_and_leaves_no_cache(dataset):

@@ -154,6 +154,24 @@ def test_missing_and_constant_statistics(dataset):
     assert "q01 and q99" in action.value
 
 
+@pytest.mark.parametrize("key", ["action", "observation.state"])
+def test_what_training_refuses_does_not_pass(dataset, key):
+    """Not one vector of an episode: the dataset has none."""
+    path = dataset / "meta" / "info.json"
+    info = json.loads(path.read_text())
+    del info["features"][key]
+    path.write_text(json.dumps(info))
+    (finding,) = check(dataset).findings
+    assert (finding.check, finding.grade) == ("training", "error")
+    assert f"has no '{key}'" in finding.value
+
+
+@pytest.mark.parametrize("content", ["null", '{"action": [1]}'])
+def test_statistics_that_are_none(dataset, content):
+    (dataset / "meta" / "stats.json").write_text(content)
+    assert {finding.subject for finding in check(dataset).findings} == {"'observation.state'", "'action'"}
+
+
 def test_statistics_without_a_list(dataset):
     change_statistics(dataset, lambda stats: stats["observation.state"].update(q01=0.5))
     (finding,) = check(dataset).findings

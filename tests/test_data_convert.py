@@ -226,6 +226,15 @@ def test_damaged_records_are_refused(tmp_path, changes, spoil, message):
         convert(source, tmp_path / "out")
 
 
+def test_a_source_that_changed_is_not_gone_on_with(tmp_path):
+    """More of it is found in another order."""
+    source = write_hdf5(tmp_path / "source", "m_demo.hdf5")
+    convert(source, tmp_path / "out")
+    write_hdf5(source, "a_demo.hdf5")
+    with pytest.raises(BitvlaError, match="no longer begins with the 2 demonstrations that"):
+        convert(source, tmp_path / "out")
+
+
 def test_other_folders_are_refused(tmp_path):
     with pytest.raises(BitvlaError, match="holds neither HDF5 files"):
         convert(tmp_path, tmp_path / "out")

@@ -2,7 +2,9 @@
 
 import io
 import json
+import os
 import shutil
+import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -145,9 +147,10 @@ def test_published_data_are_checked(published):
             r"data.libero.cameras names 'imgae', .* has image, image2; did you mean 'image'",
         ),
         (Conventions(cameras={"front": "observation.images.image"}), "cameras names 'observation.images.image'"),
+        (Conventions(control_hz=0), "data.libero.control_hz must be positive, it is 0"),
     ],
 )
-def test_cameras_that_are_not_there_are_refused(published, conventions, message):
+def test_conventions_that_cannot_be_are_refused(published, conventions, message):
     with pytest.raises(BitvlaError, match=message):
         LeRobotDataset(published, conventions)
 
@@ -249,7 +252,7 @@ def test_a_run_streams_in_bounded_space(data, far, tmp_path):
     assert 0 < on_disk(tmp_path / "caches") <= CACHE
     with pytest.raises(BitvlaError, match="another configuration, data or start"):
         run("finetune", config, far, tmp_path / "far", cache_bytes=CACHE + EPISODE)
-    with pytest.raises(BitvlaError, match="--cache-size is too small for random: 0 MB"):
+    with pytest.raises(BitvlaError, match=r"too small for random: its share is 0\.06 MB, .* at least 1 MB"):
         run("finetune", config, far, tmp_path / "small", cache_bytes=7 * EPISODE)
 
 
@@ -259,6 +262,19 @@ def test_a_truncated_video_ends_a_streaming_run_with_one_line(far, tmp_path):
     with pytest.raises(BitvlaError, match=r"file-000.mp4 (cannot be decoded|has \d+ of the 12 frames)") as error:
         list(batches.batches(windows(LeRobotDataset(far, cache_bytes=CACHE), tmp_path), range(30)))
     assert "Traceback" not in str(error.value)
+
+
+def test_a_loader_that_is_killed_ends_a_run_with_one_line(data, tmp_path, monkeypatch):
+    real = batches.Windows.__getitem__
+
+    def killed(windows, step):
+        if step == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return real(windows, step)
+
+    monkeypatch.setattr(batches.Windows, "__getitem__", killed)
+    with pytest.raises(BitvlaError, match=r"ended from outside \(DataLoader worker .*\), .* fewer workers"):
+        run("finetune", write_config(tmp_path), data, tmp_path / "out")
 
 
 def test_fsspec_keeps_what_was_fetched(far, tmp_path, monkeypatch):

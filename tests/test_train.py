@@ -4,6 +4,7 @@ import json
 import math
 import os
 import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -201,6 +202,18 @@ def test_a_gradient_that_is_not_finite_moves_nothing(data, tmp_path, monkeypatch
     ):
         run("finetune", write_config(tmp_path, clip_gradient=0), data, tmp_path / "out")
     assert not (tmp_path / "out" / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize("size", [100_000, 300_000])  # less than the weights, and than the state of the run
+def test_a_checkpoint_that_the_disk_refuses_is_one_line(data, tmp_path, size):
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        with pytest.raises(BitvlaError, match=r"the checkpoint of step 2 cannot be written to .*; free some space"):
+            run("finetune", write_config(tmp_path, steps=2), data, tmp_path / "out")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert not list((tmp_path / "out").glob("*.tmp"))
 
 
 def test_ctrl_c_is_heard_while_videos_are_decoded(data, tmp_path, monkeypatch):

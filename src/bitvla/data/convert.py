@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from bitvla.config import Record, to_dict
 from bitvla.data import hdf5, rlds
-from bitvla.data.lerobot import Episode, LeRobotWriter, claim, read_info
+from bitvla.data.lerobot import Episode, LeRobotWriter, claim, read_episodes, read_info
 from bitvla.errors import BitvlaError
 
 NO_OP = 1e-4  # norm of an action without its gripper, below which it does nothing (OpenVLA-OFT)
@@ -63,7 +63,13 @@ def convert(
     )
     demonstrations = [one for path in files for one in layout.demonstrations(path, chosen)]
     with claim(out, "conversion", to_dict(settings)):
-        done = read_info(out)["total_episodes"] if (out / "meta" / "info.json").exists() else 0
+        kept = read_episodes(out, read_info(out))["source"] if (out / "meta" / "info.json").exists() else []
+        done = len(kept)
+        if list(kept) != [name for name, _ in demonstrations[:done]]:
+            raise BitvlaError(
+                f"{source} no longer begins with the {done} demonstrations that {out} was converted from; convert all "
+                "of it into another folder"
+            )
         frames, dropped, batch = 0, 0, list[Episode]()
         for number, (name, read) in enumerate(demonstrations[done:], start=done + 1):
             whole = read()

@@ -17,6 +17,7 @@ import fcntl
 import hashlib
 import io
 import json
+import math
 import os
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -48,6 +49,7 @@ _DATA_PATH = "data/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet"
 _VIDEO_PATH = "videos/{video_key}/chunk-{chunk_index:03d}/file-{file_index:03d}.mp4"
 _EPISODES_PATH = "meta/episodes/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet"
 _FILES_PER_CHUNK = 1000
+_PLACE = ["data/chunk_index", "data/file_index"]  # of an episode's table
 _DEFAULT_FEATURES = {
     "timestamp": {"dtype": "float32", "shape": [1], "names": None},
     "frame_index": {"dtype": "int64", "shape": [1], "names": None},
@@ -153,7 +155,7 @@ class LeRobotWriter:
                     f"{self.root} holds a dataset with other features or another rate; choose another folder"
                 )
             self._info = info
-            self._files = len(read_episodes(self.root, info)["data/file_index"].unique())
+            self._files = len(read_episodes(self.root, info)[_PLACE].drop_duplicates())
 
     @property
     def num_episodes(self) -> int:
@@ -161,14 +163,18 @@ class LeRobotWriter:
 
     def append(self, episodes: Sequence[Episode]) -> None:
         """Add `episodes` as one batch: all of them or, when anything fails, none."""
-        wanted = {key for key, feature in self._info["features"].items() if feature["dtype"] == "float32"}
-        wanted -= set(_DEFAULT_FEATURES)
+        features = {key: feature for key, feature in self._info["features"].items() if key not in _DEFAULT_FEATURES}
         for index, episode in enumerate(episodes, start=self.num_episodes):
-            if set(episode.vectors) != wanted:
-                raise BitvlaError(
-                    f"episode {index} has the vectors {', '.join(sorted(episode.vectors))}; the dataset "
-                    f"{self.root} holds {', '.join(sorted(wanted))}"
-                )
+            images = {IMAGE_PREFIX + camera: frames.shape for camera, frames in episode.images.items()}
+            found = {key: values.shape for key, values in episode.vectors.items()} | images
+            length = max(shape[0] for shape in found.values())
+            wanted = {key: (length, *feature["shape"]) for key, feature in features.items()}
+            for key in sorted(found.keys() | wanted.keys()):
+                if found.get(key) != wanted.get(key):  # the encoder would stretch pictures of another size
+                    raise BitvlaError(
+                        f"'{key}' of episode {index} has the shape {found.get(key)}; the dataset {self.root} needs "
+                        f"{wanted.get(key)}"
+                    )
         place = {"chunk_index": self._files // _FILES_PER_CHUNK, "file_index": self._files % _FILES_PER_CHUNK}
         tasks = self._tasks(episodes)
         rows = self._episode_rows(episodes, place)
@@ -278,8 +284,12 @@ class LeRobotDataset:
         self.name, self.root, self._source = name_of(source), locate(source), os.fspath(source)
         self.info = read_info(self.root)
         self.features: dict[str, Any] = self.info["features"]
-        self.fps = float(conventions.control_hz or self.info["fps"])
+        self.fps = float(self.info["fps"] if conventions.control_hz is None else conventions.control_hz)
+        if not 0 < self.fps < math.inf:
+            raise BitvlaError(f"data.{self.name}.control_hz must be positive, it is {self.fps:g}")
         stored = cameras_of(self.features)
+        if not stored:
+            raise BitvlaError(f"the dataset {self.root} has no camera: no video or image called {IMAGE_PREFIX}NAME")
         # The name of each camera here, and in the data.
         self._cameras = conventions.cameras or {camera: camera for camera in stored}
         for camera in self._cameras.values():
@@ -356,11 +366,17 @@ class LeRobotDataset:
         tasks = read_table(path, needed=["task_index"])
         said = tasks.get("task", tasks.index)  # LeRobot has it as the index
         names = dict(zip(tasks["task_index"], said, strict=True))
-        first = self._frames["task_index"].to_numpy()[[begin for begin, _ in self.episode_ranges]]
-        for episode, number in enumerate(first):
+        numbers = self._frames["task_index"].to_numpy()
+        for episode, (begin, end) in enumerate(self.episode_ranges):
+            number, *others = np.unique(numbers[begin:end])
+            if others:
+                raise BitvlaError(
+                    f"episode {episode} of {self.root} has {1 + len(others)} tasks, and is trained with one sentence; "
+                    "make each part an episode"
+                )
             if not isinstance(names.get(number), str):
                 raise BitvlaError(f"{path} has no sentence for the task {number} of episode {episode}; copy it again")
-        return [names[number] for number in first]
+        return [names[numbers[begin]] for begin, _ in self.episode_ranges]
 
     def shape(self, camera: str) -> tuple[int, int, int]:
         """Height, width and 3 of the pictures of `camera`; BitvlaError where there is no such camera."""
@@ -393,7 +409,7 @@ class LeRobotDataset:
         return (here or user_cache()) / hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
 
     def _frame_table(self) -> pd.DataFrame:
-        places = self.episodes[["data/chunk_index", "data/file_index"]].drop_duplicates()
+        places = self.episodes[_PLACE].drop_duplicates()
         pictures = {key for key, feature in self.features.items() if feature["dtype"] == "image"}
         needed = ("episode_index", "frame_index", "task_index")
         tables = [
@@ -407,11 +423,12 @@ class LeRobotDataset:
 
     def vectors(self, key: str) -> NDArray[np.float32]:
         """A feature of every frame, float32 (N, n); BitvlaError where it is missing or not finite."""
-        size = self.features.get(key, {}).get("shape", [0])[0]
-        rows = self._frames.get(key, [])
-        if len(rows) == 0 or not all(np.shape(row) == (size,) for row in rows):
+        if key not in self.features:
+            raise BitvlaError(f"the dataset {self.root} has no '{key}'")
+        size, rows = self.features[key]["shape"][0], self._frames.get(key, [])
+        if len(rows) == 0 or not all(np.size(row) == size for row in rows):  # LeRobot has one value as a plain number
             raise BitvlaError(f"the dataset {self.root} has no '{key}' of {size} values in every frame")
-        values = np.stack(list(rows)).astype(np.float32)
+        values = np.stack(list(rows)).reshape(-1, size).astype(np.float32)
         if not np.isfinite(values).all():
             frame = int(np.flatnonzero(~np.isfinite(values).all(axis=1))[0])
             episode = int(self._frames["episode_index"].iloc[frame])
@@ -437,7 +454,28 @@ class LeRobotDataset:
             inside = self.episode_index[begin:end]
             if begin != expected or end <= begin or len(inside) != end - begin or np.any(inside != i):
                 raise BitvlaError(f"episode {i} of {self.root} is broken: frames {begin} to {end} do not belong to it")
+            if np.any(self.frame_index[begin:end] != np.arange(end - begin)):  # pictures are found by their place
+                raise BitvlaError(f"episode {i} of {self.root} is broken: its frames are not numbered from 0 on")
             expected = end
+        if expected != self.num_frames:
+            raise BitvlaError(
+                f"{self.root} is broken: its episodes have {expected} frames, its tables {self.num_frames}"
+            )
+        for camera in self._cameras.values():
+            self._check_film(f"videos/{IMAGE_PREFIX}{camera}")
+
+    def _check_film(self, film: str) -> None:
+        """No episode may reach into the next one of its video, as where the encoder lost frames."""
+        begin = f"{film}/from_timestamp"
+        if begin not in self.episodes:  # pictures in the tables
+            return
+        table = self.episodes.sort_values(begin)
+        room = table.groupby([f"{film}/chunk_index", f"{film}/file_index"])[begin].shift(-1) - table[begin]
+        for episode in table["episode_index"][room < (table["length"] - 0.5) / self.info["fps"]]:
+            raise BitvlaError(
+                f"{film} of {self.root} has fewer frames of episode {episode} than its table: the next one begins "
+                "before its end; record it again, or drop it"
+            )
 
 
 class _Coding(NamedTuple):
@@ -634,6 +672,8 @@ def cameras_of(features: Mapping[str, Any]) -> list[str]:
 def shape_of(feature: Mapping[str, Any]) -> tuple[int, int, int]:
     """Height, width and channels of a camera; some write the channels first."""
     sizes = [int(size) for size in feature["shape"]]
+    if len(sizes) != 3:
+        raise BitvlaError(f"info.json gives a camera the shape {sizes}; it must be height, width and channels")
     if sizes[0] == 3 and sizes[2] != 3:
         sizes = [*sizes[1:], sizes[0]]
     return sizes[0], sizes[1], sizes[2]
@@ -701,7 +741,7 @@ def read_episodes(root: Place, info: Mapping[str, Any]) -> pd.DataFrame:
     films = [f"videos/{key}" for key, feature in info["features"].items() if feature["dtype"] == "video"]
     places = [f"{kind}/{part}" for kind in ("data", *films) for part in ("chunk_index", "file_index")]
     begins = [f"{film}/from_timestamp" for film in films]
-    needed = ("episode_index", "length", "dataset_from_index", "dataset_to_index", *places, *begins)
+    needed = ("episode_index", "tasks", "length", "dataset_from_index", "dataset_to_index", *places, *begins)
     tables = [read_table(path, needed=needed) for path in paths]
     table = pd.concat(tables, ignore_index=True).sort_values("episode_index")
     table = table[table["episode_index"] < info["total_episodes"]].reset_index(drop=True)
@@ -738,7 +778,7 @@ def _flat_stats(key: str, stats: Mapping[str, Any]) -> dict[str, Any]:
 def _dataset_stats(root: Path, info: Mapping[str, Any]) -> dict[str, Any]:
     """Exact statistics of vectors over all frames; of images, the average over episodes."""
     episodes = read_episodes(root, info)
-    places = episodes[["data/chunk_index", "data/file_index"]].drop_duplicates()
+    places = episodes[_PLACE].drop_duplicates()
     tables = [
         read_table(root / _DATA_PATH.format(chunk_index=chunk, file_index=file))
         for chunk, file in places.itertuples(index=False)

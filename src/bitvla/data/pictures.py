@@ -57,9 +57,12 @@ class Pictures:
                 self._write(camera, episode)
                 continue
             try:
-                return np.frombuffer(os.pread(descriptor, size, index * size), np.uint8).reshape(shape)
+                content = os.pread(descriptor, size, index * size)
             finally:
                 os.close(descriptor)
+            if len(content) == size:
+                return np.frombuffer(content, np.uint8).reshape(shape)
+            self._write(camera, episode)  # the machine went down before the file was on the disk
 
     def load(self, cameras: Sequence[str], episodes: Iterable[int], description: str = "") -> None:
         """Decode what is not on disk of these episodes; a `description` shows how far it is."""

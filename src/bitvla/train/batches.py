@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import time
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from threading import Thread
@@ -380,6 +381,24 @@ def batches(windows: Dataset[Any], steps: range, workers: int = 1) -> Iterator[W
         yield batch
 
 
+@contextlib.contextmanager
+def workers_alive() -> Iterator[None]:
+    """A BitvlaError where a process that prepares batches was ended: PyTorch says so whatever the main one is doing."""
+    try:
+        try:
+            yield
+        except (ConnectionError, EOFError):  # it was sending a batch; PyTorch's own error is about to come
+            time.sleep(1)
+            raise
+    except RuntimeError as error:
+        if not str(error).startswith("DataLoader worker (pid"):
+            raise
+        raise BitvlaError(
+            f"a process that prepares batches was ended from outside ({' '.join(str(error).split())}), as where memory "
+            "or shared memory (/dev/shm) runs out; give more of it or fewer workers, and run the same command again"
+        ) from None
+
+
 def _flowing(window: Window, decided: Tensor, chances: Tensor) -> Window:
     """`window` on the straight line from noise to its actions, where decided ones (B, horizon) have arrived.
 
@@ -413,8 +432,8 @@ def _group_bytes(dataset: LeRobotDataset, cameras: Sequence[str]) -> int | None:
         return None
     if limit < 8 * sizes.max():
         raise BitvlaError(
-            f"--cache-size is too small for {dataset.name}: {limit / 1e6:.0f} MB, of which its longest episode takes "
-            f"{sizes.max() / 1e6:.0f} MB; give at least {8 * sizes.max() / 1e6:.0f} MB"
+            f"--cache-size is too small for {dataset.name}: its share is {limit / 1e6:.2f} MB, of which its longest "
+            f"episode takes {sizes.max() / 1e6:.2f} MB; make the share at least {math.ceil(8 * sizes.max() / 1e6)} MB"
         )
     return int(limit // 4 - sizes.max())
 

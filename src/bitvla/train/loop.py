@@ -24,6 +24,7 @@ from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs, set_seed
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from safetensors import SafetensorError
 from tokenizers import Tokenizer
 from torch import Tensor
 from torch._functorch import config as functorch
@@ -42,7 +43,7 @@ from bitvla.model.checkpoint import save_checkpoint
 from bitvla.model.lora import trained_state
 from bitvla.model.network import Backbone, checkpoint_activations, layers
 from bitvla.train import stages
-from bitvla.train.batches import TokenWindow, Window, batches
+from bitvla.train.batches import TokenWindow, Window, batches, workers_alive
 from bitvla.train.config import FREE_TO_CHANGE, TrainConfig, load
 from bitvla.train.language import LanguageLearner
 from bitvla.train.policy import PolicyLearner
@@ -235,7 +236,7 @@ class Trainer:
         steps = range(self.step * passes, config.steps * passes)
         losses: dict[str, float] = {}
         latest: list[stages.Losses] = []
-        with _interruptible() as interrupted, self._progress() as progress:
+        with _interruptible() as interrupted, workers_alive(), self._progress() as progress:
             bar = progress.add_task(self.stage, total=config.steps, completed=self.step, losses="")
             for number, window in zip(steps, batches(self.windows, steps, config.workers), strict=True):
                 self.number = number
@@ -370,10 +371,17 @@ class Trainer:
         console.print(f"step {self.step}: validation {shown}")
         self._record({f"validation_{k}": v for k, v in validation.items()})
         provenance = {**self.provenance, "steps": self.step, "validation": validation}
-        averaged = self.averaged.cpu()
-        save_checkpoint(self.out, averaged, self.learner.tokenizer, self.learner.golden(averaged), provenance)
-        temporary = self.out / (STATE_FILE + ".tmp")
-        torch.save(state, temporary)
+        averaged, temporary = self.averaged.cpu(), self.out / (STATE_FILE + ".tmp")
+        golden = self.learner.golden(averaged)
+        try:
+            save_checkpoint(self.out, averaged, self.learner.tokenizer, golden, provenance)
+            torch.save(state, temporary)
+        except (RuntimeError, SafetensorError) as error:  # as PyTorch and safetensors tell of a full disk
+            temporary.unlink(missing_ok=True)
+            raise BitvlaError(
+                f"the checkpoint of step {self.step} cannot be written to {self.out} ({' '.join(str(error).split())}); "
+                "free some space and run the same command again"
+            ) from None
         os.replace(temporary, self.out / STATE_FILE)
 
     @torch.no_grad()

@@ -1,7 +1,8 @@
 """The data doctor: what is wrong with a dataset, before a training finds out.
 
 Tables and videos are streamed, one file at a time; what is kept is a few numbers and one small image an episode and
-a camera. Thresholds are in `rules`, and every finding names what it was compared with.
+a camera. What shows no error is then opened as training opens it, with its numbers in memory. Thresholds are in
+`rules`, and every finding names what it was compared with.
 """
 
 from __future__ import annotations
@@ -14,12 +15,13 @@ from pathlib import Path
 
 import msgspec
 
+from bitvla.data.check import rules
 from bitvla.data.check.cameras import CameraRecord, watch_camera
-from bitvla.data.check.rules import MIN_SPLIT, Finding
+from bitvla.data.check.rules import Finding
 from bitvla.data.check.source import Source
 from bitvla.data.check.tables import Dimension, check_times, count_tasks, dimensions_of, read_tables, recovery_share
 from bitvla.data.check.workspace import Coverage, coverage_of
-from bitvla.data.lerobot import locate, name_of
+from bitvla.data.lerobot import LeRobotDataset, locate, name_of
 from bitvla.errors import BitvlaError
 from bitvla.files import write_whole
 
@@ -71,6 +73,8 @@ def check(
     tasks = count_tasks(dataset, findings)
     recoveries = recovery_share(dataset, findings)
     coverage = coverage_of(dataset, table, findings)
+    if all(finding.grade != "error" for finding in findings):
+        _open_as_training_does(root, findings)
     return Checkup(
         dataset=name_of(root),
         passed=not any(finding.grade == "error" for finding in findings),
@@ -90,6 +94,14 @@ def check(
     )
 
 
+def _open_as_training_does(root: str | os.PathLike[str], findings: list[Finding]) -> None:
+    """What passes is not refused later."""
+    try:
+        LeRobotDataset(root)
+    except BitvlaError as error:
+        findings.append(rules.REFUSED.found(subject="opening the dataset", value=str(error), threshold="no refusal"))
+
+
 def _forward(progress: Progress, begin: int, total: int, what: str, done: int) -> None:
     progress(begin + done, total, what)
 
@@ -98,7 +110,7 @@ def split(checkup: Checkup) -> dict[str, list[int]]:
     """The proposed split: episode numbers to train on, and the region of the workspace held out."""
     if checkup.coverage is None:
         raise BitvlaError(
-            f"no region of {checkup.dataset} can be held out: that takes at least {MIN_SPLIT} episodes "
+            f"no region of {checkup.dataset} can be held out: that takes at least {rules.MIN_SPLIT} episodes "
             f"({checkup.episodes} are there), each with a finite state in its first frame, and not all from one place; "
             "mend what was found, or record more"
         )

@@ -56,6 +56,7 @@ class Rule(msgspec.Struct, frozen=True):
 MISSING_FRAMES = Rule("error", "episode", "record the episode again, or drop it")
 MISSING_VECTORS = Rule("error", "vectors", "record the episode again, or drop it")
 NOT_FINITE = Rule("error", "finite", "drop the episode, or mend its table and compute the statistics again")
+REFUSED = Rule("error", "training", "mend what it names, or record again")
 NO_QUANTILES = Rule("error", "statistics", "compute them: bitvla data statistics DATASET")
 CONSTANT_DIMENSION = Rule("error", "statistics", "leave the dimension out, or record episodes in which it varies")
 OFF_QUANTILES = Rule("warning", "quantiles", "not the statistics of these data: bitvla data statistics DATASET")

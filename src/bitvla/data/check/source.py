@@ -6,6 +6,7 @@ import json
 from functools import lru_cache
 from typing import Any
 
+import msgspec
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
@@ -30,14 +31,15 @@ class Source:
         self.vectors = [key for key in wanted if key in self.features]
         self.sentences = [" ".join(tasks) for tasks in self.episodes["tasks"]]
         try:
-            self.stats: dict[str, Any] = json.loads((root / "meta" / "stats.json").read_text())
+            stored = json.loads((root / "meta" / "stats.json").read_text())
+            self.stats = msgspec.convert(stored, dict[str, dict[str, Any]])
         except (OSError, ValueError):
             self.stats = {}
         self._table = lru_cache(maxsize=2)(self._read)
 
     def _read(self, chunk: int, file: int) -> dict[int, pd.DataFrame]:
         path = self.root / self.info["data_path"].format(chunk_index=chunk, file_index=file)
-        table = read_table(path, without=self._pictures)
+        table = read_table(path, without=self._pictures, needed=["episode_index"])
         return {int(episode): rows for episode, rows in table.groupby("episode_index", sort=False)}
 
     def tasks(self) -> list[str]:
@@ -55,10 +57,12 @@ class Source:
 
     def vector(self, rows: pd.DataFrame, key: str) -> Floats | None:
         """(T, n), or None when a row is missing or has another size."""
-        size = len(self.names(key))
-        if key not in rows or any(np.shape(value) != (size,) for value in rows[key]):
+        if key not in self.vectors or key not in rows:
             return None
-        return np.stack(list(rows[key])).astype(np.float64)
+        size = len(self.names(key))
+        if any(np.size(value) != size for value in rows[key]):
+            return None
+        return np.stack(list(rows[key])).reshape(-1, size).astype(np.float64)
 
     def quantiles(self, key: str) -> tuple[Floats | None, Floats | None]:
         """The stored q01 and q99 (n,); None for what is missing or of another size."""
