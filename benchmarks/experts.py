@@ -13,7 +13,7 @@ from multiprocessing import get_context
 import numpy as np
 
 from bitvla.evaluate.statistics import rate_of
-from bitvla.sim.base import make_simulator
+from bitvla.sim import make_simulator
 
 simulator_of = cache(make_simulator)  # one a process
 

@@ -38,11 +38,12 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 from transformers.models.bitnet.modeling_bitnet import BitNetRMSNorm
 
+from bitvla import progress
 from bitvla.bundle import LANGUAGE_HEAD, is_language_model, read, read_language_model
 from bitvla.config import LanguageConfig, LanguageModelConfig, PolicyConfig, VisionConfig
 from bitvla.convert.make_checkpoint import Kind, make_checkpoint
 from bitvla.convert.pack import pack
-from bitvla.display import as_json, progress, show
+from bitvla.display import as_json, show
 from bitvla.model.network import ActionHead, Connector, Decoder, ProprioProjector, VisionTower
 from bitvla.processing.images import crop_resized, to_patches, to_pixels
 from bitvla.processing.observation import check_observation
@@ -431,7 +432,7 @@ def compare(checkpoint: Path, packed_file: Path) -> dict[str, Any]:
 
     weights = Checkpoint(checkpoint)
     networks = {name: Official(config, weights, dtype) for name, dtype in DTYPES.items()}
-    with progress("comparing") as bar:
+    with progress.bar("comparing") as bar:
         packed = run_packed(subject)
         done: list[str] = []
 

@@ -24,7 +24,7 @@ import pytest
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
 
-from bitvla import cli, display
+from bitvla import cli, display, progress
 from bitvla.errors import BitvlaError
 
 COMMANDS = [
@@ -355,13 +355,13 @@ def test_progress_is_a_line_now_and_then_where_nothing_can_be_drawn(
 ) -> None:
     log, now = io.StringIO(), 0.0
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-    with display.Progress(*columns, console=Console(file=log, width=20), get_time=lambda: now) as bar:
+    with progress.Progress(*columns, console=Console(file=log, width=20), get_time=lambda: now) as bar:
         task = bar.add_task("recording a long task", total=10)
         for _ in range(5):
             now += 20
             bar.update(task, advance=1)
     assert log.getvalue() == "recording a long task  2/10\nrecording a long task  4/10\n"
-    monkeypatch.setattr(display, "PLAIN_LINE_SECONDS", 0)
-    with display.progress("checking") as show:
+    monkeypatch.setattr(progress, "PLAIN_LINE_SECONDS", 0)
+    with progress.bar("checking") as show:
         show(1, 2, "")
     assert capsys.readouterr().err == "checking 1/2 0:00:00\n"

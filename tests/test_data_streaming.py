@@ -19,7 +19,7 @@ import torch
 from fsspec.implementations.memory import MemoryFileSystem
 from PIL import Image
 
-from bitvla import display
+from bitvla import progress
 from bitvla.data.check import check
 from bitvla.data.lerobot import Conventions, LeRobotDataset, write_statistics
 from bitvla.data.pictures import Pictures
@@ -201,7 +201,7 @@ def on_disk(folder: Path) -> int:
 
 
 def test_decoding_shows_how_far_it_is(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(display, "PLAIN_LINE_SECONDS", 0)
+    monkeypatch.setattr(progress, "PLAIN_LINE_SECONDS", 0)
     frame = np.zeros((2, 2, 3), np.uint8)
     shapes = {"front": frame.shape}
     pictures = Pictures(lambda camera, episode: iter([frame]), folder=tmp_path, shapes=shapes, lengths=[1, 1])

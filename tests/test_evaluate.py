@@ -15,7 +15,7 @@ import pytest
 from rich.console import Console
 
 import bitvla
-from bitvla import display
+from bitvla import progress
 from bitvla.errors import BitvlaError
 from bitvla.evaluate.demo import demo
 from bitvla.evaluate.files import load
@@ -48,7 +48,7 @@ def test_every_episode_is_recorded(tmp_path):
 
 
 def test_progress_is_seen_without_a_terminal(monkeypatch, capsys):
-    monkeypatch.setattr(display, "PLAIN_LINE_SECONDS", 0)
+    monkeypatch.setattr(progress, "PLAIN_LINE_SECONDS", 0)
     evaluate(Walker, env=Line, suite="left", episodes=2, processes=1)
     lines = capsys.readouterr().err.splitlines()
     assert [re.findall(r"\d/\d", line) for line in lines] == [["0/2"], ["1/2"], ["2/2"]]

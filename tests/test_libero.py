@@ -22,8 +22,8 @@ from bitvla.convert import conventions
 from bitvla.errors import BitvlaError
 from bitvla.evaluate.failures import Watch
 from bitvla.evaluate.rollout import evaluate
-from bitvla.sim import libero
-from bitvla.sim.base import TRAINING_SEEDS, make_simulator
+from bitvla.sim import libero, make_simulator
+from bitvla.sim.base import TRAINING_SEEDS
 from bitvla.sim.libero import PROTOCOLS, Libero, LiberoProcessError
 from bitvla.sim.record import Job, record_episode
 from fakes import line_config

@@ -14,11 +14,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from bitvla import display
+from bitvla import progress
 from bitvla.data.lerobot import LeRobotDataset, claim
 from bitvla.errors import BitvlaError
+from bitvla.sim import make_simulator
 from bitvla.sim import record as recorder
-from bitvla.sim.base import TRAINING_SEEDS, make_simulator
+from bitvla.sim.base import TRAINING_SEEDS
 from bitvla.sim.instructions import instruction
 from bitvla.sim.record import Job, Settings, record, record_episode
 
@@ -143,7 +144,7 @@ def test_ctrl_c_is_one_line_and_keeps_what_is_recorded(tmp_path):
 
 def test_a_larger_number_continues_and_a_second_run_is_complete(whole, tmp_path, monkeypatch, capsys):
     out = tmp_path / "out"
-    monkeypatch.setattr(display, "PLAIN_LINE_SECONDS", 0)
+    monkeypatch.setattr(progress, "PLAIN_LINE_SECONDS", 0)
     assert record("metaworld", TASK, 1, out, image_size=32, processes=1)["recorded_now"] == 1
     assert re.fullmatch(rf"recording 1/1 \S+ {TASK}-v3 \d+ frames\n", capsys.readouterr().err)
     assert record("metaworld", TASK, 3, out, image_size=32, processes=1)["recorded_now"] == 2

@@ -25,7 +25,8 @@ import bitvla
 from bitvla.cli import main
 from bitvla.data.lerobot import LeRobotDataset, alone
 from bitvla.errors import BitvlaError
-from bitvla.robot.base import FakeRobot, actions_of, make_robot
+from bitvla.robot import make_robot
+from bitvla.robot.base import FakeRobot, actions_of
 from bitvla.robot.lerobot import LeRobotRobot, open_lerobot
 from bitvla.robot.recorder import DECISION, Recorder
 from bitvla.robot.replay import replay

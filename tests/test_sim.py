@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from bitvla.errors import BitvlaError
-from bitvla.sim.base import make_simulator
+from bitvla.sim import make_simulator
 from bitvla.sim.instructions import instruction
 from bitvla.sim.metaworld import MT10, SWAP_GROUPS, MetaWorld
 
@@ -138,7 +138,7 @@ def test_an_unknown_simulator_is_named():
 
 def test_a_process_ends_quietly_though_nobody_closed_the_simulator():
     code = (
-        "from bitvla.sim.base import make_simulator\n"
+        "from bitvla.sim import make_simulator\n"
         "simulator = make_simulator('metaworld', image_size=32)\n"
         "simulator.reset('reach', 0)\n"
         "simulator.observe()\n"

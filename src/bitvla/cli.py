@@ -21,6 +21,7 @@ from typing import Any, NoReturn
 
 from bitvla import __version__
 from bitvla.errors import BitvlaError, meant
+from bitvla.robot import ROBOTS
 
 STAGES = ("align", "instruct", "localize", "pretrain", "finetune", "distill")
 PACKINGS = ("2bit", "base3")
@@ -28,7 +29,6 @@ EXPERTS = ("bfloat16", "int8", "ternary")
 MATRICES: dict[str, Any] = {"float32": "F32", "bfloat16": "BF16", "int8": "I8"}
 KINDS = ("libero", "vision-language", "vision-language-bf16-tower", "pretrained", "language", "language-bf16", "siglip")
 PROTOCOLS = ("openpi", "lerobot", "gr00t")
-ROBOTS = ("fake", "metaworld", "libero", "lerobot")
 JOININGS = ("replace", "weighted_average", "temporal_ensemble", "real_time_chunking")
 GO_ON = "run the same command to go on where it stopped"
 NOTHING_LEFT = "nothing half-written was left behind"
@@ -59,24 +59,24 @@ def _record(args: argparse.Namespace) -> Any:
 
 
 def _questions(args: argparse.Namespace) -> Any:
-    from bitvla import display
+    from bitvla import progress
     from bitvla.sim.questions import make_questions
 
-    with display.progress("asking") as progress:
+    with progress.bar("asking") as show:
         return make_questions(
-            args.out, args.images, args.test_images, seed=args.seed, image_size=args.image_size, progress=progress
+            args.out, args.images, args.test_images, seed=args.seed, image_size=args.image_size, progress=show
         )
 
 
 def _data_check(args: argparse.Namespace) -> Any:
     import msgspec
 
-    from bitvla import display
+    from bitvla import display, progress
     from bitvla.data.check import check, write_split
     from bitvla.data.check.report import report
 
-    with display.progress("checking") as progress:
-        checkup = check(args.dataset, horizon=args.horizon, progress=progress)
+    with progress.bar("checking") as show:
+        checkup = check(args.dataset, horizon=args.horizon, progress=show)
     shown = msgspec.to_builtins(checkup) if args.json else display.checkup(checkup)
     written = {}
     if args.out is not None:
@@ -91,10 +91,10 @@ def _data_check(args: argparse.Namespace) -> Any:
 
 
 def _data_convert(args: argparse.Namespace) -> Any:
-    from bitvla import display
+    from bitvla import progress
     from bitvla.data.convert import convert
 
-    with display.progress("converting") as progress:
+    with progress.bar("converting") as show:
         return convert(
             args.source,
             args.out,
@@ -102,7 +102,7 @@ def _data_convert(args: argparse.Namespace) -> Any:
             fps=args.fps,
             rotate180=args.rotate180,
             drop_no_ops=args.drop_no_ops,
-            progress=progress,
+            progress=show,
         )
 
 
@@ -128,10 +128,10 @@ def _train(args: argparse.Namespace) -> Any:
 
 
 def _pack(args: argparse.Namespace) -> Any:
-    from bitvla import display
+    from bitvla import progress
     from bitvla.convert.pack import pack
 
-    with display.progress("packing") as progress:
+    with progress.bar("packing") as show:
         return pack(
             args.checkpoint,
             args.out,
@@ -142,15 +142,15 @@ def _pack(args: argparse.Namespace) -> Any:
             control_hz=args.control_hz,
             matrix_dtype=MATRICES.get(args.matrices),
             expert=args.expert,
-            progress=progress,
+            progress=show,
         )
 
 
 def _make_checkpoint(args: argparse.Namespace) -> Any:
-    from bitvla import display
+    from bitvla import progress
     from bitvla.convert.make_checkpoint import make_checkpoint
 
-    with display.progress("writing") as progress:
+    with progress.bar("writing") as show:
         return make_checkpoint(
             args.out,
             kind=args.kind,
@@ -158,7 +158,7 @@ def _make_checkpoint(args: argparse.Namespace) -> Any:
             views=args.views,
             seed=args.seed,
             statistics=args.statistics,
-            progress=progress,
+            progress=show,
         )
 
 
@@ -208,7 +208,7 @@ def _bench(args: argparse.Namespace) -> Any:
 def _eval(args: argparse.Namespace) -> Any:
     from bitvla import display
     from bitvla.evaluate.rollout import evaluate
-    from bitvla.sim.base import make_simulator
+    from bitvla.sim import make_simulator
 
     if args.protocol and args.env != "libero":
         raise BitvlaError(f"--protocol is for --env libero: '{args.env}' has one protocol only")
@@ -244,12 +244,12 @@ def _eval(args: argparse.Namespace) -> Any:
 
 
 def _vqa(args: argparse.Namespace) -> Any:
-    from bitvla import display
+    from bitvla import display, progress
     from bitvla.evaluate.vqa import evaluate
 
     default = Path("reports") / f"{args.model.stem}-{args.questions[0].stem}.json"
     out = args.json if isinstance(args.json, Path) else default
-    with display.progress("asking") as progress:
+    with progress.bar("asking") as show:
         result = evaluate(
             args.model,
             args.questions,
@@ -258,7 +258,7 @@ def _vqa(args: argparse.Namespace) -> Any:
             threads=args.threads,
             resume=not args.restart,
             out=out,
-            progress=progress,
+            progress=show,
         )
     return result if args.json is True else display.answers(result) | {"record": out}
 
@@ -304,7 +304,7 @@ def _serve(args: argparse.Namespace) -> Any:
 
 def _run(args: argparse.Namespace) -> Any:
     from bitvla import display
-    from bitvla.robot.base import make_robot
+    from bitvla.robot import make_robot
     from bitvla.robot.run import Options, run
 
     robot = partial(
@@ -336,11 +336,11 @@ def _run(args: argparse.Namespace) -> Any:
 
 
 def _replay(args: argparse.Namespace) -> Any:
-    from bitvla import display
+    from bitvla import progress
     from bitvla.robot.replay import replay
 
-    with display.progress("replaying") as progress:
-        return replay(args.recording, args.policy, episode=args.episode, threads=args.threads, progress=progress)
+    with progress.bar("replaying") as show:
+        return replay(args.recording, args.policy, episode=args.episode, threads=args.threads, progress=show)
 
 
 def _doctor(args: argparse.Namespace) -> Any:

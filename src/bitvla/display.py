@@ -3,19 +3,14 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import msgspec
-import rich.progress
 from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.padding import Padding
-from rich.progress import BarColumn, MofNCompleteColumn, ProgressColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
-from rich.text import Text
 
 if TYPE_CHECKING:
     from bitvla.data.check import Checkup
@@ -24,7 +19,6 @@ if TYPE_CHECKING:
     from bitvla.evaluate.vqa import VqaResult
 
 _AGAIN = "the same command tries these alone again"
-PLAIN_LINE_SECONDS = 30.0  # between two lines where nothing can be drawn
 
 
 def as_json(result: Any) -> str:
@@ -37,35 +31,6 @@ def show(result: Any) -> None:
     # A file or a pipe has no width; tables need one that does not break their cells.
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 160)
     _put(msgspec.to_builtins(result, enc_hook=_encode), console)
-
-
-class Progress(rich.progress.Progress):
-    """rich's bars on standard error; where that is no terminal (nohup, CI, systemd), a plain line now and then."""
-
-    def __init__(self, *columns: ProgressColumn, console: Console | None = None, **options: Any) -> None:
-        console = console or Console(stderr=True)
-        # rich looks back 30 s by default, over three episodes of a slow simulator: the time it foretells then jumps
-        super().__init__(
-            *columns, console=console, disable=not console.is_terminal, speed_estimate_period=600, **options
-        )
-        self._last_line = self.get_time()
-
-    def update(self, *args: Any, **options: Any) -> None:
-        super().update(*args, **options)
-        if self.disable and self.get_time() - self._last_line >= PLAIN_LINE_SECONDS:
-            self._last_line = self.get_time()
-            columns = [column for column in self.columns if isinstance(column, ProgressColumn)]
-            cells = (column(task) for task in self.tasks for column in columns)
-            self.console.print(*(cell for cell in cells if isinstance(cell, Text)), soft_wrap=True)
-
-
-@contextmanager
-def progress(description: str) -> Iterator[Callable[[int, int, str], None]]:
-    """A bar that goes when it is full, and the function that moves it: done, in all, and what was done last."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, transient=True) as bar:
-        task = bar.add_task(description, total=None)
-        yield lambda done, total, last: bar.update(task, completed=done, total=total)
 
 
 def evaluation(result: Result) -> dict[str, Any]:

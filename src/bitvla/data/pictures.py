@@ -17,8 +17,8 @@ from threading import get_ident
 import numpy as np
 from numpy.typing import NDArray
 
-from bitvla.display import progress
 from bitvla.errors import BitvlaError
+from bitvla.progress import bar
 
 Frame = NDArray[np.uint8]
 
@@ -73,7 +73,7 @@ class Pictures:
                 os.utime(self._path(camera, episode))
             except FileNotFoundError:
                 missing.append((camera, episode))
-        with progress(description) if description and missing else contextlib.nullcontext() as show:
+        with bar(description) if description and missing else contextlib.nullcontext() as show:
             for done, (camera, episode) in enumerate(missing, 1):
                 self._write(camera, episode)
                 if show:

@@ -15,7 +15,6 @@ import msgspec
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from bitvla.display import Progress
 from bitvla.errors import BitvlaError
 from bitvla.evaluate.files import Journal, save
 from bitvla.evaluate.policy_host import PolicySource
@@ -25,6 +24,7 @@ from bitvla.evaluate.result import FORMAT, Result, summarize
 from bitvla.evaluate.statistics import rate_of
 from bitvla.evaluate.worker import SimulatorFacts, SimulatorSource
 from bitvla.files import write_whole
+from bitvla.progress import Progress
 from bitvla.runtime.machine import cores, processor
 
 ERRORS_IN_A_ROW = 5  # so many errors without one good episode: something is broken, stop

@@ -19,6 +19,7 @@ from bitvla.evaluate.policy_host import PolicyHost, PolicySource
 from bitvla.evaluate.process import Remote
 from bitvla.evaluate.record import Episode, Job, PolicyFacts, Protocol, Record, Seconds
 from bitvla.evaluate.video import Film
+from bitvla.sim import make_simulator
 from bitvla.sim.base import TRAINING_SEEDS, rendering
 
 if TYPE_CHECKING:
@@ -196,8 +197,6 @@ class _Run:
 def _make_simulator(source: SimulatorSource, image_size: int) -> Simulator:
     if callable(source):
         return source(image_size=image_size)
-    from bitvla.sim.base import make_simulator
-
     return make_simulator(source, image_size=image_size)
 
 

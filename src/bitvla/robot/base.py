@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -12,8 +11,6 @@ from numpy.typing import NDArray
 from bitvla.errors import BitvlaError
 from bitvla.serve import executor
 from bitvla.serve.schedule import Kind
-
-ROBOTS = ("fake", "metaworld", "libero", "lerobot")
 
 
 class Robot(executor.Robot, Protocol):
@@ -101,47 +98,6 @@ def _action_of(name: str) -> Kind | None:
     if name.endswith(".pos"):
         return "position"
     return "displacement" if name.endswith(".vel") or "delta" in name else None
-
-
-def make_robot(
-    name: str,
-    info: Mapping[str, Any],
-    *,
-    instruction: str | None = None,
-    task: str | None = None,
-    seed: int = 0,
-    config: Path | None = None,
-) -> Robot:
-    """The robot `name`, one of `ROBOTS`, for the policy whose `info()` is given. It is not connected yet.
-
-    Args:
-        instruction: what to do, where the robot does not say it itself.
-        task, seed: of a simulator; its episode i has the initial state of `seed` + i.
-        config: TOML file of a LeRobot robot.
-
-    Raises:
-        BitvlaError: what this robot needs is missing.
-    """
-    if name in ("metaworld", "libero"):
-        from bitvla.robot.simulated import SimulatedRobot
-
-        if task is None:
-            raise BitvlaError(f"--robot {name} needs --task, for example --task {_TASKS[name]}")
-        return SimulatedRobot(name, task, info, seed=seed, instruction=instruction)
-    if instruction is None:
-        raise BitvlaError(f'--robot {name} needs --instruction, for example --instruction "open the drawer"')
-    if name == "fake":
-        return FakeRobot(info, instruction)
-    if name != "lerobot":
-        raise BitvlaError(f"unknown robot '{name}': there is {', '.join(ROBOTS)}")
-    from bitvla.robot.lerobot import LeRobotRobot, open_lerobot
-
-    if config is None:
-        raise BitvlaError("--robot lerobot needs --robot-config, a TOML file; docs/robot.md shows one")
-    return LeRobotRobot(open_lerobot(config), info, instruction)
-
-
-_TASKS = {"metaworld": "drawer-open-v3", "libero": "libero_spatial/0"}
 
 
 class FakeRobot:

@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 from bitvla.errors import BitvlaError
 from bitvla.evaluate.process import ProcessError, Remote
 from bitvla.robot.base import actions_of
-from bitvla.sim.base import Simulator, make_simulator
+from bitvla.sim import make_simulator
+from bitvla.sim.base import Simulator
 
 T = TypeVar("T")
 

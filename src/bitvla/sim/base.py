@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -139,25 +138,3 @@ def rendering() -> Iterator[None]:
             f"software OpenGL is missing: {OPENGL_COMMAND}; else unset MUJOCO_GL and PYOPENGL_PLATFORM, or set both to "
             "egl. `bitvla doctor` tells what is missing"
         ) from None
-
-
-def make_simulator(name: str, **options: Any) -> Simulator:
-    """Create a simulator by name (``metaworld``, ``libero``); ``options`` go to its constructor.
-
-    Raises:
-        BitvlaError: unknown name, or the simulator's packages are not installed.
-    """
-    if name == "libero":
-        from bitvla.sim.libero import Libero
-
-        return Libero(**options)
-    if name != "metaworld":
-        raise BitvlaError(f"unknown simulator '{name}': available are 'metaworld' and 'libero'")
-    for package in ("metaworld", "mujoco"):
-        if importlib.util.find_spec(package) is None:
-            raise BitvlaError(
-                f"simulator '{name}' needs the package '{package}', which is not installed: pip install 'bitvla[sim]'"
-            )
-    from bitvla.sim.metaworld import MetaWorld
-
-    return MetaWorld(**options)

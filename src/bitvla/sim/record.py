@@ -27,9 +27,10 @@ from numpy.typing import NDArray
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 
 from bitvla.data.lerobot import Episode, LeRobotWriter, claim
-from bitvla.display import Progress
 from bitvla.errors import BitvlaError
-from bitvla.sim.base import TRAINING_SEEDS, Simulator, make_simulator
+from bitvla.progress import Progress
+from bitvla.sim import make_simulator
+from bitvla.sim.base import TRAINING_SEEDS, Simulator
 
 BATCH = 50  # episodes a commit
 HOLD_STEPS = 8  # recorded after success, so that a policy learns to stay
