@@ -507,8 +507,8 @@ def _add_making(add: _Add, commands: Any) -> None:
         "--data",
         action="append",
         metavar="D",
-        help="dataset: folder, address (s3://bucket/data) or id on the Hugging Face Hub; pretrain takes several; align "
-        "and instruct conversations, as a JSON file or Parquet shards",
+        help="dataset: folder, address (s3://bucket/data) or id on the Hugging Face Hub; pretrain takes several; align, "
+        "instruct and the distill of their model take conversations, as a JSON file or Parquet shards",
     )
     train.add_argument(
         "--cache-size", type=_bytes, metavar="SIZE", help="disk for kept pictures, as in 20GB (default: all of them)"
@@ -791,7 +791,7 @@ def _add_serving(add: _Add) -> None:
         type=_count,
         default=8,
         metavar="N",
-        help="observations of several robots computed together, where that is faster (default: up to 8)",
+        help="observations of several robots computed together, at most, where that is faster (default: 8)",
     )
     serve.add_argument("--max-message-mb", type=_count, default=16, metavar="MB", help="largest message (default: 16)")
     serve.add_argument(
