@@ -497,7 +497,7 @@ def _add_making(add: _Add, commands: Any) -> None:
 
     train = add(
         _train,
-        "train a policy, one stage after the other",
+        "train a policy or a vision-language model, stage by stage",
         "train localize --config configs/metaworld-nano-localize.toml --data datasets/mt10 --out runs/tower",
         GO_ON,
     )
@@ -507,8 +507,8 @@ def _add_making(add: _Add, commands: Any) -> None:
         "--data",
         action="append",
         metavar="D",
-        help="dataset: folder, address (s3://bucket/data) or id on the Hugging Face Hub; pretrain takes several; align, "
-        "instruct and the distill of their model take conversations, as a JSON file or Parquet shards",
+        help="dataset: folder, address (s3://bucket/data) or id on the Hugging Face Hub; pretrain takes several; "
+        "align, instruct and the distill of their model conversations, as a JSON file or Parquet shards",
     )
     train.add_argument(
         "--cache-size", type=_bytes, metavar="SIZE", help="disk for kept pictures, as in 20GB (default: all of them)"
@@ -541,7 +541,7 @@ def _add_making(add: _Add, commands: Any) -> None:
     pack.add_argument(
         "checkpoint",
         metavar="CHECKPOINT",
-        help="folder that training wrote, or a published BitVLA checkpoint: its folder or its Hugging Face id",
+        help="folder that training wrote, or a published BitVLA or BitNet checkpoint: its folder or Hugging Face id",
     )
     pack.add_argument("out", type=Path, metavar="OUT", help="policy file to write")
     pack.add_argument("--round", action="store_true", help="round a full-precision checkpoint to ternary, untrained")
