@@ -65,6 +65,24 @@ def test_two_processes_train_as_one(data, tmp_path, stage, changes):
     assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
 
 
+def test_processes_that_see_different_folders_are_refused(data, tmp_path):
+    """As on machines without a common disk, one of which holds the checkpoint."""
+    config = write_config(tmp_path, POLICY, steps=2, save_every=2)
+    run("finetune", config, data, tmp_path / "0")
+    script = tmp_path / "train.py"
+    script.write_text(
+        "import os, sys\nfrom pathlib import Path\nfrom bitvla.train.loop import run\n"
+        "config, data, out = map(Path, sys.argv[1:])\nrun('finetune', config, data, out / os.environ['RANK'])\n"
+    )
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": ""}
+    command = map(str, [*launch, script, config, data, tmp_path])
+    result = subprocess.run(command, env=environment, capture_output=True, timeout=300)
+    assert result.returncode != 0
+    assert "checkpoints of the steps [0, 2]" in result.stderr.decode()
+    assert not (tmp_path / "1").exists()
+
+
 @pytest.mark.parametrize("stage", ["localize", "pretrain", "finetune", "instruct"])
 def test_all_that_asks_for_gradients_has_some(data, tmp_path, monkeypatch, stage):
     """Several processes wait for those of every parameter, also of heads that a stage has no use for."""

@@ -177,6 +177,12 @@ class Trainer:
             self.auxiliary.load_state_dict(state["auxiliary"])
             self.averaged.load_state_dict(self.averaged.state_dict() | state["averaged"])
         self.step = 0 if state is None else int(state["step"])
+        found = set(accelerator.gather(torch.tensor([self.step], device=accelerator.device)).tolist())
+        if len(found) > 1:  # on machines without a common disk
+            raise BitvlaError(
+                f"the processes read checkpoints of the steps {sorted(found)} from --out {out}; give a "
+                "folder that all of them see"
+            )
         self._place(self._objective(None if teacher is None else opened[teacher]), state)
         self._last_log: tuple[int, float] | None = None
 
