@@ -38,6 +38,12 @@ def assert_same_run(one: Path, other: Path, steps: int) -> None:
         torch.testing.assert_close(others[name], tensor, rtol=1e-3, atol=1e-4, msg=name)
 
 
+def two_processes(*command: object) -> subprocess.CompletedProcess[bytes]:
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": ""}
+    return subprocess.run([*launch, *map(str, command)], env=environment, capture_output=True, timeout=900)
+
+
 @pytest.mark.parametrize(
     ("stage", "changes"),
     [
@@ -51,9 +57,7 @@ def test_two_processes_train_as_one(data, tmp_path, stage, changes):
     config = write_config(tmp_path, policy, steps=6, save_every=3, **changes)
     run(stage, config, data, tmp_path / "one")
     command = ["-m", "bitvla", "train", stage, "--config", config, "--data", data, "--out", tmp_path / "two"]
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": ""}
-    result = subprocess.run([*launch, *map(str, command)], env=environment, capture_output=True, timeout=900)
+    result = two_processes(*command)
     assert result.returncode == 0, result.stderr.decode()
     assert "2 process(es) x 4" in " ".join(result.stderr.decode().split())
     assert result.stdout.decode().count("checkpoint") == 1  # one of them speaks
@@ -74,10 +78,7 @@ def test_processes_that_see_different_folders_are_refused(data, tmp_path):
         "import os, sys\nfrom pathlib import Path\nfrom bitvla.train.loop import run\n"
         "config, data, out = map(Path, sys.argv[1:])\nrun('finetune', config, data, out / os.environ['RANK'])\n"
     )
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": ""}
-    command = map(str, [*launch, script, config, data, tmp_path])
-    result = subprocess.run(command, env=environment, capture_output=True, timeout=300)
+    result = two_processes(script, config, data, tmp_path)
     assert result.returncode != 0
     assert "checkpoints of the steps [0, 2]" in result.stderr.decode()
     assert not (tmp_path / "1").exists()

@@ -20,6 +20,7 @@ from bitvla.errors import BitvlaError, meant
 T = TypeVar("T")
 Precision = Literal["full", "bfloat16", "int8", "ternary"]  # of the layers of a flow-matching expert
 MAX_HEAD_SIZE = 256  # values of an attention head that the kernels take (csrc/kernels/kernels.h)
+_LARGEST = (1 << 24) - 1  # any size; a number beyond is damage
 # Columns of a ternary matrix that the kernels take; rows of the rotary table, which is computed at load.
 _MOST = {"hidden_size": 1 << 18, "intermediate_size": 1 << 18, "max_positions": 1 << 20}
 Model = TypeVar("Model", bound="PolicyConfig | LanguageModelConfig")
@@ -369,7 +370,7 @@ def _check_sizes(config: PolicyConfig | LanguageModelConfig) -> None:
     for section, value in sections.items():
         for field in value.__struct_fields__:
             size = getattr(value, field)
-            least, most = 0 if field in optional | absent else 1, 0 if field in absent else _MOST.get(field, 1 << 24)
+            least, most = 0 if field in optional | absent else 1, 0 if field in absent else _MOST.get(field, _LARGEST)
             if type(size) is int and not least <= size <= most:
                 allowed = f"0, as {why}" if field in absent else f"a size from {least} to {most}"
                 raise BitvlaError(f"policy configuration: {section}.{field} is {size}; it must be {allowed}")
