@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bitvla.data import lerobot
+from bitvla.data.check import check
 from bitvla.data.lerobot import LeRobotDataset
 from bitvla.errors import BitvlaError
 from datasets import make_writer, random_episode, write_dataset
@@ -67,6 +68,21 @@ def test_images_are_the_frames_in_order(tmp_path):
     assert np.abs(images.astype(int) - expected).mean() < 8
     shifted = np.abs(images[1:].astype(int) - expected[:-1]).mean()
     assert shifted > 12
+
+
+def test_a_single_camera_may_be_called_observation_image(dataset):
+    """As in `lerobot/pusht` on the Hub."""
+    frames = np.stack(LeRobotDataset(dataset).images("front"))
+    old, new = "observation.images.front", "observation.image"
+    (dataset / "videos" / old).rename(dataset / "videos" / new)
+    for path in [dataset / "meta" / "info.json", dataset / "meta" / "stats.json"]:
+        path.write_text(path.read_text().replace(f'"{old}"', f'"{new}"'))
+    for path in (dataset / "meta" / "episodes").rglob("*.parquet"):
+        pd.read_parquet(path).rename(columns=lambda name: name.replace(old, new)).to_parquet(path)
+    data = LeRobotDataset(dataset)
+    assert data.cameras == ["image"]
+    assert np.array_equal(np.stack(data.images("image")), frames)
+    assert check(dataset).passed
 
 
 def test_statistics_are_those_of_all_frames(written):

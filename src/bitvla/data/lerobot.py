@@ -45,6 +45,7 @@ Place = Path | UPath  # on this machine, or wherever fsspec reaches
 
 VERSION = "v3.0"
 IMAGE_PREFIX = "observation.images."
+ONE_IMAGE = "observation.image"
 _DATA_PATH = "data/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet"
 _VIDEO_PATH = "videos/{video_key}/chunk-{chunk_index:03d}/file-{file_index:03d}.mp4"
 _EPISODES_PATH = "meta/episodes/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet"
@@ -289,7 +290,9 @@ class LeRobotDataset:
             raise BitvlaError(f"data.{self.name}.control_hz must be positive, it is {self.fps:g}")
         stored = cameras_of(self.features)
         if not stored:
-            raise BitvlaError(f"the dataset {self.root} has no camera: no video or image called {IMAGE_PREFIX}NAME")
+            raise BitvlaError(
+                f"the dataset {self.root} has no camera: no video or image called {IMAGE_PREFIX}NAME or {ONE_IMAGE}"
+            )
         # The name of each camera here, and in the data.
         self._cameras = conventions.cameras or {camera: camera for camera in stored}
         for camera in self._cameras.values():
@@ -311,7 +314,7 @@ class LeRobotDataset:
         self.action = self.vectors("action")
         key = "observation.environment_state"
         self.environment_state = self.vectors(key) if key in self.features else None
-        self.keypoints = self._keypoints("observation.keypoints", stored, conventions.rotate180)
+        self.keypoints = self._keypoints("observation.keypoints", list(stored), conventions.rotate180)
         self.episode_index = self._frames["episode_index"].to_numpy()
         self.frame_index = self._frames["frame_index"].to_numpy()
         self.episode_ranges = list(
@@ -382,7 +385,7 @@ class LeRobotDataset:
         """Height, width and 3 of the pictures of `camera`; BitvlaError where there is no such camera."""
         if camera not in self._cameras:
             raise BitvlaError(f"the dataset has no camera '{camera}', it has {', '.join(self.cameras)}")
-        return shape_of(self.features[IMAGE_PREFIX + self._cameras[camera]])
+        return shape_of(self.features[cameras_of(self.features)[self._cameras[camera]]])
 
     def images(self, camera: str) -> Sequence[NDArray[np.uint8]]:
         """All frames of `camera`, each uint8 (H, W, 3); an episode is decoded when one of its frames is needed."""
@@ -530,7 +533,8 @@ def read_pictures(
 
     Raises BitvlaError where the file cannot be decoded, or has fewer of them, or another rate.
     """
-    key, path, number = IMAGE_PREFIX + camera, pictures_file(root, info, episode, camera), episode["episode_index"]
+    key = cameras_of(info["features"])[camera]
+    path, number = pictures_file(root, info, episode, camera), episode["episode_index"]
     length, count = int(episode["length"]), 0
     if info["features"][key]["dtype"] == "video":
         frames = _read_video(path, float(episode[f"videos/{key}/from_timestamp"]), length, float(info["fps"]), pixels)
@@ -547,7 +551,7 @@ def read_pictures(
 
 def pictures_file(root: Place, info: Mapping[str, Any], episode: pd.Series[Any], camera: str) -> Place:
     """The file that holds a camera's frames of an episode: a video, or the table of its frames."""
-    key = IMAGE_PREFIX + camera
+    key = cameras_of(info["features"])[camera]
     is_video = info["features"][key]["dtype"] == "video"
     kind, folder = ("video_path", f"videos/{key}") if is_video else ("data_path", "data")
     place = {name: int(episode[f"{folder}/{name}"]) for name in ("chunk_index", "file_index")}
@@ -660,13 +664,13 @@ def locate(source: str | os.PathLike[str]) -> Place:
         raise BitvlaError(f"{text} is neither a folder here nor a dataset on the Hugging Face Hub ({reason})") from None
 
 
-def cameras_of(features: Mapping[str, Any]) -> list[str]:
-    """The names of the cameras, in the order of the dataset."""
-    return [
-        key.removeprefix(IMAGE_PREFIX)
+def cameras_of(features: Mapping[str, Any]) -> dict[str, str]:
+    """The keys of the cameras by name, in the order of the dataset; a single one may be called observation.image."""
+    return {
+        key.removeprefix(IMAGE_PREFIX).removeprefix("observation."): key
         for key, feature in features.items()
-        if key.startswith(IMAGE_PREFIX) and feature["dtype"] in ("video", "image")
-    ]
+        if (key.startswith(IMAGE_PREFIX) or key == ONE_IMAGE) and feature["dtype"] in ("video", "image")
+    }
 
 
 def shape_of(feature: Mapping[str, Any]) -> tuple[int, int, int]:
