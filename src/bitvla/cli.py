@@ -118,9 +118,13 @@ def _train(args: argparse.Namespace) -> Any:
         from bitvla.train.plan import plan
 
         data = args.data[0] if args.data else None
-        return plan(args.stage, args.config, data=data, devices=args.devices, tflops=args.tflops, **parents)
+        return plan(args.stage, args.config, data=data, devices=args.devices or 1, tflops=args.tflops, **parents)
     from bitvla.train.loop import run
 
+    if args.devices is not None or args.tflops is not None:
+        raise BitvlaError(
+            "--devices and --tflops are of --plan; several devices train with torchrun (docs/training.md)"
+        )
     if not args.data or args.out is None:
         raise BitvlaError("training needs --data and --out; --plan does without")
     result = run(args.stage, args.config, args.data, args.out, cache_bytes=args.cache_size, **parents)
@@ -389,9 +393,12 @@ def _bytes(text: str) -> int:
     number = text.upper().removesuffix("B")
     factor = {"M": 10**6, "G": 10**9, "T": 10**12}.get(number[-1:], 1)
     try:
-        return int(float(number.rstrip("MGT")) * factor)
+        size = int(float(number.rstrip("MGT")) * factor)
     except (ValueError, OverflowError):
-        raise argparse.ArgumentTypeError(f"'{text}' is not a size, as in 500MB or 20GB") from None
+        size = -1
+    if size < 0:
+        raise argparse.ArgumentTypeError(f"'{text}' is not a size, as in 500MB or 20GB")
+    return size
 
 
 def _pair(text: str) -> tuple[str, str]:
@@ -528,7 +535,7 @@ def _add_making(add: _Add, commands: Any) -> None:
     )
     train.add_argument("--teacher", type=Path, metavar="CKPT", help="checkpoint to align with, likewise (distill)")
     train.add_argument("--plan", action="store_true", help="say what it takes, without weights or data, and end")
-    train.add_argument("--devices", type=_count, default=1, metavar="N", help="of a --plan (default: 1)")
+    train.add_argument("--devices", type=_count, metavar="N", help="of a --plan (default: 1)")
     train.add_argument(
         "--tflops", type=_rate, metavar="T", help="what one device of a --plan reaches in training, for the time"
     )
@@ -1009,7 +1016,9 @@ def _explain_missing(module: str) -> str | None:
 def _print(result: Any, args: argparse.Namespace) -> None:
     from bitvla import display
 
+    if result is None:
+        return
     if args.json is True:
         print(display.as_json(result))
-    elif result is not None:
+    else:
         display.show(result)
