@@ -670,7 +670,9 @@ def _add_running(add: _Add) -> None:
         "eval policy.safetensors --env metaworld --suite mt10 --episodes 50 --json reports/mt10.json",
         GO_ON,
     )
-    evaluate.add_argument("policy", type=Path, metavar="POLICY", help="policy file, or checkpoint folder")
+    evaluate.add_argument(
+        "policy", type=Path, metavar="POLICY", help="policy file, or with --full-precision checkpoint folder"
+    )
     _add_environment(evaluate, "episodes of each task")
     _add_record(evaluate)
     evaluate.add_argument("--processes", type=_count, metavar="N", help="simulators side by side (default: all cores)")
@@ -863,7 +865,7 @@ def _add_measuring(add: _Add) -> None:
     inspect = add(_inspect, "show what is in a policy file", "inspect policy.safetensors --json")
     bench = add(_bench, "measure latency by part, kernels and memory", "bench policy.safetensors --threads 1")
     for command in (verify, inspect, bench):
-        command.add_argument("policy", type=Path, metavar="POLICY", help="policy file")
+        command.add_argument("policy", type=Path, metavar="POLICY", help="file of a policy, or of a language model")
     bench.add_argument("--threads", type=_count, metavar="N", help="threads of the kernels (default: 1 to all cores)")
     bench.add_argument(
         "--repeats", type=_count, default=50, metavar="N", help="calls, or tokens, to measure (default: 50)"
