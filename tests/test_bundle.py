@@ -145,6 +145,14 @@ def test_a_full_disk_leaves_the_old_file(
     assert target.read_bytes() == b"old"
 
 
+def test_what_cannot_be_a_file_is_named(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    policy = read(path)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(BitvlaError, match=r"^cannot write \.: "):
+        write(Path(), policy.document, policy.tensors)
+    assert not list(tmp_path.iterdir())
+
+
 def test_an_interrupted_write_leaves_nothing(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     policy = read(path)
     monkeypatch.setattr(os, "fsync", lambda descriptor: (_ for _ in ()).throw(KeyboardInterrupt))

@@ -68,6 +68,7 @@ def test_the_list_of_commands_is_complete(capsys: pytest.CaptureFixture[str]) ->
         (["record", "out", "--suite", "mt10", "--episodes", "many"], "'many'"),
         (["train", "distil", "--config", "c", "--data", "d", "--out", "o"], "did you mean 'distill'?"),
         (["train", "distill", "--config", "c", "--plan", "--tflops", "0"], "'0'"),
+        (["train", "distill", "--config", "c", "--cache-size=-5GB"], "'-5GB' is not a size"),
     ],
 )
 def test_bad_usage_is_one_line_and_exit_2(arguments: list[str], named: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -289,6 +290,13 @@ def test_json_takes_numpy_paths_and_missing_numbers(inspection: Replace, capfd: 
     assert cli.main(["inspect", "p", "--json"]) == 0
     document = json.loads(capfd.readouterr().out)
     assert document == {"passed": True, "ratio": None, "count": 3, "where": "a/b", "rows": [{"x": 1.5}]}
+
+
+def test_no_result_is_no_output(inspection: Replace, capfd: pytest.CaptureFixture[str]) -> None:
+    """Of several processes that train one has a result."""
+    inspection(lambda path: None)
+    assert cli.main(["inspect", "p", "--json"]) == 0
+    assert capfd.readouterr().out == ""
 
 
 def test_ctrl_c_ends_a_process_with_one_line() -> None:

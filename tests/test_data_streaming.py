@@ -205,6 +205,20 @@ def on_disk(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.rglob("*.rgb"))
 
 
+def test_what_a_killed_process_left_makes_room(tmp_path):
+    frame = np.zeros((2, 2, 3), np.uint8)
+    pictures = Pictures(
+        lambda camera, episode: iter([frame]), folder=tmp_path, shapes={"front": frame.shape}, lengths=[1], limit=100
+    )
+    old, new = (tmp_path / f"front-000007.{pid}-1.tmp" for pid in (1, 2))
+    for path in (old, new):
+        path.write_bytes(bytes(100))
+    os.utime(old, (0, 0))
+    pictures.load(["front"], [0])
+    assert new.exists()  # someone may be writing it
+    assert not old.exists()
+
+
 def test_decoding_shows_how_far_it_is(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(progress, "PLAIN_LINE_SECONDS", 0)
     frame = np.zeros((2, 2, 3), np.uint8)

@@ -12,6 +12,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 import torch
@@ -20,6 +21,7 @@ from safetensors.torch import load_file
 
 import bitvla
 from bitvla.cli import main
+from bitvla.config import check
 from bitvla.convert.pack import pack
 from bitvla.convert.training import open_start, read_config
 from bitvla.data.llava import LlavaDataset
@@ -39,7 +41,7 @@ from bitvla.train.loop import run
 from bitvla.train.plan import plan
 from bitvla.train.starts import check_backbone, start_model
 from datasets import COLOURS, QUESTION, write_conversations, write_dataset
-from training import MODEL, POLICY, TOKENS, losses_of, write_config
+from training import FLOW, MODEL, POLICY, TOKENS, losses_of, write_config
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 
@@ -282,6 +284,52 @@ def test_adapters_of_a_model_are_refused_planned_or_not(
     for given in (parents, {}):
         with pytest.raises(BitvlaError, match=refused):
             plan(stage, config, **given)
+
+
+def test_an_impossible_model_is_named(tmp_path: Path) -> None:
+    model = load(write_config(tmp_path, MODEL)).model
+    assert model
+    for section, changes, message in (
+        ("language", {"num_layers": 0}, "language.num_layers is 0"),
+        ("image", {"jpeg_quality": 500}, "image.jpeg_quality 500 is not within 1 and 100"),
+        ("image", {"mean": float("nan")}, "image.mean nan and std 0.5 must be finite"),
+    ):
+        part = msgspec.structs.replace(getattr(model, section), **changes)
+        with pytest.raises(BitvlaError, match=f"^language model configuration: {message}"):
+            check(msgspec.structs.replace(model, **{section: part}))
+
+
+@pytest.mark.parametrize("stage", ["align", "instruct", "distill"])
+def test_what_is_of_policies_is_refused_planned_or_not(
+    data: Path, instructed: Path, tmp_path: Path, stage: str
+) -> None:
+    parents = {"teacher": instructed} if stage == "distill" else {"init": instructed}
+    sections = {"policy": POLICY, "data": '[data."colours.json"]\nrotate180 = true'}
+    keys = {"film": True, "max_prefix": 2, "flow": FLOW, "balance_tasks": True, "mixture": {"colours": 1.0}}
+    for name in [*sections, *keys]:
+        changes = {name: keys[name]} if name in keys else {}
+        config = write_config(tmp_path, sections.get(name, ""), precision="ternary", **changes)
+        for train in (partial(run, data=data, out=tmp_path / "out"), plan):
+            with pytest.raises(
+                BitvlaError, match=f"'{stage}' trains on conversations .* no use for {name}; leave it out"
+            ):
+                train(stage, config, **parents)
+
+
+@pytest.mark.parametrize(
+    ("section", "changes", "message"),
+    [
+        (MODEL, {}, "'finetune' trains on demonstrations here and has no use for model; leave it out"),
+        (POLICY, {"mixture": {"random": 1.0}}, "'finetune' trains on one dataset; leave out mixture"),
+    ],
+)
+def test_what_is_not_of_a_policys_stage_is_refused_planned_or_not(
+    tmp_path: Path, section: str, changes: dict[str, Any], message: str
+) -> None:
+    config = write_config(tmp_path, section, **changes)
+    for train in (partial(run, data=tmp_path / "random", out=tmp_path / "out"), plan):
+        with pytest.raises(BitvlaError, match=message):
+            train("finetune", config)
 
 
 def test_from_captions_to_a_policy_that_acts(data: Path, tmp_path: Path) -> None:

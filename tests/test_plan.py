@@ -115,6 +115,17 @@ def test_what_is_missing_is_named(tmp_path):
         plan("finetune", write_config(tmp_path, ""))
 
 
+def test_what_is_published_must_be_described(tmp_path):
+    config = write_config(tmp_path, "")
+    for stage, parents, section in (
+        ("instruct", {"init": Path("org/model")}, "model"),
+        ("finetune", {"init": Path("org/policy")}, "policy"),
+        ("distill", {"teacher": Path("org/policy")}, "policy"),
+    ):
+        with pytest.raises(BitvlaError, match=rf"nothing of .*, as org/\w+; .* in a \[{section}\] section"):
+            plan(stage, config, **parents)
+
+
 def test_the_command_prints_it(tmp_path, capsys):
     command = ["train", "finetune", "--config", str(write_config(tmp_path, SEEING)), "--plan"]
     assert cli.main([*command, "--json"]) == 0
@@ -123,3 +134,5 @@ def test_the_command_prints_it(tmp_path, capsys):
     assert "memory a device" in capsys.readouterr().out
     assert cli.main(command[:-1]) == 1
     assert "--plan does without" in capsys.readouterr().err
+    assert cli.main([*command[:-1], "--data", "d", "--out", "o", "--devices", "2"]) == 1
+    assert "--devices and --tflops are of --plan" in capsys.readouterr().err

@@ -5,6 +5,7 @@ pytest tests/test_processing.py
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -18,7 +19,7 @@ from tokenizers import Tokenizer
 
 from bitvla import BitvlaError
 from bitvla.config import Camera, ImageProcessing, PolicyConfig, Statistics, check
-from bitvla.processing.images import crop_resized, to_patches, to_pixels
+from bitvla.processing.images import crop_resized, read_image, to_patches, to_pixels
 from bitvla.processing.observation import check_observation
 from bitvla.processing.prompt import SLOT_ID, Prompt, train_tokenizer
 from bitvla.processing.vectors import check_prefix, network_actions, normalize, robot_actions, unnormalize
@@ -155,6 +156,18 @@ def test_patches_are_the_operands_of_a_convolution() -> None:
             window = pixels[2 * row : 2 * row + 2, 2 * column : 2 * column + 2]
             expected = np.einsum("ijc,ocij->o", window, kernel)
             np.testing.assert_allclose(products[3 * row + column], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_grey_images_of_16_bits_are_scaled_and_others_of_more_refused(tmp_path: Path) -> None:
+    grey = image_of(4, 4)[..., 0]
+    Image.fromarray(grey.astype(np.uint16) * 257).save(tmp_path / "16.png")
+    np.testing.assert_array_equal(read_image(tmp_path / "16.png"), np.repeat(grey[..., None], 3, axis=2))
+    for dtype in (np.int32, np.float32):
+        Image.fromarray(grey.astype(dtype)).save(tmp_path / "32.tif")
+        with pytest.raises(
+            BitvlaError, match=r"32\.tif cannot be read as an image: its values have 32 bits .*; save it"
+        ):
+            read_image(tmp_path / "32.tif")
 
 
 def test_the_whole_image_is_only_resized() -> None:

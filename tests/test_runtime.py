@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 import bitvla
 import bitvla._native as native
-from bitvla import BitvlaError
+from bitvla import BitvlaError, bundle
 from bitvla.bundle import to_float32
 from bitvla.config import PolicyConfig
 from bitvla.processing.vectors import normalize
@@ -599,6 +599,32 @@ def test_an_answer_that_is_not_finite_is_refused(policy: Policy, monkeypatch: py
     monkeypatch.setattr(policy.network, "act", lambda *_: np.full((1, 5, 4), np.nan, np.float32))
     with pytest.raises(BitvlaError, match="not finite"):
         policy.act(observation(policy.config))
+
+
+@pytest.mark.parametrize("mapped", [False, True])
+def test_weights_that_are_not_finite_are_refused(tmp_path: Path, mapped: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where no digest is computed: quantised, it would move the robot. The embedding's are, when they are read."""
+    if mapped:
+        monkeypatch.setattr(bundle, "READ_AT_LOAD", 0)
+    path = pack_random(tmp_path, tiny_config(), matrix_dtype="BF16")
+    good = bundle.read(path)
+    document = msgspec.structs.replace(good.document, tokenizer=good.tokenizer())
+    for name, value in (
+        ("language_model.model.norm.weight", np.nan),
+        ("vision_tower.vision_model.embeddings.position_embedding.weight", -np.inf),
+        ("multi_modal_projector.linear_1.weight", 0x7F80),  # infinity in bfloat16
+        ("multi_modal_projector.linear_1.weight", 0xFF80),
+        ("action_head.model.fc2.weight", 0xFFC0),  # NaN
+        (bundle.EMBEDDING, 0x7FC0),
+    ):
+        spoilt = np.array(good.tensors[name])
+        spoilt[..., 0] = value
+        bundle.write(path, document, {**good.tensors, name: spoilt})
+        load = partial(bitvla.load, path)
+        refusing = partial(load().act, observation(good.config)) if name == bundle.EMBEDDING else load
+        with pytest.raises(BitvlaError, match=f"^{name} holds a value that is not finite"):
+            refusing()
+    bundle.check_finite("the largest numbers", np.array([0x7F7F, 0xFF7F], np.uint16))
 
 
 @pytest.mark.parametrize("threads", [0, -1, 1025, 1 << 40, 2.5, "2"])

@@ -306,6 +306,7 @@ def test_a_decoder_that_nobody_has_taught_must_learn(data, teacher, tmp_path, ch
         ("finetune", {"ema_decay": 1.0}, "ema_decay must be from 0 to below 1"),
         ("finetune", {"vision_learning_rate": 0.0}, "vision_learning_rate must be positive, it is 0.0"),
         ("finetune", {"warmup_steps": -1}, "warmup_steps must not be negative, it is -1"),
+        ("finetune", {"seed": 1 << 32}, r"seed must be below 2\*\*32, it is 4294967296"),
         ("distill", {}, "needs a full-precision teacher"),
         ("localize", {"keypoint_weight": 0}, "needs keypoint_weight above 0"),
         ("aling", {}, "unknown stage 'aling'"),

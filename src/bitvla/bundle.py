@@ -142,10 +142,19 @@ class Bundle(Generic[C]):
         text, *_ = _parse_header(self.path, self.file)
         return msgspec.json.decode(text, type=_Tokenizer).tokenizer
 
+    def check_finite(self) -> None:
+        """BitvlaError for a value that is infinite or NaN: quantised, it would become an action like any other.
+
+        The embedding, which is never read as a whole, is left to `rows`.
+        """
+        for name, tensor in self.tensors.items():
+            if name != EMBEDDING:
+                check_finite(name, tensor)
+
     def rows(self, name: str, indices: NDArray[np.int64]) -> NDArray[np.float32]:
         """Rows of a matrix, float32 (n, columns); read beside the map, which would make far more of it resident.
 
-        BitvlaError for a row that is not there.
+        BitvlaError for a row that is not there, or not finite.
         """
         table = self.tensors[name]
         last = int(indices.max(initial=0))
@@ -154,10 +163,13 @@ class Bundle(Generic[C]):
                 f"{name} has {len(table)} rows, none of them for token {last}: the tokenizer belongs to another model"
             )
         if self.file is None:
-            return to_float32(table[indices])
-        size = table.shape[1] * table.itemsize
-        rows = [os.pread(self.file.fileno(), size, self.offsets[name] + int(index) * size) for index in indices]
-        return to_float32(np.frombuffer(b"".join(rows), dtype=table.dtype).reshape(len(indices), -1))
+            rows = table[indices]
+        else:
+            size = table.shape[1] * table.itemsize
+            parts = [os.pread(self.file.fileno(), size, self.offsets[name] + int(index) * size) for index in indices]
+            rows = np.frombuffer(b"".join(parts), dtype=table.dtype).reshape(len(indices), -1)
+        check_finite(name, rows)
+        return to_float32(rows)
 
 
 def tensor_specs(config: PolicyConfig | LanguageModelConfig) -> dict[str, TensorSpec]:
@@ -546,6 +558,16 @@ def _check_scales(path: Path, tensors: Mapping[str, NDArray[Any]]) -> None:
     for name, tensor in tensors.items():
         if name.endswith("_scale") and not (tensor.min() > 0 and tensor.max() < np.inf):
             raise BitvlaError(f"{path} is damaged: {name} holds {tensor.min()} to {tensor.max()}")
+
+
+def check_finite(name: str, tensor: NDArray[Any]) -> None:
+    """BitvlaError where a tensor of a policy file holds a value that is infinite or NaN."""
+    if tensor.dtype == np.uint16:  # bfloat16: without the sign, from 0x7F80 on
+        finite = tensor.max(initial=0) < 0xFF80 and tensor.view(np.int16).max(initial=0) < 0x7F80
+    else:
+        finite = tensor.dtype.kind != "f" or (tensor.min() > -np.inf and tensor.max() < np.inf)
+    if not finite:
+        raise BitvlaError(f"{name} holds a value that is not finite: the data is damaged")
 
 
 def to_bfloat16(values: NDArray[np.float32]) -> NDArray[np.uint16]:

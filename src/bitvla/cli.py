@@ -118,9 +118,13 @@ def _train(args: argparse.Namespace) -> Any:
         from bitvla.train.plan import plan
 
         data = args.data[0] if args.data else None
-        return plan(args.stage, args.config, data=data, devices=args.devices, tflops=args.tflops, **parents)
+        return plan(args.stage, args.config, data=data, devices=args.devices or 1, tflops=args.tflops, **parents)
     from bitvla.train.loop import run
 
+    if args.devices is not None or args.tflops is not None:
+        raise BitvlaError(
+            "--devices and --tflops are of --plan; several devices train with torchrun (docs/training.md)"
+        )
     if not args.data or args.out is None:
         raise BitvlaError("training needs --data and --out; --plan does without")
     result = run(args.stage, args.config, args.data, args.out, cache_bytes=args.cache_size, **parents)
@@ -389,9 +393,12 @@ def _bytes(text: str) -> int:
     number = text.upper().removesuffix("B")
     factor = {"M": 10**6, "G": 10**9, "T": 10**12}.get(number[-1:], 1)
     try:
-        return int(float(number.rstrip("MGT")) * factor)
+        size = int(float(number.rstrip("MGT")) * factor)
     except (ValueError, OverflowError):
-        raise argparse.ArgumentTypeError(f"'{text}' is not a size, as in 500MB or 20GB") from None
+        size = -1
+    if size < 0:
+        raise argparse.ArgumentTypeError(f"'{text}' is not a size, as in 500MB or 20GB")
+    return size
 
 
 def _pair(text: str) -> tuple[str, str]:
@@ -528,7 +535,7 @@ def _add_making(add: _Add, commands: Any) -> None:
     )
     train.add_argument("--teacher", type=Path, metavar="CKPT", help="checkpoint to align with, likewise (distill)")
     train.add_argument("--plan", action="store_true", help="say what it takes, without weights or data, and end")
-    train.add_argument("--devices", type=_count, default=1, metavar="N", help="of a --plan (default: 1)")
+    train.add_argument("--devices", type=_count, metavar="N", help="of a --plan (default: 1)")
     train.add_argument(
         "--tflops", type=_rate, metavar="T", help="what one device of a --plan reaches in training, for the time"
     )
@@ -663,7 +670,9 @@ def _add_running(add: _Add) -> None:
         "eval policy.safetensors --env metaworld --suite mt10 --episodes 50 --json reports/mt10.json",
         GO_ON,
     )
-    evaluate.add_argument("policy", type=Path, metavar="POLICY", help="policy file, or checkpoint folder")
+    evaluate.add_argument(
+        "policy", type=Path, metavar="POLICY", help="policy file, or with --full-precision checkpoint folder"
+    )
     _add_environment(evaluate, "episodes of each task")
     _add_record(evaluate)
     evaluate.add_argument("--processes", type=_count, metavar="N", help="simulators side by side (default: all cores)")
@@ -856,7 +865,7 @@ def _add_measuring(add: _Add) -> None:
     inspect = add(_inspect, "show what is in a policy file", "inspect policy.safetensors --json")
     bench = add(_bench, "measure latency by part, kernels and memory", "bench policy.safetensors --threads 1")
     for command in (verify, inspect, bench):
-        command.add_argument("policy", type=Path, metavar="POLICY", help="policy file")
+        command.add_argument("policy", type=Path, metavar="POLICY", help="file of a policy, or of a language model")
     bench.add_argument("--threads", type=_count, metavar="N", help="threads of the kernels (default: 1 to all cores)")
     bench.add_argument(
         "--repeats", type=_count, default=50, metavar="N", help="calls, or tokens, to measure (default: 50)"
@@ -1009,7 +1018,9 @@ def _explain_missing(module: str) -> str | None:
 def _print(result: Any, args: argparse.Namespace) -> None:
     from bitvla import display
 
+    if result is None:
+        return
     if args.json is True:
         print(display.as_json(result))
-    elif result is not None:
+    else:
         display.show(result)

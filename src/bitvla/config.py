@@ -238,9 +238,10 @@ class LanguageModelConfig(Record, frozen=True, kw_only=True, forbid_unknown_fiel
 
 def check(config: Model) -> Model:
     """Return `config`, or raise BitvlaError naming the first value that cannot be right."""
-    _check_sizes(config)
+    kind = "policy" if isinstance(config, PolicyConfig) else "language model"
+    _check_sizes(kind, config)
     if isinstance(config, LanguageModelConfig):
-        _check_rules("language model", [
+        _check_rules(kind, [
             *_language_rules(config.language),
             (not config.language.bidirectional, "language.bidirectional is true; only a causal decoder writes text"),
             (config.chat.turn.count("{prompt}") == 1, "chat.turn must hold {prompt} once"),
@@ -255,13 +256,8 @@ def check(config: Model) -> Model:
          f"{processing.execute_horizon} is not within 1 and action.horizon {action.horizon}"),
         (action.max_prefix < action.horizon, f"action.max_prefix {action.max_prefix} leaves nothing of action.horizon "
          f"{action.horizon} to decide"),
-        (0 < processing.image.crop_area <= 1, f"processing.image.crop_area {processing.image.crop_area} is not in "
-         "(0, 1]"),
         (language.max_positions > action.num_slots + vision.num_patches * len(processing.cameras) + 2,
          f"language.max_positions {language.max_positions} has no room for images, slots and an instruction"),
-        (processing.image.std > 0, f"processing.image.std {processing.image.std} is not positive"),
-        (processing.image.jpeg_quality is None or 1 <= processing.image.jpeg_quality <= 100,
-         f"processing.image.jpeg_quality {processing.image.jpeg_quality} is not within 1 and 100"),
         (processing.control_hz > 0, f"processing.control_hz {processing.control_hz} is not positive"),
         (len(processing.cameras) > 0, "processing.cameras is empty: a policy needs at least one camera"),
         (len({camera.name for camera in processing.cameras}) == len(processing.cameras),
@@ -278,7 +274,8 @@ def check(config: Model) -> Model:
         (processing.prompt.image_token not in processing.prompt.template,
          f"processing.prompt.template holds {processing.prompt.image_token}; {{images}} stands for all of them"),
     ]  # fmt: skip
-    _check_rules("policy", _language_rules(language) + _vision_rules(vision) + _flow_rules(action) + rules)
+    rules += _image_rules("processing.image", processing.image)
+    _check_rules(kind, _language_rules(language) + _vision_rules(vision) + _flow_rules(action) + rules)
     for name, statistics, size in (
         ("state", processing.state, action.state_dim),
         ("action", processing.action, action.dim),
@@ -307,6 +304,16 @@ def _vision_rules(vision: VisionConfig) -> list[tuple[bool, str]]:
          f"vision.num_heads {vision.num_heads}"),
         _head_rule("vision", vision.hidden_size, vision.num_heads),
         (vision.layer_norm_eps > 0, f"vision.layer_norm_eps {vision.layer_norm_eps} is not positive"),
+    ]  # fmt: skip
+
+
+def _image_rules(section: str, image: ImageProcessing) -> list[tuple[bool, str]]:
+    return [
+        (0 < image.crop_area <= 1, f"{section}.crop_area {image.crop_area} is not in (0, 1]"),
+        (0 < image.std < math.inf and math.isfinite(image.mean),
+         f"{section}.mean {image.mean} and std {image.std} must be finite, the latter positive"),
+        (image.jpeg_quality is None or 1 <= image.jpeg_quality <= 100,
+         f"{section}.jpeg_quality {image.jpeg_quality} is not within 1 and 100"),
     ]  # fmt: skip
 
 
@@ -340,8 +347,7 @@ def _sight_rules(config: LanguageModelConfig) -> list[tuple[bool, str]]:
         (all(chat.turn_with_images.count(part) == 1 for part in ("{images}", "{prompt}")),
          "chat.turn_with_images must hold {images} and {prompt} once each"),
         (len(chat.image_token) > 0, "chat.image_token is empty: nothing would stand for images"),
-        (image.std > 0 and 0 < image.crop_area <= 1, "image.std and image.crop_area must be positive, the latter at "
-         "most 1"),
+        *_image_rules("image", image),
     ]  # fmt: skip
 
 
@@ -351,7 +357,7 @@ def _check_rules(kind: str, rules: Iterable[tuple[bool, str]]) -> None:
             raise BitvlaError(f"{kind} configuration: {message}")
 
 
-def _check_sizes(config: PolicyConfig | LanguageModelConfig) -> None:
+def _check_sizes(kind: str, config: PolicyConfig | LanguageModelConfig) -> None:
     sections: dict[str, Record] = {"language": config.language}
     if config.vision is not None:
         sections["vision"] = config.vision
@@ -373,7 +379,7 @@ def _check_sizes(config: PolicyConfig | LanguageModelConfig) -> None:
             least, most = 0 if field in optional | absent else 1, 0 if field in absent else _MOST.get(field, _LARGEST)
             if type(size) is int and not least <= size <= most:
                 allowed = f"0, as {why}" if field in absent else f"a size from {least} to {most}"
-                raise BitvlaError(f"policy configuration: {section}.{field} is {size}; it must be {allowed}")
+                raise BitvlaError(f"{kind} configuration: {section}.{field} is {size}; it must be {allowed}")
 
 
 def _check_statistics(name: str, statistics: Statistics, size: int) -> None:

@@ -31,7 +31,7 @@ with mujoco.Renderer(model, 8, 8) as renderer:
     renderer.update_scene(mujoco.MjData(model))
     print(renderer.render().shape)
 """
-_RENDER_SECONDS = 60
+_PROCESS_SECONDS = 60
 _LIBRARIES = {"egl": "libegl1", "osmesa": "libosmesa6"}
 
 
@@ -115,7 +115,13 @@ def _libero() -> dict[str, Any]:
     except BitvlaError:
         return _check("simulator libero", "missing", "not installed", "make libero")
     question = f"from importlib.metadata import version; print(version('{PACKAGE}'))"
-    done = subprocess.run([python, "-I", "-c", question], capture_output=True, text=True, check=False)
+    try:
+        done = subprocess.run(
+            [python, "-I", "-c", question], capture_output=True, text=True, timeout=_PROCESS_SECONDS, check=False
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        reason = getattr(error, "strerror", None) or error
+        return _check("simulator libero", "broken", f"{python} does not run: {reason}", "make libero")
     if done.returncode:
         return _check("simulator libero", "broken", f"{python} has no {PACKAGE}", "make libero")
     return _check("simulator libero", "ok", f"{PACKAGE} {done.stdout.strip()}")
@@ -131,11 +137,11 @@ def _rendering() -> dict[str, Any]:
             env=os.environ | {"MUJOCO_GL": backend},
             capture_output=True,
             text=True,
-            timeout=_RENDER_SECONDS,
+            timeout=_PROCESS_SECONDS,
             check=False,
         )
     except subprocess.TimeoutExpired:
-        return _check(name, "broken", f"no image after {_RENDER_SECONDS} s", "MUJOCO_GL=osmesa bitvla doctor")
+        return _check(name, "broken", f"no image after {_PROCESS_SECONDS} s", "MUJOCO_GL=osmesa bitvla doctor")
     if done.returncode == 0:
         return _check(name, "ok", "renders without a display")
     reason = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]

@@ -15,7 +15,7 @@ def write_whole(path: Path, *parts: Any) -> None:
 
     BitvlaError when the disk refuses; an older file at `path` is then still there.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.parent / f".{path.name}.{os.getpid()}.tmp"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with temporary.open("wb") as file:

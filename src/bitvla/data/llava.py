@@ -45,7 +45,7 @@ class Turn(NamedTuple):
 class Picture(NamedTuple):
     """An image: a file, or the `number`-th one of a row of a shard."""
 
-    name: str  # the last part of its path, wherever it lies
+    name: str  # its path as the entry gives it: within the data, wherever they lie
     address: str  # of the file or shard
     group: int = -1  # of rows in a shard
     row: int = 0  # in the group
@@ -150,7 +150,7 @@ class LlavaDataset:
         places = ((group, row, fields) for group, rows in enumerate(groups) for row, fields in enumerate(rows))
         for number, (group, row, fields) in enumerate(places):
             pictures = tuple(
-                Picture(_last(image.get("path")) or f"{path.name}:{number}", str(path), group, row, i)
+                Picture(image.get("path") or f"{path.name}:{number}", str(path), group, row, i)
                 for i, image in enumerate(_listed(fields.pop("image", None)))
             )
             name = f"{path}: row {number}"
@@ -189,7 +189,7 @@ class LlavaDataset:
             content = fetch()
             self._written += len(content)
             if self.limit is not None and self._written > self.limit // 16:  # now and then: every file is looked at
-                make_room(self._folder.glob("[!.]*"), self.limit - self.limit // 16 - len(content))
+                make_room(self._folder.glob("*"), self.limit - self.limit // 16 - len(content))
                 self._written = len(content)
             write_whole(path, content)
 
@@ -241,11 +241,11 @@ def _parse(path: Place, content: bytes) -> list[Conversation]:
 
 def _beside(entry: _Entry, name: str, folder: Place) -> Conversation:
     """An entry whose images are files; those of this machine must be there."""
-    places = [folder / image for image in _listed(entry.image)]
-    for place in places:
-        if isinstance(folder, Path) and not place.is_file():
-            raise BitvlaError(f"{_named(entry, name)}: its image {place} does not exist")
-    return _conversation(entry, name, tuple(Picture(place.name, str(place)) for place in places))
+    pictures = tuple(Picture(image, str(folder / image)) for image in _listed(entry.image))
+    for picture in pictures:
+        if isinstance(folder, Path) and not Path(picture.address).is_file():
+            raise BitvlaError(f"{_named(entry, name)}: its image {picture.address} does not exist")
+    return _conversation(entry, name, pictures)
 
 
 def _conversation(entry: _Entry, name: str, images: tuple[Picture, ...]) -> Conversation:
@@ -283,7 +283,3 @@ def _listed(value: Any) -> list[Any]:
 def _part(column: str) -> str:
     """Of which column a column of numbers or bytes is a part."""
     return column.partition(".")[0]
-
-
-def _last(path: str | None) -> str:
-    return (path or "").rpartition("/")[2]

@@ -9,6 +9,7 @@ import contextlib
 import errno
 import math
 import os
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import product
 from pathlib import Path
@@ -21,6 +22,7 @@ from bitvla.errors import BitvlaError
 from bitvla.progress import bar
 
 Frame = NDArray[np.uint8]
+ABANDONED_SECONDS = 3600  # nobody writes to a temporary file that was not touched for so long
 
 
 class Pictures:
@@ -109,16 +111,20 @@ class Pictures:
             return
         # Another thread may be writing one, too.
         longest = int(self.lengths.max()) * max(math.prod(shape) for shape in self._shapes.values())
-        make_room(self._folder.glob("*.rgb"), self.limit - needed - longest)
+        make_room(self._folder.glob("*"), self.limit - needed - longest)
 
 
 def make_room(files: Iterable[Path], most: int) -> None:
-    """Delete those of `files` that were touched longest ago, until the others take at most `most` bytes."""
+    """Delete those of `files` that were touched longest ago, until the others take at most `most` bytes.
+
+    Temporary ones count once they are old: who wrote them was killed.
+    """
     kept = []
     for path in files:
         with contextlib.suppress(FileNotFoundError):  # another process made room
             status = path.stat()
-            kept.append((status.st_mtime_ns, status.st_size, path))
+            if path.suffix != ".tmp" or time.time() - status.st_mtime > ABANDONED_SECONDS:
+                kept.append((status.st_mtime_ns, status.st_size, path))
     excess = sum(size for _, size, _ in kept) - most
     for _, size, path in sorted(kept):
         if excess <= 0:

@@ -23,11 +23,23 @@ def read_image(source: Path | bytes, name: str = "the image") -> NDArray[np.uint
     """
     try:
         with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as picture:
-            return np.asarray(ImageOps.exif_transpose(picture).convert("RGB"))
+            return np.asarray(_eight_bits(ImageOps.exif_transpose(picture)).convert("RGB"))
     except Exception as error:  # each format's decoder has its own errors
         place = source if isinstance(source, Path) else name
         reason = getattr(error, "strerror", None) or error
         raise BitvlaError(f"{place} cannot be read as an image: {reason}") from None
+
+
+def _eight_bits(picture: Image.Image) -> Image.Image:
+    """Of 16-bit greys the upper eight bits, as Pillow takes them of 16-bit colours; its `convert` cuts off at 255.
+
+    ValueError for values of 32 bits, which have no range.
+    """
+    if picture.mode in ("I", "F"):
+        raise ValueError(f"its values have 32 bits (mode {picture.mode}); save it with 8 or 16")
+    if picture.mode.startswith("I;16"):
+        return Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
+    return picture
 
 
 def check_image(image: object, camera: Camera) -> NDArray[np.uint8]:

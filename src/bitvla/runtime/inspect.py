@@ -1,4 +1,5 @@
-"""What is in a policy file: parameters, bytes and bits by part, conventions, statistics, provenance."""
+"""What is in the file of a policy or a language model: parameters, bytes and bits by part, conventions, statistics,
+provenance."""
 
 from __future__ import annotations
 
@@ -6,8 +7,17 @@ import math
 from pathlib import Path
 from typing import Any
 
-from bitvla.bundle import Bundle, Document, TensorSpec, read, stored_tensors, tensor_specs
-from bitvla.config import PolicyConfig, Statistics, to_dict
+from bitvla.bundle import (
+    Bundle,
+    Document,
+    TensorSpec,
+    is_language_model,
+    read,
+    read_language_model,
+    stored_tensors,
+    tensor_specs,
+)
+from bitvla.config import LanguageModelConfig, PolicyConfig, Statistics, to_dict
 
 PARTS: dict[str, str | tuple[str, ...]] = {
     "vision": ("vision_tower.", "film."),
@@ -26,7 +36,7 @@ def part_of(tensor: str) -> str:
     return next(part for part, prefix in PARTS.items() if tensor.startswith(prefix))
 
 
-def bytes_by_part(document: Document[PolicyConfig]) -> dict[str, int]:
+def bytes_by_part(document: Document[Any]) -> dict[str, int]:
     """Bytes in the file of each part's tensors."""
     total = dict.fromkeys(PARTS, 0)
     for name, stored in stored_tensors(document).items():
@@ -35,17 +45,17 @@ def bytes_by_part(document: Document[PolicyConfig]) -> dict[str, int]:
 
 
 def inspect(path: Path) -> dict[str, Any]:
-    """Describe a policy file as plain, JSON-able data. Reads the header only, and the weights of small files."""
-    return describe(read(Path(path)))
+    """Describe a file as plain, JSON-able data. Reads the header only, and the weights of small files."""
+    path = Path(path)
+    return describe(read_language_model(path) if is_language_model(path) else read(path))
 
 
-def describe(bundle: Bundle[PolicyConfig]) -> dict[str, Any]:
+def describe(bundle: Bundle[Any]) -> dict[str, Any]:
     document, config = bundle.document, bundle.config
     specs = tensor_specs(config)
     parameters = sum(math.prod(spec.shape) for spec in specs.values())
     file_bytes = bundle.path.stat().st_size if bundle.path else None
     weight_bytes = sum(size for part, size in bytes_by_part(document).items() if part != "golden traces")
-    processing = config.processing
     return {
         "name": config.name,
         "path": str(bundle.path) if bundle.path else None,
@@ -59,6 +69,15 @@ def describe(bundle: Bundle[PolicyConfig]) -> dict[str, Any]:
         "bits_per_parameter": 8 * weight_bytes / parameters,
         "precision": _by_precision(document, specs),
         "parts": _by_part(document, specs),
+        **(_of_language_model(config) if isinstance(config, LanguageModelConfig) else _of_policy(config)),
+        "golden": list(document.golden),
+        "provenance": document.provenance,
+    }
+
+
+def _of_policy(config: PolicyConfig) -> dict[str, Any]:
+    processing = config.processing
+    return {
         "sizes": {name: to_dict(getattr(config, name)) for name in ("vision", "language", "action")},
         "conventions": {
             "cameras": [to_dict(camera) for camera in processing.cameras],
@@ -70,12 +89,19 @@ def describe(bundle: Bundle[PolicyConfig]) -> dict[str, Any]:
             "gripper": processing.gripper,
         },
         "statistics": {name: _rows(getattr(processing, name)) for name in ("state", "action")},
-        "golden": list(document.golden),
-        "provenance": document.provenance,
     }
 
 
-def _by_part(document: Document[PolicyConfig], specs: dict[str, TensorSpec]) -> dict[str, dict[str, Any]]:
+def _of_language_model(config: LanguageModelConfig) -> dict[str, Any]:
+    sizes = {"vision": config.vision, "language": config.language}
+    conventions = {"image": config.image, "chat": config.chat}
+    return {
+        "sizes": {name: to_dict(value) for name, value in sizes.items() if value},
+        "conventions": {name: to_dict(value) for name, value in conventions.items() if value},
+    }
+
+
+def _by_part(document: Document[Any], specs: dict[str, TensorSpec]) -> dict[str, dict[str, Any]]:
     sizes = bytes_by_part(document)
     parts: dict[str, dict[str, Any]] = {
         part: {"parameters": 0, "ternary": 0, "bytes": size} for part, size in sizes.items()
@@ -87,7 +113,7 @@ def _by_part(document: Document[PolicyConfig], specs: dict[str, TensorSpec]) -> 
     return parts
 
 
-def _by_precision(document: Document[PolicyConfig], specs: dict[str, TensorSpec]) -> dict[str, dict[str, Any]]:
+def _by_precision(document: Document[Any], specs: dict[str, TensorSpec]) -> dict[str, dict[str, Any]]:
     """Parameters, bytes and bits a weight of each storage format; padding and scales are counted as ternary."""
     stored = stored_tensors(document)
     formats: dict[str, dict[str, Any]] = {}

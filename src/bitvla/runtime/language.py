@@ -58,6 +58,7 @@ class LanguageModel:
 
     def __init__(self, bundle: Bundle[LanguageModelConfig]) -> None:
         self.bundle, self.config = bundle, bundle.config
+        bundle.check_finite()
         self.chat = Chat(self.config, parse_tokenizer(bundle.tokenizer()))
         language, vision, workspace = self.config.language, self.config.vision, Workspace()
         self.decoder = Decoder(language, bundle, workspace)

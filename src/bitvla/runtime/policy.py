@@ -42,6 +42,7 @@ class Policy:
     def __init__(self, bundle: Bundle[PolicyConfig], prune: float = 0.0) -> None:
         self.bundle, self.prune = bundle, prune
         self.config = bundle.config
+        bundle.check_finite()
         self._prompt: Prompt | None = None
         self._read_prompt()  # now, so that a wrong tokenizer is refused at load
         give_back_memory()

@@ -13,7 +13,7 @@ import msgspec
 import numpy as np
 
 import bitvla._native as native
-from bitvla.bundle import Bundle, is_language_model, read, read_language_model, tensor_specs
+from bitvla.bundle import Bundle, check_finite, is_language_model, read, read_language_model, tensor_specs
 from bitvla.config import PolicyConfig, check
 from bitvla.errors import BitvlaError
 from bitvla.quantization import unpack
@@ -137,16 +137,10 @@ def _weights(bundle: Bundle[Any]) -> str:
             except ValueError as error:
                 raise BitvlaError(f"{name}: {error}") from None
             counts += np.bincount(codes.ravel().view(np.uint8) + np.uint8(1), minlength=3)
-        elif not _finite(tensor):
-            raise BitvlaError(f"{name} holds a value that is not finite: the data is damaged")
+        else:
+            check_finite(name, tensor)
     minus, zero, plus = 100 * counts / counts.sum()
     return f"{counts.sum():,} ternary weights: {minus:.1f} % -1, {zero:.1f} % 0, {plus:.1f} % +1; all others finite"
-
-
-def _finite(tensor: np.ndarray) -> bool:
-    if tensor.dtype == np.uint16:  # bfloat16: all exponent bits set means infinite or NaN
-        return not np.any((tensor & 0x7F80) == 0x7F80)
-    return bool(np.isfinite(tensor).all())
 
 
 def _statistics(bundle: Bundle[PolicyConfig]) -> str:

@@ -143,6 +143,8 @@ def load(path: Path) -> TrainConfig:
         value = getattr(config, name)
         if value is not None and not 0 <= value < math.inf:
             raise BitvlaError(f"{path}: {name} must not be negative, it is {value}")
+    if config.seed >= 1 << 32:
+        raise BitvlaError(f"{path}: seed must be below 2**32, it is {config.seed}")
     if not 0 <= config.ema_decay < 1:
         raise BitvlaError(f"{path}: ema_decay must be from 0 to below 1, it is {config.ema_decay}")
     for name, weight in config.mixture.items():

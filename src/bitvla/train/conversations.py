@@ -148,5 +148,5 @@ class Conversations(Dataset[TokenWindow]):
 
 
 def _apart(entry: Conversation) -> bool:
-    """By the name of its image, wherever the folder lies."""
+    """By the path of its image within the data, wherever these lie."""
     return held_out((entry.images[0].name if entry.images else entry.turns[0].prompt).encode())

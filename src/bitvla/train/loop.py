@@ -48,7 +48,7 @@ from bitvla.train.config import FREE_TO_CHANGE, TrainConfig, load
 from bitvla.train.language import LanguageLearner
 from bitvla.train.policy import PolicyLearner
 from bitvla.train.starts import (
-    check_adapters,
+    check_asked,
     check_mixture,
     check_out,
     check_stage,
@@ -104,7 +104,7 @@ def run(
     if teacher is not None:
         check_teacher(opened[teacher].config, teacher, opened[teacher].provenance)
     of_language = trains_language(stage, None if teacher is None else opened[teacher].config)
-    check_adapters(stage, config, of_language)
+    check_asked(stage, config, of_language)
     if config.lora_rank and start is None:
         raise BitvlaError(f"lora_rank is {config.lora_rank}: adapters need a checkpoint to adapt; give one with --init")
     accelerator = _accelerator(config, Path(out))

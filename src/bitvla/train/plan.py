@@ -33,7 +33,7 @@ from bitvla.train.batches import TokenWindow, Window
 from bitvla.train.config import NewPolicy, TrainConfig, load
 from bitvla.train.loop import optimizers
 from bitvla.train.starts import (
-    check_adapters,
+    check_asked,
     check_stage,
     check_teacher,
     check_tower,
@@ -91,8 +91,13 @@ def plan(
     of_language = trains_language(stage, None if followed is None else followed.config) or (
         stage == "distill" and followed is None and config.model is not None
     )
-    check_adapters(stage, config, of_language)
+    check_asked(stage, config, of_language)
     stored = _stored(start)
+    if start is not None and stored is None and config.model is None and config.policy is None:
+        raise BitvlaError(
+            f"--plan reads nothing of a published checkpoint, as {start}; describe it in {config_path}, in a "
+            f"{'[model]' if of_language else '[policy]'} section"
+        )
     if of_language:
         if tower is not None and stored is not None:
             raise BitvlaError(f"{start} {official.SEES}")

@@ -21,6 +21,9 @@ from bitvla.model.network import Backbone, VisionLanguageModel
 from bitvla.train import stages
 from bitvla.train.config import NO_POLICY, NewPolicy, TrainConfig, extended
 
+# What a configuration may ask of a policy, and not of a vision-language model.
+OF_POLICIES = ("policy", "data", "mixture", "film", "max_prefix", "flow", "balance_tasks")
+
 
 class Start(Protocol):
     """A checkpoint as its configuration has it, opened or not."""
@@ -77,8 +80,14 @@ def trains_language(stage: str, teacher: PolicyConfig | LanguageModelConfig | No
     return stage in ("align", "instruct") or (stage == "distill" and isinstance(teacher, LanguageModelConfig))
 
 
-def check_adapters(stage: str, config: TrainConfig, of_language: bool) -> None:
-    """BitvlaError where a configuration asks for adapters and its stage trains none."""
+def check_asked(stage: str, config: TrainConfig, of_language: bool) -> None:
+    """BitvlaError where a configuration asks for what its stage does not do, as adapters or a policy's parts."""
+    for name in OF_POLICIES if of_language else ("model",):
+        if getattr(config, name):
+            data = "conversations" if of_language else "demonstrations"
+            raise BitvlaError(f"stage '{stage}' trains on {data} here and has no use for {name}; leave it out")
+    if config.mixture and stage != "pretrain":
+        raise BitvlaError(f"stage '{stage}' trains on one dataset; leave out mixture")
     if config.lora_rank and stage == "localize":
         raise BitvlaError("stage 'localize' trains a new tower; leave out lora_rank")
     if config.lora_rank and of_language:
