@@ -21,6 +21,7 @@ from bitvla.config import ActionConfig, Statistics
 from bitvla.convert import conventions
 from bitvla.errors import BitvlaError
 from bitvla.evaluate.failures import Watch
+from bitvla.evaluate.report import report
 from bitvla.evaluate.rollout import evaluate
 from bitvla.sim import libero, make_simulator
 from bitvla.sim.base import TRAINING_SEEDS
@@ -308,6 +309,11 @@ def test_a_simulator_that_dies_costs_no_episode_and_counts_none_twice(tmp_path):
     assert written["protocol"]["benchmark_protocol"] == "official"
     assert written["protocol"]["max_steps"] == 300
     assert written["versions"]["libero/world"] == "1"
+    page = report(out, tmp_path / "report.html").read_text()
+    assert "<dt>rules</dt><dd>official</dd>" in page
+    assert "rotating" not in page
+    assert "From 2 images, state" in page
+    assert "never used in training" not in page  # the benchmark's states are the benchmark's
 
 
 def test_more_episodes_than_initial_states_are_refused_before_the_first(tmp_path):
@@ -422,6 +428,18 @@ def test_the_real_things_are_seen_to_be_held_and_wanted():
     assert now.held == now.touched == {"alphabet_soup_1"}
     assert first.opening > 0.9 > now.opening
     assert watch.failure() == "trajectory planning"
+
+
+@pytest.mark.libero
+@pytest.mark.slow
+@pytest.mark.skipif(installed() is None, reason="LIBERO is not installed: make libero")
+def test_an_episode_may_be_longer_than_the_benchmarks_longest():
+    code = (
+        f"import sys; sys.path.insert(0, {str(SERVER.parent)!r}); from server import Simulation; s = Simulation(); "
+        "s.reset('libero_object', 0, 0, True, 0, 7); s._env.env.timestep = 999; [s.step([0.0] * 7) for _ in range(3)]"
+    )
+    done = subprocess.run([installed(), "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
 
 
 @pytest.mark.libero

@@ -148,7 +148,10 @@ class Simulation:
         from libero.libero.envs import OffScreenRenderEnv
 
         self._env = OffScreenRenderEnv(
-            bddl_file_name=tasks.get_task_bddl_file_path(number), use_camera_obs=False, hard_reset=False
+            bddl_file_name=tasks.get_task_bddl_file_path(number),
+            use_camera_obs=False,
+            hard_reset=False,
+            ignore_done=True,  # steps are counted by the caller; LIBERO would refuse those after the thousandth
         )
         self._env.seed(0)
         self._unplaced = unplaced_fixtures(self._env.env)
