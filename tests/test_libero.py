@@ -162,14 +162,23 @@ def test_an_unknown_suite_is_answered_with_the_nearest():
         simulation.tasks("libero_spatal")
 
 
-def test_a_suite_without_its_initial_states_is_refused():
+def test_a_suite_without_its_files_is_refused():
     class Suite:
+        n_tasks = 0
+
         def get_task_init_states(self, number):
             raise FileNotFoundError("initial states unavailable: a.npz")
 
+        def get_task_bddl_file_path(self, number):
+            return "no/a.bddl"
+
     module = server()
     simulation = object.__new__(module.Simulation)
-    simulation._env, simulation._suites, simulation._made = None, {"libero_goal_env": Suite}, {}
+    simulation._env, simulation._suites, simulation._made = None, {"libero_goal_env": Suite, "libero_100": Suite}, {}
+    with pytest.raises(module.RefusedError, match="suite 'libero_100' has no tasks"):
+        simulation.tasks("libero_100")
+    with pytest.raises(module.RefusedError, match=r"libero_goal_env/3 is incomplete: there is no no/a\.bddl$"):
+        simulation.problem("libero_goal_env", 3)
     with pytest.raises(module.RefusedError, match=r"libero_goal_env/3 is incomplete: .* a\.npz$"):
         simulation._open("libero_goal_env", 3)
 
@@ -422,6 +431,8 @@ def test_the_real_things_are_seen_to_be_held_and_wanted():
             simulator.step(act())
             watch.see(simulator.moment())
         now = simulator.moment()
+        simulator.reset("libero_goal/5", 0)
+        assert simulator.moment().named == {"plate_1", "main_table_stove_front_region"}  # which is no part of a thing
     assert first.wanted == now.wanted == {"alphabet_soup_1": True}
     assert first.named == {"alphabet_soup_1", "basket_1", "basket_1_contain_region"}
     assert first.held == first.touched == set()
