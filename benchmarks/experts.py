@@ -6,6 +6,7 @@ A line a task, with the seeds that failed; tasks that no expert can do are named
 """
 
 import argparse
+import contextlib
 from concurrent.futures import ProcessPoolExecutor
 from functools import cache
 from multiprocessing import get_context
@@ -14,6 +15,7 @@ import numpy as np
 
 from bitvla.evaluate.statistics import rate_of
 from bitvla.sim import make_simulator
+from bitvla.sim.base import GivenUpError
 
 simulator_of = cache(make_simulator)  # one a process
 
@@ -23,7 +25,9 @@ def steps_to_success(env: str, task: str, seed: int) -> float:
     simulator = simulator_of(env)
     simulator.reset(task, seed)
     act = simulator.expert()
-    return next((n for n in range(1, simulator.longest_demonstration(task) + 1) if simulator.step(act())), np.inf)
+    with contextlib.suppress(GivenUpError):
+        return next((n for n in range(1, simulator.longest_demonstration(task) + 1) if simulator.step(act())), np.inf)
+    return np.inf
 
 
 def main() -> None:

@@ -171,14 +171,30 @@ def test_a_missing_file_is_an_error_of_the_real_commands(tmp_path: Path, capsys:
 def test_other_rules_are_another_record(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """By its default name, so that no evaluation writes over that of other rules."""
     records: list[Path] = []
-    monkeypatch.setattr("bitvla.evaluate.rollout.evaluate", lambda policy, *, out, **options: records.append(out))
+    for module in ("rollout", "vqa"):
+        monkeypatch.setattr(f"bitvla.evaluate.{module}.evaluate", lambda *_, out, **options: records.append(out))
     monkeypatch.setattr(display, "evaluation", lambda result: {})
+    monkeypatch.setattr(display, "answers", lambda result: {})
     usual = ["eval", "p.safetensors", "--env", "libero", "--suite", "libero_10", "--episodes", "1"]
-    for rules in ([], ["--protocol", "lerobot"], ["--execute-horizon", "2"], ["--first-seed", "9"], ["--prune", "0.5"]):
+    for rules in (
+        [], ["--episodes", "2"], ["--protocol", "lerobot"], ["--execute-horizon", "2"], ["--first-seed", "9"],
+        ["--prune", "0.5"],
+    ):  # fmt: skip
         assert cli.main(usual + rules) == 0
-    assert str(records[0]) == "reports/p-libero_10.json"
+    assert str(records[0]) == "reports/p-libero_10-episodes-1.json"
+    for rules in ([], ["--limit", "9"]):
+        assert cli.main(["vqa", "m.safetensors", "q.jsonl", *rules]) == 0
     assert len(set(records)) == len(records)
     capsys.readouterr()
+
+
+def test_a_pruned_policy_is_found_from_any_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A worker of a Ray cluster runs where the cluster was started."""
+    policies: list[Any] = []
+    monkeypatch.setattr("bitvla.evaluate.rollout.evaluate", lambda policy, **options: policies.append(policy))
+    monkeypatch.setattr(display, "evaluation", lambda result: {})
+    assert cli.main(["eval", "p.safetensors", "--suite", "reach", "--episodes", "1", "--prune", "0.5"]) == 0
+    assert policies[0].args == (Path.cwd() / "p.safetensors",)
 
 
 def test_what_is_pruned_is_a_policy_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -72,6 +72,8 @@ def test_policies_are_compared_on_the_same_states():
     assert comparison.tasks["left"].only_a == 3
     assert comparison.tasks["right"].both == 3
     assert comparison.total.difference == 0.5
+    again = msgspec.structs.replace(good, policy=msgspec.structs.replace(good.policy, digest="f" * 64))
+    assert compare(good, again).a != compare(good, again).b == "walker (ternary) fffffff"
     swapped = compare(run(suite="swap"), run(partial(Walker, deaf=True), suite="swap"))
     assert swapped.failures == {"goal misunderstanding": (0, 3)}
     with pytest.raises(BitvlaError, match="protocol"):
@@ -102,8 +104,9 @@ def test_only_what_could_not_run_is_run_again(tmp_path):
 
 def test_a_folder_is_no_place_for_a_result(tmp_path):
     ran = []
-    with pytest.raises(BitvlaError, match=r"is a folder: name a file in it, as in .*result\.json"):
-        run(out=tmp_path, on_episode=ran.append)
+    for folder in (tmp_path, Path()):
+        with pytest.raises(BitvlaError, match="is a folder: name a file in it"):
+            run(out=folder, on_episode=ran.append)
     assert not ran
 
 
@@ -134,6 +137,13 @@ def test_refusals_are_recorded_not_hidden():
     assert "refusing to act" in result.episodes[0].error
     with pytest.raises(BitvlaError, match=r"in a row.*finite"):
         run(Dazed)
+
+
+def test_a_task_that_cannot_be_run_keeps_no_other_from_it():
+    result = run(Refuser, episodes=6)
+    assert (result.errors, result.tasks["right"].successes) == (6, 6)
+    with pytest.raises(BitvlaError, match=r"5 episodes in a row.*refusing"):
+        run(Refuser, suite="left", episodes=6)
 
 
 SCRIPT = """
@@ -198,7 +208,7 @@ def test_a_pruned_policy_is_another_policy(tmp_path):
         run(out=out)
     result = run(pruned, out=out)
     assert load(out, Result).policy.prune == 0.25
-    assert compare(result, run()).a == "walker (ternary, 25% of the image tokens left out)"
+    assert compare(result, run()).a.startswith("walker (ternary, 25% of the image tokens left out) ")
 
 
 def test_a_policy_file_is_known_by_its_name_however_it_is_loaded(tmp_path):
@@ -248,6 +258,14 @@ def test_the_report_holds_everything_and_fetches_nothing(tmp_path):
     with pytest.raises(BitvlaError, match="not a record"):
         report(tmp_path / "bad.json", tmp_path / "x.html")
     assert not (tmp_path / "x.html").exists()
+
+
+def test_a_report_is_not_written_over_a_record(tmp_path):
+    run(out=tmp_path / "a.json")
+    run(out=tmp_path / "b.json")
+    with pytest.raises(BitvlaError, match=r"b\.json is the name of a record; .* comes last, as in .*b\.html"):
+        report(tmp_path / "a.json", tmp_path / "b.json")
+    assert load(tmp_path / "b.json", Result).total.total == 6
 
 
 def test_the_demo_prints_what_it_promises(tmp_path):

@@ -21,6 +21,7 @@ from bitvla.config import ActionConfig, Statistics
 from bitvla.convert import conventions
 from bitvla.errors import BitvlaError
 from bitvla.evaluate.failures import Watch
+from bitvla.evaluate.report import report
 from bitvla.evaluate.rollout import evaluate
 from bitvla.sim import libero, make_simulator
 from bitvla.sim.base import TRAINING_SEEDS
@@ -161,14 +162,23 @@ def test_an_unknown_suite_is_answered_with_the_nearest():
         simulation.tasks("libero_spatal")
 
 
-def test_a_suite_without_its_initial_states_is_refused():
+def test_a_suite_without_its_files_is_refused():
     class Suite:
+        n_tasks = 0
+
         def get_task_init_states(self, number):
             raise FileNotFoundError("initial states unavailable: a.npz")
 
+        def get_task_bddl_file_path(self, number):
+            return "no/a.bddl"
+
     module = server()
     simulation = object.__new__(module.Simulation)
-    simulation._env, simulation._suites, simulation._made = None, {"libero_goal_env": Suite}, {}
+    simulation._env, simulation._suites, simulation._made = None, {"libero_goal_env": Suite, "libero_100": Suite}, {}
+    with pytest.raises(module.RefusedError, match="suite 'libero_100' has no tasks"):
+        simulation.tasks("libero_100")
+    with pytest.raises(module.RefusedError, match=r"libero_goal_env/3 is incomplete: there is no no/a\.bddl$"):
+        simulation.problem("libero_goal_env", 3)
     with pytest.raises(module.RefusedError, match=r"libero_goal_env/3 is incomplete: .* a\.npz$"):
         simulation._open("libero_goal_env", 3)
 
@@ -308,6 +318,11 @@ def test_a_simulator_that_dies_costs_no_episode_and_counts_none_twice(tmp_path):
     assert written["protocol"]["benchmark_protocol"] == "official"
     assert written["protocol"]["max_steps"] == 300
     assert written["versions"]["libero/world"] == "1"
+    page = report(out, tmp_path / "report.html").read_text()
+    assert "<dt>rules</dt><dd>official</dd>" in page
+    assert "rotating" not in page
+    assert "From 2 images, state" in page
+    assert "never used in training" not in page  # the benchmark's states are the benchmark's
 
 
 def test_more_episodes_than_initial_states_are_refused_before_the_first(tmp_path):
@@ -416,12 +431,26 @@ def test_the_real_things_are_seen_to_be_held_and_wanted():
             simulator.step(act())
             watch.see(simulator.moment())
         now = simulator.moment()
+        simulator.reset("libero_goal/5", 0)
+        assert simulator.moment().named == {"plate_1", "main_table_stove_front_region"}  # which is no part of a thing
     assert first.wanted == now.wanted == {"alphabet_soup_1": True}
     assert first.named == {"alphabet_soup_1", "basket_1", "basket_1_contain_region"}
     assert first.held == first.touched == set()
     assert now.held == now.touched == {"alphabet_soup_1"}
     assert first.opening > 0.9 > now.opening
     assert watch.failure() == "trajectory planning"
+
+
+@pytest.mark.libero
+@pytest.mark.slow
+@pytest.mark.skipif(installed() is None, reason="LIBERO is not installed: make libero")
+def test_an_episode_may_be_longer_than_the_benchmarks_longest():
+    code = (
+        f"import sys; sys.path.insert(0, {str(SERVER.parent)!r}); from server import Simulation; s = Simulation(); "
+        "s.reset('libero_object', 0, 0, True, 0, 7); s._env.env.timestep = 999; [s.step([0.0] * 7) for _ in range(3)]"
+    )
+    done = subprocess.run([installed(), "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
 
 
 @pytest.mark.libero

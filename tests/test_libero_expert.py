@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import pytest
 
+from bitvla.sim.base import GivenUpError
 from bitvla.sim.libero import grasp
 from bitvla.sim.libero.expert import Goal, PickAndPlace, Scene
 from bitvla.sim.libero.grasp import Heights
@@ -286,6 +287,19 @@ def test_a_hand_that_is_slow_to_brake_does_not_shoot_past_the_thing():
 
     assert run(world, meanwhile=look) < LIMIT / 2
     assert max(past) < 0.006
+
+
+def test_what_cannot_be_held_is_given_up_but_not_at_once():
+    def world():
+        return World({"box": box(0.3, 0.0), "plate": plate(0, -0.2)}, [("box", "plate")])
+
+    def fall(world, step):
+        if step == 15:
+            world.things["box"].at[:2] = [0.1, 0.0]
+
+    with pytest.raises(GivenUpError, match="box cannot be held as it lies"):
+        run(world())
+    assert run(world(), meanwhile=fall) < LIMIT
 
 
 def test_it_starts_with_what_is_already_in_the_hand():

@@ -642,6 +642,8 @@ def test_a_random_checkpoint_that_is_interrupted_leaves_nothing(tmp_path: Path) 
 def test_a_folder_with_something_in_it_is_not_written_to(published: Path) -> None:
     with pytest.raises(BitvlaError, match="is not an empty folder"):
         make_checkpoint(published, reduced=True)
+    with pytest.raises(BitvlaError, match="name a folder for the checkpoint, as in checkpoint"):
+        make_checkpoint(Path(), reduced=True)
 
 
 def test_statistics_may_be_given(tmp_path: Path) -> None:

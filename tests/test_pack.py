@@ -283,6 +283,8 @@ def test_broken_checkpoints_are_refused(checkpoint: Path, out: Path, name: str) 
 
 
 def test_a_path_that_is_no_checkpoint_is_named(tmp_path: Path, out: Path) -> None:
+    with pytest.raises(BitvlaError, match="is a folder: name a file in it"):  # before any work
+        pack(tmp_path / "gone", tmp_path)
     with pytest.raises(BitvlaError, match="gone is not a checkpoint folder"):
         pack(tmp_path / "gone", out)
 

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from bitvla.cli import main
+from bitvla.data.lerobot import alone
 from bitvla.data.llava import LlavaDataset
 from bitvla.errors import BitvlaError
 from bitvla.evaluate.questions import read_questions
@@ -96,6 +97,8 @@ def test_a_run_that_was_interrupted_goes_on(made: Path, tmp_path: Path, monkeypa
         assert (tmp_path / "cut" / path.relative_to(made)).read_bytes() == path.read_bytes(), path
     with pytest.raises(BitvlaError, match="holds questions with other settings"):
         make_questions(made, 9, 3, image_size=32)
+    with alone(made, "test"), pytest.raises(BitvlaError, match="another `bitvla questions` is writing"):
+        make_questions(made, 8, 3, image_size=32)
     with pytest.raises(BitvlaError, match="holds no questions of bitvla"):
         make_questions(made / "images", 9, 3)
 

@@ -19,7 +19,7 @@ from bitvla.data.lerobot import LeRobotDataset, claim
 from bitvla.errors import BitvlaError
 from bitvla.sim import make_simulator
 from bitvla.sim import record as recorder
-from bitvla.sim.base import TRAINING_SEEDS
+from bitvla.sim.base import TRAINING_SEEDS, GivenUpError
 from bitvla.sim.instructions import instruction
 from bitvla.sim.record import Job, Settings, record, record_episode
 
@@ -69,26 +69,60 @@ def test_an_episode_is_a_function_of_its_job(simulator):
     assert first.extra["seed"] >= TRAINING_SEEDS
 
 
+class Still:
+    """A scene without cameras in which nothing happens."""
+
+    max_steps = 0
+    cameras = ()
+    action_noise = (1.0,)
+
+    def groups(self):
+        return []
+
+    def sentence(self, task, rng):
+        return instruction(task, rng)
+
+    def longest_demonstration(self, task):
+        return 1
+
+    def expert(self):
+        return None
+
+    def reset(self, task, seed, ambiguous):
+        pass
+
+
+def test_an_expert_that_gives_up_fails_an_attempt_not_the_recording():
+    tries = []
+
+    class Hopeless(Still):
+        max_steps = 1
+
+        def expert(self):
+            def act():
+                tries.append(1)
+                raise GivenUpError("the puck cannot be held as it lies")
+
+            return act
+
+        def step(self, action):
+            return False
+
+        def outcome(self):
+            return {"success": False}
+
+    with pytest.raises(BitvlaError, match="the expert failed 20 times at 'push-v3'"):
+        record_episode(Hopeless(), Job(0, "push-v3", 0), seed=0)
+    assert len(tries) == 20
+
+
 def test_recoveries_and_ambiguous_scenes_have_their_share(monkeypatch):
     """The draws alone, without simulating: about 20 % and 30 % of many episodes."""
     drawn = []
 
-    class Scene:
-        max_steps = 0
-        cameras = ()
-        action_noise = (1.0,)
-
+    class Scene(Still):
         def groups(self):
             return [("push-v3",)]
-
-        def sentence(self, task, rng):
-            return instruction(task, rng)
-
-        def longest_demonstration(self, task):
-            return 1
-
-        def expert(self):
-            return None
 
         def reset(self, task, seed, ambiguous):
             drawn.append([ambiguous, False])

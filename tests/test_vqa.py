@@ -231,8 +231,9 @@ def test_questions_that_cannot_be_asked_are_wrong(
     assert evaluate(model_file, [path], out=tmp_path / "record.json").total == wilson(1, 2)
     assert writes.asked == []  # what was answered is not asked again
     path = write_parquet(tmp_path / "all.parquet", [broken] * 9)
-    with pytest.raises(BitvlaError, match="none of the first 5 questions could be asked: an image"):
-        evaluate(model_file, [path])
+    for limit, some in ((None, 5), (2, 2)):
+        with pytest.raises(BitvlaError, match=f"none of the first {some} questions could be asked: an image"):
+            evaluate(model_file, [path], limit=limit)
 
 
 @pytest.mark.parametrize(

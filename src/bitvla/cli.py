@@ -223,9 +223,9 @@ def _eval(args: argparse.Namespace) -> Any:
     if args.prune:
         import bitvla
 
-        policy = partial(bitvla.load, args.policy, threads=1, prune=args.prune)
+        policy = partial(bitvla.load, args.policy.absolute(), threads=1, prune=args.prune)  # of any process's folder
     precision = "-full-precision" if args.full_precision else f"-pruned-{args.prune:g}" if args.prune else ""
-    rules = f"-{args.protocol}" if args.protocol else ""
+    rules = f"-episodes-{args.episodes}" + (f"-{args.protocol}" if args.protocol else "")
     rules += f"-execute-{args.execute_horizon}" if args.execute_horizon else ""
     rules += f"-from-{args.first_seed}" if args.first_seed else ""
     suite = args.suite.replace("/", "-")
@@ -251,7 +251,8 @@ def _vqa(args: argparse.Namespace) -> Any:
     from bitvla import display, progress
     from bitvla.evaluate.vqa import evaluate
 
-    default = Path("reports") / f"{args.model.stem}-{args.questions[0].stem}.json"
+    limit = f"-first-{args.limit}" if args.limit else ""
+    default = Path("reports") / f"{args.model.stem}-{args.questions[0].stem}{limit}.json"
     out = args.json if isinstance(args.json, Path) else default
     with progress.bar("asking") as show:
         result = evaluate(

@@ -10,12 +10,19 @@ from typing import Any
 from bitvla.errors import BitvlaError
 
 
+def check_no_folder(path: Path) -> None:
+    """BitvlaError where `path` is a folder, in which a file can be made but which cannot become one."""
+    if path.is_dir():
+        raise BitvlaError(f"{path} is a folder: name a file in it")
+
+
 def write_whole(path: Path, *parts: Any) -> None:
     """Write `parts` (bytes or buffers), one after the other, to a temporary name, then rename.
 
     BitvlaError when the disk refuses; an older file at `path` is then still there.
     """
-    temporary = path.parent / f".{path.name}.{os.getpid()}.tmp"
+    check_no_folder(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with temporary.open("wb") as file:

@@ -105,6 +105,8 @@ def make_checkpoint(
     not empty; it appears whole or not at all.
     """
     out = Path(out)
+    if not out.name:
+        raise BitvlaError(f"{out} cannot be made anew; name a folder for the checkpoint, as in {out / 'checkpoint'}")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise BitvlaError(f"{out} is not an empty folder; choose another place for the checkpoint")
     if views not in conventions.CAMERAS:

@@ -34,6 +34,7 @@ from bitvla.convert import official
 from bitvla.convert.source import Golden, Progress, Source
 from bitvla.convert.training import open_training
 from bitvla.errors import BitvlaError, memory_for
+from bitvla.files import check_no_folder
 from bitvla.processing.vectors import normalize
 from bitvla.quantization import Packing, quantize_activations
 from bitvla.quantization import pack as pack_codes
@@ -78,7 +79,9 @@ def pack(
     Raises BitvlaError naming what is missing, not finite, wrongly shaped, or too different from PyTorch; `out` is then
     not touched.
     """
-    out, source = Path(out), _open(checkpoint, views, statistics, control_hz)
+    out = Path(out)
+    check_no_folder(out)
+    source = _open(checkpoint, views, statistics, control_hz)
     config = _with_expert(source, expert)
     rounded = source.config.precision == "full"
     if rounded and not round_full_precision:

@@ -13,7 +13,7 @@ from typing import Any, Generic, Protocol, TypeVar
 import msgspec
 
 from bitvla.errors import BitvlaError
-from bitvla.files import write_whole
+from bitvla.files import check_no_folder, write_whole
 
 T = TypeVar("T")
 
@@ -62,15 +62,15 @@ class Journal(Generic[E]):
     """
 
     def __init__(self, out: Path | None, header: msgspec.Struct, kind: type[E], resume: bool = True) -> None:
-        self.path = path = out and out.with_name(f"{out.name}.partial.jsonl")
         self.entries: dict[Any, E] = {}
         self._kind = kind
         self.complete = False
+        self.path: Path | None = None
         self._file: io.FileIO | None = None
-        if out is None or path is None:
+        if out is None:
             return
-        if out.is_dir():
-            raise BitvlaError(f"{out} is a folder: name a file in it, as in {out / 'result.json'}")
+        check_no_folder(out)
+        self.path = path = out.with_name(f"{out.name}.partial.jsonl")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             self._file = io.FileIO(path, "a+")

@@ -51,8 +51,10 @@ def report(results: Path | Sequence[Path], out: Path) -> Path:
     subject's own protocol is compared with it, pair by pair.
 
     Raises:
-        BitvlaError: a result cannot be read, two cannot be compared, or `out` cannot be written.
+        BitvlaError: a result cannot be read, two cannot be compared, or `out` is named as one or cannot be written.
     """
+    if out.suffix == ".json":  # the last of several records, where the report's name was forgotten
+        raise BitvlaError(f"{out} is the name of a record; the report's comes last, as in {out.with_suffix('.html')}")
     paths = [results] if isinstance(results, Path) else list(results)
     if not paths:
         raise BitvlaError("a report needs the record of at least one evaluation")
@@ -75,8 +77,8 @@ def report(results: Path | Sequence[Path], out: Path) -> Path:
         comparisons=[compare(subject, other) for other in others if not other.protocol.groups],
         open_rows=OPEN_ROWS,
     )
-    write_whole(Path(out), page.encode())
-    return Path(out)
+    write_whole(out, page.encode())
+    return out
 
 
 def actions_per_second(result: Result) -> float | None:

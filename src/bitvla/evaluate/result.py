@@ -172,8 +172,8 @@ def compare(a: Result, b: Result) -> Comparison:
             )
     by_task = {task: [(x.success, y.success) for x, y in pairs if x.task == task] for task in a.protocol.tasks}
     return Comparison(
-        a=a.policy.title,
-        b=b.policy.title,
+        a=f"{a.policy.title} {a.policy.digest[:7]}",  # the same policy, trained again, has the same name
+        b=f"{b.policy.title} {b.policy.digest[:7]}",
         total=paired([x.success for x, _ in pairs], [y.success for _, y in pairs]),
         tasks={task: paired([x for x, _ in outcomes], [y for _, y in outcomes]) for task, outcomes in by_task.items()},
         failures={kind: (a.failures.get(kind, 0), b.failures.get(kind, 0)) for kind in a.failures | b.failures},

@@ -27,7 +27,7 @@ from bitvla.files import write_whole
 from bitvla.progress import Progress
 from bitvla.runtime.machine import cores, processor
 
-ERRORS_IN_A_ROW = 5  # so many errors without one good episode: something is broken, stop
+ERRORS_IN_A_ROW = 5  # so many errors without one good episode, of more than one task: something is broken, stop
 
 
 def evaluate(
@@ -70,8 +70,8 @@ def evaluate(
         console: where progress is shown (default: standard error).
 
     Raises:
-        BitvlaError: policy and simulator cannot be had or do not fit, files cannot be written, or every episode
-            fails. KeyboardInterrupt passes; what was done until then is kept.
+        BitvlaError: policy and simulator cannot be had or do not fit, files cannot be written, or no episode can be
+            run any more. KeyboardInterrupt passes; what was done until then is kept.
     """
     if episodes < 1 or first_seed < 0:
         raise BitvlaError(f"{episodes} episodes from seed {first_seed} cannot be run: at least 1, from at least 0")
@@ -165,7 +165,7 @@ def _run(
     """Run what the journal lacks, and write down every episode as it ends."""
     every = jobs(protocol)
     filmed = {job for job in every if job.seed == protocol.first_seed} if films else set()
-    errors = 0
+    broken: list[str] = []  # the tasks of the last episodes, as far back as none could be run
     with _progress(len(every), journal, console) as show:
         for episode, film in pool.run([job for job in every if job not in journal.entries], protocol, filmed):
             if film is not None and films is not None:
@@ -174,9 +174,10 @@ def _run(
             show()
             if on_episode is not None:
                 on_episode(episode)
-            errors = errors + 1 if episode.error else 0
-            if errors == min(ERRORS_IN_A_ROW, len(every)):
-                raise BitvlaError(f"stopped: {errors} episodes in a row could not be run: {episode.error}")
+            broken = [*broken, episode.task] if episode.error else []
+            # One task that cannot be run does not keep the others from it.
+            if len(broken) >= min(ERRORS_IN_A_ROW, len(every)) and len({*broken}) >= min(2, len(protocol.tasks)):
+                raise BitvlaError(f"stopped: {len(broken)} episodes in a row could not be run: {episode.error}")
 
 
 def _keep_film(episode: Episode, film: bytes, folder: Path, beside: Path | None) -> Episode:

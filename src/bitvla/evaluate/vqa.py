@@ -104,7 +104,8 @@ def evaluate(
     """
     start = time.perf_counter()
     layout, questions = read_questions(files)
-    total = count_questions(files)
+    rows = count_questions(files)
+    total = min(rows, limit or rows)
     model = LanguageModel.load(source, threads)
     if model.vision is None:
         raise BitvlaError(f"{source}: {NO_TOWER}")
@@ -127,9 +128,9 @@ def evaluate(
                 # Questions about one image stand together: it is read once.
                 conversation = Conversation(model, after=conversation)
                 journal.add(_ask(conversation, number, question, max_tokens))
-                _stop_when_nothing_works(journal)
+                _stop_when_nothing_works(journal, min(ERRORS_IN_A_ROW, total))
             if progress:
-                progress(number + 1, min(total, limit or total), "")
+                progress(number + 1, total, "")
         answers = sorted(journal.entries.values(), key=lambda answer: answer.number)
         result = _summarize(rules, model, answers, skipped, time.perf_counter() - start)
         if out is not None:
@@ -188,10 +189,9 @@ def _ask(conversation: Conversation, number: int, question: Question, max_tokens
     )
 
 
-def _stop_when_nothing_works(journal: Journal[Answer]) -> None:
-    errors = [answer.error for answer in journal.entries.values()] if len(journal.entries) == ERRORS_IN_A_ROW else []
-    if errors and all(errors):
-        raise BitvlaError(f"stopped: none of the first {ERRORS_IN_A_ROW} questions could be asked: {errors[-1]}")
+def _stop_when_nothing_works(journal: Journal[Answer], enough: int) -> None:
+    if len(journal.entries) == enough and all(errors := [answer.error for answer in journal.entries.values()]):
+        raise BitvlaError(f"stopped: none of the first {enough} questions could be asked: {errors[-1]}")
 
 
 def _summarize(

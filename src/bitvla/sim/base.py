@@ -19,7 +19,9 @@ Observation = dict[str, Any]
 """``{"images": {camera: uint8 (H, W, 3)}, "state": float32 (S,), "instruction": str}``"""
 
 Expert = Callable[[], npt.NDArray[np.float32]]
-"""Called before every step of an episode, it answers with the action float32 (A,) in [-1, 1] to play now."""
+"""Called before every step of an episode, it answers with the action float32 (A,) in [-1, 1] to play now.
+
+It raises `GivenUpError` where it sees no way to the goal."""
 
 TRAINING_SEEDS = 1_000_000
 """Seeds from here on are for recording; evaluation uses seeds below. The two never meet."""
@@ -122,6 +124,10 @@ class Simulator(Protocol):
     def close(self) -> None:
         """Free the rendering contexts; may be called more than once."""
         ...
+
+
+class GivenUpError(Exception):
+    """The expert of an episode sees no way to its goal: the episode is lost."""
 
 
 @contextmanager

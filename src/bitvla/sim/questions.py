@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
+from bitvla.data.lerobot import alone
 from bitvla.errors import BitvlaError
 from bitvla.files import write_whole
 from bitvla.processing.prompt import ASK_FOR_A_LETTER
@@ -94,16 +95,16 @@ def make_questions(
     """Write `images` pictures to train on and `test_images` to test with into the folder `out`, or go on doing so.
 
     It then holds images/, captions.json, instructions.json and test.jsonl; scenes.jsonl is what they are written from.
-    Raises BitvlaError for a folder with other settings and for a full disk.
+    Raises BitvlaError for a folder with other settings, or in which another process is at it, and for a full disk.
     """
     out, journal = Path(out), Path(out) / "scenes.jsonl"
-    made = _made_so_far(journal, Settings(images, test_images, seed, image_size))
     jobs = [
         (split, number, min(PICTURES, count - number))
         for split, count in (("train", images), ("test", test_images))
         for number in range(0, count, PICTURES)
     ]
-    with MetaWorld(image_size) as simulator:
+    with alone(out, "`bitvla questions`"), MetaWorld(image_size) as simulator:
+        made = _made_so_far(journal, Settings(images, test_images, seed, image_size))
         for done, (split, first, count) in enumerate(jobs):
             if done >= len(made):
                 made.append(_episode(simulator, out, split, first, count, seed))

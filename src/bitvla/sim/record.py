@@ -30,7 +30,7 @@ from bitvla.data.lerobot import Episode, LeRobotWriter, claim
 from bitvla.errors import BitvlaError
 from bitvla.progress import Progress
 from bitvla.sim import make_simulator
-from bitvla.sim.base import TRAINING_SEEDS, Simulator
+from bitvla.sim.base import TRAINING_SEEDS, GivenUpError, Simulator
 
 BATCH = 50  # episodes a commit
 HOLD_STEPS = 8  # recorded after success, so that a policy learns to stay
@@ -219,9 +219,10 @@ def _attempt(simulator: Simulator, job: Job, seed: int, attempt: int) -> Episode
     start = TRAINING_SEEDS + int(rng.integers(1_000_000_000))
     sentence = simulator.sentence(job.task, rng)
     simulator.reset(job.task, start, ambiguous=ambiguous)
-    if recovery and not _disturb(simulator, rng):
-        return None
-    frames = _demonstrate(simulator, rng, noise, simulator.longest_demonstration(job.task))
+    frames = None
+    with contextlib.suppress(GivenUpError):
+        if not recovery or _disturb(simulator, rng):
+            frames = _demonstrate(simulator, rng, noise, simulator.longest_demonstration(job.task))
     if frames is None:
         return None
     images, vectors = frames

@@ -14,6 +14,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from bitvla.sim.base import GivenUpError
 from bitvla.sim.libero import grasp
 from bitvla.sim.libero.grasp import Floats, Grasp, Heights
 
@@ -29,6 +30,7 @@ _SLOPE = 0.04  # from this far away the hand comes down
 _MARGIN = 0.03  # above everything on the way
 _STILL, _STUCK = 0.0008, 8  # metres a step, and for how many steps
 _PATIENCE = 150  # steps for one movement
+_TRIES = 5  # to find a grasp, each from higher up: what is still falling, or leans on the hand, can be held later
 _FOOTPRINT = 0.01  # between the points of a thing that is about to be put down
 
 
@@ -74,12 +76,16 @@ class _LostError(Exception):
 
 
 class PickAndPlace:
-    """Answers, step by step, with actions float32 (7,) that reach the goal from whatever state the world is in."""
+    """Answers, step by step, with actions float32 (7,) that reach the goal from whatever state the world is in.
+
+    Raises GivenUpError where a thing cannot be held as it lies.
+    """
 
     def __init__(self, world: World) -> None:
         self._world = world
         self._scene = world.scene()
         self._speed = np.zeros(3)  # metres in the last step
+        self._in_vain = 0  # tries in a row to find a grasp
         self._script = self._run()
 
     def __call__(self) -> Action:
@@ -113,7 +119,11 @@ class PickAndPlace:
         carry = np.append(self._target(index), goal.there[2]) - (*goal.at[:2], goal.bottom)
         chosen = self._grasp(goal, carry)
         if chosen is None:
+            self._in_vain += 1
+            if self._in_vain == _TRIES:
+                raise GivenUpError(f"{goal.thing} cannot be held as it lies")
             raise _LostError
+        self._in_vain = 0
 
         def moved() -> Floats:
             return np.subtract(self._scene.goals[index].at, goal.at)

@@ -57,14 +57,22 @@ class Simulation:
 
     def tasks(self, suite: str) -> int:
         """How many tasks a suite has."""
-        return int(self._suite(suite).n_tasks)
+        count = int(self._suite(suite).n_tasks)
+        if not count:
+            raise RefusedError(
+                f"LIBERO suite '{suite}' has no tasks in this package; `libero-pro list` names its suites"
+            )
+        return count
 
     def problem(self, suite: str, number: int) -> dict[str, Any]:
         """What a task says: its sentence, and the predicates that hold at first and in the end, in small letters."""
+        tasks = self._suite(suite)
+        path = tasks.get_task_bddl_file_path(number)
+        if not os.path.exists(path):  # the package knows more suites than it has files for
+            raise RefusedError(f"{suite}/{number} is incomplete: there is no {path}")
         from libero.libero.envs.bddl_utils import robosuite_parse_problem
 
-        tasks = self._suite(suite)
-        parsed = robosuite_parse_problem(tasks.get_task_bddl_file_path(number))
+        parsed = robosuite_parse_problem(path)
         written = suite.endswith(SENTENCE_IN_FILE)
         return {
             "instruction": " ".join(parsed["language_instruction"]) if written else tasks.get_task(number).language,
@@ -143,12 +151,15 @@ class Simulation:
         tasks = self._suite(suite)
         try:
             self._initial = tasks.get_task_init_states(number)
-        except FileNotFoundError as error:  # the package knows more suites than it has files for
+        except FileNotFoundError as error:
             raise RefusedError(f"{suite}/{number} is incomplete: {error}") from None
         from libero.libero.envs import OffScreenRenderEnv
 
         self._env = OffScreenRenderEnv(
-            bddl_file_name=tasks.get_task_bddl_file_path(number), use_camera_obs=False, hard_reset=False
+            bddl_file_name=tasks.get_task_bddl_file_path(number),
+            use_camera_obs=False,
+            hard_reset=False,
+            ignore_done=True,  # steps are counted by the caller; LIBERO would refuse those after the thousandth
         )
         self._env.seed(0)
         self._unplaced = unplaced_fixtures(self._env.env)
@@ -279,10 +290,9 @@ class World:
     def moment(self) -> dict[str, Any]:
         env, data = self._env, self._sim.data._data
         goals = env.parsed_problem["goal_state"]
-        # A region (a drawer, the inside of a basket) belongs to a thing, which is what can be touched.
-        owner = {
-            name: getattr(env.object_sites_dict.get(name), "parent_name", name) for goal in goals for name in goal[1:]
-        }
+        # A region (a drawer, the inside of a basket) belongs to a thing, which is what can be touched; or to the table.
+        sites = env.object_sites_dict
+        owner = {name: getattr(sites.get(name), "parent_name", None) or name for goal in goals for name in goal[1:]}
         things = {name: name for name in env.objects_dict} | {goal[1]: owner[goal[1]] for goal in goals}
         roots = {name: self._model.body_rootid[env.obj_body_id[thing]] for name, thing in things.items()}
         left, right = ({name for name, root in roots.items() if root in met} for met in map(self._met, self._fingers))
