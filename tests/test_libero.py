@@ -330,7 +330,7 @@ def test_more_episodes_than_initial_states_are_refused_before_the_first(tmp_path
     script.write_text(WORLD)
     env = partial(Libero, python=Path(sys.executable), server=script)
     call = {"env": env, "suite": "libero_goal/2", "processes": 1, "max_steps": 8, "console": Console(quiet=True)}
-    with pytest.raises(BitvlaError, match=r"3 episodes from seed 48 .* 50 initial states .* at most 2$"):
+    with pytest.raises(BitvlaError, match=r"3 episodes from seed 48 .* 50 initial states .* has a task: 0 to 49$"):
         evaluate(Ahead, first_seed=48, episodes=3, **call)
     assert evaluate(Ahead, first_seed=48, episodes=2, **call).errors == 0
 

@@ -122,7 +122,7 @@ def _protocol(
     if first_seed + episodes > simulator.initial_states:
         raise BitvlaError(
             f"{episodes} episodes from seed {first_seed} are more than the {simulator.initial_states} initial states "
-            f"that '{simulator.name}' has a task: ask for at most {max(0, simulator.initial_states - first_seed)}"
+            f"that '{simulator.name}' has a task: 0 to {simulator.initial_states - 1}"
         )
     return Protocol(
         simulator=simulator.name,
