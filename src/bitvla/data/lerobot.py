@@ -667,7 +667,7 @@ def locate(source: str | os.PathLike[str]) -> Place:
 def cameras_of(features: Mapping[str, Any]) -> dict[str, str]:
     """The keys of the cameras by name, in the order of the dataset; a single one may be called observation.image."""
     return {
-        key.removeprefix(IMAGE_PREFIX).removeprefix("observation."): key
+        "image" if key == ONE_IMAGE else key.removeprefix(IMAGE_PREFIX): key
         for key, feature in features.items()
         if (key.startswith(IMAGE_PREFIX) or key == ONE_IMAGE) and feature["dtype"] in ("video", "image")
     }
