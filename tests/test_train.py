@@ -1,5 +1,6 @@
 """Training: stages, exact resume, interruption, and what is refused."""
 
+import gc
 import json
 import math
 import os
@@ -406,6 +407,34 @@ def test_batches_are_a_function_of_the_step_and_cover_an_epoch(data, tmp_path):
     assert len(set(seen.tolist())) == len(seen)
     again = windows(data, tmp_path)[steps - 1]
     assert torch.equal(again.inputs.pixels, whole[steps - 1].inputs.pixels)
+
+
+def test_processes_that_prepare_batches_end_nothing_of_ours():
+    """What waits here to be collected may own threads, which do not survive a fork: gRPC's servers wait for theirs."""
+    ended = []
+
+    class Owner:
+        def __init__(self):
+            self.itself = self
+
+        def __del__(self):
+            ended.append(os.getpid())
+
+    class Collecting(torch.utils.data.Dataset):
+        def __getitem__(self, step):
+            gc.collect()
+            return list(ended)
+
+    gc.disable()
+    try:
+        Owner()
+        assert list(batches.batches(Collecting(), range(2))) == [[], []]
+        assert not ended
+    finally:
+        gc.enable()
+    gc.collect()
+    assert ended == [os.getpid()]
+    assert not gc.get_freeze_count()
 
 
 def test_processes_share_one_batch_augmented_alike(data, tmp_path):

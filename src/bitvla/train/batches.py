@@ -8,6 +8,7 @@ goes through groups of random episodes, one after the other: a group is trained 
 from __future__ import annotations
 
 import contextlib
+import gc
 import math
 import time
 import zlib
@@ -374,8 +375,15 @@ def draws(seed: int, stream: int, step: int, shape: tuple[int, ...]) -> NDArray[
 
 def batches(windows: Dataset[Any], steps: range, workers: int = 1) -> Iterator[Window | TokenWindow]:
     """The batches of `steps`, in order, prepared ahead of time by other processes."""
-    data = _Told(windows)
-    for batch in DataLoader(data, batch_size=None, sampler=steps, num_workers=workers, prefetch_factor=3):
+    loader = DataLoader(_Told(windows), batch_size=None, sampler=steps, num_workers=workers, prefetch_factor=3)
+    # They are forks, and what is garbage here is not theirs to end: it may own threads (gRPC's servers do), for which
+    # they, who have none of them, would wait for ever.
+    gc.freeze()
+    try:
+        prepared = iter(loader)
+    finally:
+        gc.unfreeze()
+    for batch in prepared:
         if isinstance(batch, BitvlaError):
             raise batch
         yield batch
