@@ -76,6 +76,18 @@ class Line:
         pass
 
 
+class UpsideDown(Line):
+    """Its cameras hang from the ceiling: what is above is light, and comes last."""
+
+    upside_down = True
+
+    def observe(self) -> dict[str, Any]:
+        observation = super().observe()
+        for image in observation["images"].values():
+            image[: self.image_size // 2], image[self.image_size // 2 :] = 0, 255
+        return observation
+
+
 def line_config(size: int = SIZE, state_dim: int = 1) -> PolicyConfig:
     cameras = tuple(Camera(name=name, height=size, width=size) for name in Line.cameras)
     config = tiny_config()

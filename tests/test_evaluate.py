@@ -10,6 +10,7 @@ import time
 from functools import partial
 from pathlib import Path
 
+import av
 import msgspec
 import pytest
 from rich.console import Console
@@ -25,8 +26,9 @@ from bitvla.evaluate.process import Remote
 from bitvla.evaluate.report import report
 from bitvla.evaluate.result import Result, compare
 from bitvla.evaluate.rollout import evaluate
+from bitvla.evaluate.video import VIEW
 from checkpoints import nano_config, pack_random
-from fakes import Crasher, Dazed, Line, Refuser, Walker, line_config
+from fakes import Crasher, Dazed, Line, Refuser, UpsideDown, Walker, line_config
 
 QUIET = Console(quiet=True)
 
@@ -258,6 +260,13 @@ def test_the_report_holds_everything_and_fetches_nothing(tmp_path):
     with pytest.raises(BitvlaError, match="not a record"):
         report(tmp_path / "bad.json", tmp_path / "x.html")
     assert not (tmp_path / "x.html").exists()
+
+
+def test_films_are_upright(tmp_path):
+    result = evaluate(Walker, env=UpsideDown, suite="left", episodes=1, processes=1, films=tmp_path, console=QUIET)
+    with av.open(result.episodes[0].video) as film:
+        first = next(film.decode(video=0)).to_ndarray(format="gray")
+    assert first[10 : VIEW // 2 - 10].min() > 200 > 50 > first[VIEW // 2 + 10 : VIEW - 10].max()
 
 
 def test_a_report_is_not_written_over_a_record(tmp_path):

@@ -242,6 +242,7 @@ def _eval(args: argparse.Namespace) -> Any:
         processes=args.processes,
         ray=args.ray,
         resume=not args.restart,
+        films=args.films,
         out=out,
     )
     return result if args.json is True else display.evaluation(result) | {"record": out}
@@ -694,6 +695,9 @@ def _add_running(add: _Add) -> None:
     evaluate.add_argument("--first-seed", type=_seed, default=0, metavar="N", help="first initial state (default: 0)")
     evaluate.add_argument("--protocol", metavar="P", help="LIBERO's: official (default), lerobot or vla.cpp")
     evaluate.add_argument("--restart", action="store_true", help="do not go on from an interrupted evaluation")
+    evaluate.add_argument(
+        "--films", type=Path, metavar="FOLDER", help="film each task's first episode; `bitvla report` shows the films"
+    )
 
     vqa = add(
         _vqa,

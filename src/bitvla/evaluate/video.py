@@ -18,16 +18,18 @@ _VERDICTS = {True: ("done", (74, 201, 126)), False: ("not done", (240, 113, 103)
 
 
 class Film:
-    """The pictures of one episode, kept in memory until it has ended."""
+    """The pictures of one episode, kept in memory until it has ended; `turned` are those that come upside down."""
 
-    def __init__(self) -> None:
+    def __init__(self, turned: bool = False) -> None:
+        self._turned = turned
         self._pictures: list[tuple[Image.Image, int]] = []
 
     def add(self, images: dict[str, NDArray[np.uint8]], step: int) -> None:
         """Add the cameras' images uint8 (H, W, 3) as they were after `step` steps."""
         sheet = Image.new("RGB", (VIEW * len(images), VIEW))
         for index, image in enumerate(images.values()):
-            sheet.paste(Image.fromarray(image).resize((VIEW, VIEW), Image.Resampling.BICUBIC), (VIEW * index, 0))
+            upright = image[::-1, ::-1] if self._turned else image
+            sheet.paste(Image.fromarray(upright).resize((VIEW, VIEW), Image.Resampling.BICUBIC), (VIEW * index, 0))
         self._pictures.append((sheet, step))
 
     def encode(self, instruction: str, success: bool) -> bytes:

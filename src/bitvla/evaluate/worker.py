@@ -97,7 +97,7 @@ class _Run:
 
     def __init__(self, simulator: Simulator, policy: Remote, job: Job, protocol: Protocol, filmed: bool) -> None:
         self._simulator, self._policy, self._job, self._protocol = simulator, policy, job, protocol
-        self._film = Film() if filmed else None
+        self._film = Film(getattr(simulator, "upside_down", False)) if filmed else None
         self._spent = dict.fromkeys(("simulator", "render", "policy", "film"), 0.0)
         self._chunk_ms: list[float] = []
         self._steps = 0

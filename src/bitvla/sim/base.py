@@ -50,7 +50,7 @@ class Simulator(Protocol):
 
     The initial state after ``reset`` is a pure function of ``(task, seed, ambiguous)``. One that also has
     ``moment() -> Moment`` gets its failures sorted by the evaluation; one whose benchmark lists its initial states says
-    in ``initial_states`` how many.
+    in ``initial_states`` how many; one whose images are turned by 180 degrees has a true ``upside_down``.
     """
 
     name: str

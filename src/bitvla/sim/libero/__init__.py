@@ -103,6 +103,7 @@ class Libero:
     control_hz = 20.0
     max_steps = 520  # of the longest suite; `steps_of` tells each
     initial_states = EPISODES
+    upside_down = True
 
     def __init__(
         self, image_size: int = 256, protocol: str = "official", python: Path | None = None, server: Path | None = None
