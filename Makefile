@@ -14,6 +14,8 @@ export PYTHON
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
+# A process that dies, or hangs and is ended, has failed: its test is not run again.
+PYTEST := $(BIN)/python -m pytest -n $(TEST_JOBS) --dist loadfile --max-worker-restart 0 -q
 # What the installed package is made from, besides the Python files, which are used in place.
 SOURCES := pyproject.toml CMakeLists.txt $(shell find csrc -type f 2>/dev/null)
 
@@ -38,11 +40,11 @@ test: $(VENV)/.ready-dev ## run every test: native kernels (each instruction set
 	@echo "test: native kernels, every instruction set this machine can run or emulate"
 	@PATH="$(abspath $(BIN)):$$PATH" tests/native/run.sh $(if $(CI),--ci)
 	@echo "test: Python"
-	@$(BIN)/python -m pytest -n $(TEST_JOBS) --dist loadfile -q
+	@$(PYTEST)
 
 check: lint ## format, lint, types and fast tests: run it before every commit
 	@echo "check: fast tests"
-	@$(BIN)/python -m pytest -n $(TEST_JOBS) --dist loadfile -q
+	@$(PYTEST)
 
 lint: $(VENV)/.ready-dev ## format, lint and types alone
 	@echo "check: format"
