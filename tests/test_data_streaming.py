@@ -139,6 +139,36 @@ def test_published_data_are_checked(published):
     assert "statistics" in {finding.check for finding in found.findings}
 
 
+def grey16(stored: dict[str, Any]) -> dict[str, Any]:
+    return {"bytes": png(np.full((16, 16), 128 << 8, np.uint16)), "path": None}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (grey16, None),
+        (lambda stored: {"bytes": None, "path": "images/7.png"}, "lacks a picture of episode 0"),
+        (lambda stored: None, "lacks a picture of episode 0"),
+        (lambda stored: {"bytes": stored["bytes"][:50], "path": None}, "cannot be read as an image"),
+        (lambda stored: {"bytes": png(np.zeros((8, 9, 3), np.uint8)), "path": None}, "of 8 x 9 pixels in episode 0"),
+    ],
+)
+def test_pictures_in_the_tables_are_read_or_named(published, tmp_path, change, message):
+    """Greys of 16 bits keep their range; what cannot be read is also found by the check."""
+    root, key = shutil.copytree(published, tmp_path / "libero"), "observation.images.image2"
+    path = min((root / "data").rglob("*.parquet"))
+    table = pd.read_parquet(path)
+    table.at[3, key] = change(table.at[3, key])
+    table.to_parquet(path)
+    images = LeRobotDataset(root).images("image2")
+    if message is None:
+        assert (images[3] == 128).all()
+        return
+    with pytest.raises(BitvlaError, match=message):
+        images[3]
+    assert message in next(finding.value for finding in check(root).findings if finding.check == "video")
+
+
 @pytest.mark.parametrize(
     ("conventions", "message"),
     [

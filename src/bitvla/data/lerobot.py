@@ -15,7 +15,6 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import hashlib
-import io
 import json
 import math
 import os
@@ -39,7 +38,8 @@ import bitvla
 from bitvla.config import Record
 from bitvla.data.pictures import Images, Pictures, user_cache
 from bitvla.errors import BitvlaError, meant
-from bitvla.files import write_whole
+from bitvla.files import put, write_whole
+from bitvla.processing.images import read_image
 
 Place = Path | UPath  # on this machine, or wherever fsspec reaches
 
@@ -166,6 +166,11 @@ class LeRobotWriter:
         """Add `episodes` as one batch: all of them or, when anything fails, none."""
         features = {key: feature for key, feature in self._info["features"].items() if key not in _DEFAULT_FEATURES}
         for index, episode in enumerate(episodes, start=self.num_episodes):
+            if not episode.length:
+                raise BitvlaError(f"episode {index} for the dataset {self.root} has no frame; leave it out")
+            for camera, frames in episode.images.items():
+                if frames.dtype != np.uint8:
+                    raise BitvlaError(f"the pictures of '{camera}' in episode {index} are {frames.dtype}, not uint8")
             images = {IMAGE_PREFIX + camera: frames.shape for camera, frames in episode.images.items()}
             found = {key: values.shape for key, values in episode.vectors.items()} | images
             length = max(shape[0] for shape in found.values())
@@ -373,9 +378,10 @@ class LeRobotDataset:
         for episode, (begin, end) in enumerate(self.episode_ranges):
             number, *others = np.unique(numbers[begin:end])
             if others:
+                change = int(np.argmax(numbers[begin:end] != numbers[begin]))
                 raise BitvlaError(
-                    f"episode {episode} of {self.root} has {1 + len(others)} tasks, and is trained with one sentence; "
-                    "make each part an episode"
+                    f"episode {episode} of {self.root} has {1 + len(others)} tasks (frame {change} begins the second), "
+                    "and is trained with one sentence; make each part an episode, or give all its frames one task_index"
                 )
             if not isinstance(names.get(number), str):
                 raise BitvlaError(f"{path} has no sentence for the task {number} of episode {episode}; copy it again")
@@ -464,8 +470,9 @@ class LeRobotDataset:
             raise BitvlaError(
                 f"{self.root} is broken: its episodes have {expected} frames, its tables {self.num_frames}"
             )
+        keys = cameras_of(self.features)
         for camera in self._cameras.values():
-            self._check_film(f"videos/{IMAGE_PREFIX}{camera}")
+            self._check_film(f"videos/{keys[camera]}")
 
     def _check_film(self, film: str) -> None:
         """No episode may reach into the next one of its video, as where the encoder lost frames."""
@@ -523,7 +530,7 @@ def _write_video(path: Path, frames: Iterator[NDArray[np.uint8]], fps: float, co
                 stream.pix_fmt, stream.options = coding.pix_fmt, coding.options
             container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")))
         container.mux(stream.encode())
-    os.replace(temporary, path)
+    put(temporary, path)
 
 
 def read_pictures(
@@ -531,16 +538,22 @@ def read_pictures(
 ) -> Iterator[NDArray[np.uint8]]:
     """The frames of a camera in one episode (a row of the episode table), uint8 (H, W, 3), or (H, W) with "gray".
 
-    Raises BitvlaError where the file cannot be decoded, or has fewer of them, or another rate.
+    Raises BitvlaError where the file cannot be decoded, or has fewer of them, of another size, or at another rate.
     """
     key = cameras_of(info["features"])[camera]
+    height, width, _ = shape_of(info["features"][key])
     path, number = pictures_file(root, info, episode, camera), episode["episode_index"]
     length, count = int(episode["length"]), 0
     if info["features"][key]["dtype"] == "video":
         frames = _read_video(path, float(episode[f"videos/{key}/from_timestamp"]), length, float(info["fps"]), pixels)
     else:
-        frames = _read_stored(path, key, int(number), "L" if pixels == "gray" else "RGB")
+        frames = _read_stored(path, key, int(number), pixels)
     for frame in frames:
+        if frame.shape[:2] != (height, width):
+            raise BitvlaError(
+                f"{path} has a picture of {frame.shape[0]} x {frame.shape[1]} pixels in episode {number}, info.json "
+                f"says {height} x {width} of '{key}': write the true size there, or record it again"
+            )
         yield frame
         count += 1
     if count != length:
@@ -564,6 +577,8 @@ def _read_video(path: Place, begin: float, length: int, fps: float, pixels: str)
     count = 0
     try:
         with path.open("rb") as file, av.open(file, "r") as container:
+            if not container.streams.video:
+                raise BitvlaError(f"{path} holds no pictures; copy it again")
             stream = container.streams.video[0]
             stream.thread_type = "AUTO"
             if begin > 0:
@@ -579,12 +594,12 @@ def _read_video(path: Place, begin: float, length: int, fps: float, pixels: str)
                 if count == length:
                     break
     except (av.FFmpegError, OSError) as error:
-        raise BitvlaError(f"{path} cannot be decoded: {error}") from None
+        raise BitvlaError(f"{path} cannot be decoded: {error.strerror or error}") from None
     if abs(last - first - (count - 1) / fps) > 0.5 / fps and count > 1:
         raise BitvlaError(f"{path} runs at {(count - 1) / (last - first):.4g} frames a second, info.json says {fps:g}")
 
 
-def _read_stored(path: Place, key: str, episode: int, mode: str) -> Iterator[NDArray[np.uint8]]:
+def _read_stored(path: Place, key: str, episode: int, pixels: str) -> Iterator[NDArray[np.uint8]]:
     """The encoded pictures in the column `key` of a table, read a row group at a time."""
     try:
         with path.open("rb") as file:
@@ -595,7 +610,11 @@ def _read_stored(path: Place, key: str, episode: int, mode: str) -> Iterator[NDA
                     continue
                 stored = table.read_row_group(group, columns=[key])[key].to_pylist()
                 for row in np.flatnonzero(own):
-                    yield np.asarray(Image.open(io.BytesIO(stored[row]["bytes"])).convert(mode))
+                    content = stored[row] and stored[row]["bytes"]
+                    if content is None:
+                        raise BitvlaError(f"'{key}' in {path} lacks a picture of episode {episode}; copy it again")
+                    frame = read_image(content, f"a picture of episode {episode}, '{key}' in {path},")
+                    yield np.asarray(Image.fromarray(frame).convert("L")) if pixels == "gray" else frame
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise BitvlaError(f"'{key}' in {path} cannot be decoded: {str(error).splitlines()[0]}") from None
 
@@ -604,7 +623,7 @@ def _write_table(path: Path, table: pd.DataFrame, index: bool = False) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".tmp")
     table.to_parquet(temporary, index=index)
-    os.replace(temporary, path)
+    put(temporary, path)
 
 
 def read_table(path: Place, without: Collection[str] = (), needed: Iterable[str] = ()) -> pd.DataFrame:
@@ -615,7 +634,8 @@ def read_table(path: Place, without: Collection[str] = (), needed: Iterable[str]
             names = [name for name in table.schema_arrow.names if name not in without]
             rows = table.read(columns=names).to_pandas()
     except (OSError, ValueError) as error:
-        raise BitvlaError(f"{path} cannot be read: {str(error).splitlines()[0]}") from None
+        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        raise BitvlaError(f"{path} cannot be read: {reason}") from None
     for column in needed:
         if column not in rows:
             raise BitvlaError(f"{path} lacks the column '{column}': it is no table of a LeRobotDataset; copy it again")
@@ -626,7 +646,7 @@ def _write_json(path: Path, value: Any) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".tmp")
     temporary.write_text(json.dumps(value, indent=2))
-    os.replace(temporary, path)
+    put(temporary, path)
 
 
 def name_of(source: str | os.PathLike[str]) -> str:
@@ -674,13 +694,12 @@ def cameras_of(features: Mapping[str, Any]) -> dict[str, str]:
 
 
 def shape_of(feature: Mapping[str, Any]) -> tuple[int, int, int]:
-    """Height, width and channels of a camera; some write the channels first."""
+    """Height, width and 3 of a camera, whose pictures are read as RGB; some write the channels first."""
     sizes = [int(size) for size in feature["shape"]]
     if len(sizes) != 3:
         raise BitvlaError(f"info.json gives a camera the shape {sizes}; it must be height, width and channels")
-    if sizes[0] == 3 and sizes[2] != 3:
-        sizes = [*sizes[1:], sizes[0]]
-    return sizes[0], sizes[1], sizes[2]
+    height, width = sizes[1:] if sizes[0] in (1, 3) and sizes[2] not in (1, 3) else sizes[:2]
+    return height, width, 3
 
 
 def names_of(feature: Mapping[str, Any]) -> list[str]:
@@ -751,6 +770,10 @@ def read_episodes(root: Place, info: Mapping[str, Any]) -> pd.DataFrame:
     table = table[table["episode_index"] < info["total_episodes"]].reset_index(drop=True)
     if len(table) != info["total_episodes"]:
         raise BitvlaError(f"{root} lists {len(table)} episodes, info.json says {info['total_episodes']}")
+    for column in needed:
+        if (missing := table[column].isna()).any():
+            number = table["episode_index"][missing].iloc[0]
+            raise BitvlaError(f"{root} lists no '{column}' of episode {number} (meta/episodes); copy it again")
     return table
 
 
@@ -761,8 +784,8 @@ def _vector_stats(values: NDArray[np.float32]) -> dict[str, Any]:
         "max": wide.max(0).tolist(),
         "mean": wide.mean(0).tolist(),
         "std": wide.std(0).tolist(),
-        "q01": np.quantile(wide, 0.01, axis=0).tolist(),
-        "q99": np.quantile(wide, 0.99, axis=0).tolist(),
+        # Those that the lerobot package has, which may normalise by any of them.
+        **{f"q{percent:02}": np.quantile(wide, percent / 100, axis=0).tolist() for percent in (1, 10, 50, 90, 99)},
         "count": [len(wide)],
     }
 
@@ -803,11 +826,14 @@ def _dataset_stats(root: Path, info: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _table_stats(frames: pd.DataFrame, features: Mapping[str, Any]) -> dict[str, Any]:
-    return {
-        key: _vector_stats(np.array(frames[key].tolist()).reshape(len(frames), -1))
-        for key, feature in features.items()
-        if key in frames and feature["dtype"].startswith(("float", "int"))
-    }
+    stats = {}
+    for key, feature in features.items():
+        if key in frames and feature["dtype"].startswith(("float", "int")):
+            try:
+                stats[key] = _vector_stats(np.array(frames[key].tolist(), float).reshape(len(frames), -1))
+            except (TypeError, ValueError):
+                raise BitvlaError(f"'{key}' has not the same number of values in every frame; mend its table") from None
+    return stats
 
 
 def write_statistics(source: str | os.PathLike[str]) -> dict[str, Any]:
@@ -817,9 +843,10 @@ def write_statistics(source: str | os.PathLike[str]) -> dict[str, Any]:
     """
     dataset = LeRobotDataset(source)
     path = dataset.root / "meta" / "stats.json"
-    stored = json.loads(path.read_text()) if path.exists() else {}
-    stats = _table_stats(dataset._frames, dataset.features)
+    stats, stored = _table_stats(dataset._frames, dataset.features), dict[str, Any]()
     try:
+        with contextlib.suppress(FileNotFoundError, ValueError):  # what cannot be read is written anew
+            stored = msgspec.convert(json.loads(path.read_text()), dict[str, Any])
         if isinstance(path, Path):
             _write_json(path, stored | stats)
         else:

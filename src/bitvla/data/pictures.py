@@ -92,9 +92,6 @@ class Pictures:
             self._make_room(math.prod(shape) * int(self.lengths[episode]))
             with temporary.open("wb") as file:
                 for frame in self._decode(camera, episode):
-                    if frame.shape != shape:
-                        raise BitvlaError(f"camera '{camera}' has a picture of {frame.shape} in episode {episode}, "
-                                          f"info.json says {shape}")  # fmt: skip
                     file.write(np.ascontiguousarray(frame).data)
             os.replace(temporary, path)
         except OSError as error:

@@ -53,10 +53,12 @@ def read_tables(dataset: Source, findings: list[Finding], progress: Callable[[in
         expected = int(dataset.episodes["length"].iloc[episode])
         found = 0 if rows is None else len(rows)
         table.lengths.append(found)
-        if found != expected:
+        if (found != expected or not found) and dataset.table_of(episode) not in dataset.broken:
             findings.append(
                 rules.MISSING_FRAMES.found(
-                    subject=f"episode {episode}", value=f"{found} frames", threshold=f"{expected} in the episode table"
+                    subject=f"episode {episode}",
+                    value=f"{found} frames",
+                    threshold=f"{expected or 'some'} in the episode table",
                 )
             )
         for key in dataset.vectors:
@@ -65,6 +67,10 @@ def read_tables(dataset: Source, findings: list[Finding], progress: Callable[[in
             _read_times(dataset, table, episode, rows)
             table.timeless += [] if "timestamp" in rows else [episode]
         progress(episode + 1)
+    findings += [
+        rules.BROKEN_TABLE.found(subject=f"{path.parent.name}/{path.name}", value=reason, threshold="a whole table")
+        for path, reason in dataset.broken.items()
+    ]
     return table
 
 
@@ -263,8 +269,8 @@ def count_tasks(dataset: Source, findings: list[Finding]) -> dict[str, int]:
 
 def recovery_share(dataset: Source, findings: list[Finding]) -> float | None:
     """The share of episodes that begin in a failed state; None when they are not marked."""
-    column = dataset.episodes.get("recovery")
-    share = None if column is None or column.isna().all() else float(column.eq(True).mean())
+    recoveries = dataset.recoveries()
+    share = None if recoveries is None else float(recoveries.mean())
     if share is None or share < rules.RECOVERIES:
         findings.append(
             (rules.UNMARKED_RECOVERIES if share is None else rules.FEW_RECOVERIES).found(

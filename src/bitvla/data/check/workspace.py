@@ -38,7 +38,8 @@ def coverage_of(dataset: Source, table: Tables, findings: list[Finding]) -> Cove
     frame = pd.DataFrame(points)
     tasks = dataset.tasks() if "env_task" in dataset.episodes else [""] * len(points)
     # Recoveries begin far from where a robot is switched on; they would be a cluster of their own.
-    usual = ~dataset.episodes.get("recovery", pd.Series(np.zeros(len(points)))).to_numpy(bool)
+    recoveries = dataset.recoveries()
+    usual = np.ones(len(points), bool) if recoveries is None else ~recoveries
     if usual.sum() < rules.MIN_SPLIT:
         usual[:] = True
     by_task = frame.where(pd.Series(usual), axis=0).groupby(np.array(tasks))
