@@ -262,6 +262,19 @@ def test_a_picture_that_never_reached_the_disk_is_decoded_again(dataset):
     assert images[11].shape == (16, 16, 3)
 
 
+def test_pictures_of_a_video_that_was_replaced_are_decoded_again(dataset, tmp_path):
+    before = LeRobotDataset(dataset).images("front")[3]
+    writer, film = make_writer(tmp_path / "other"), "videos/observation.images.front/chunk-000/file-000.mp4"
+    writer.append([random_episode(i + 6) for i in range(4)])
+    shutil.copy(tmp_path / "other" / film, dataset / film)
+    after = LeRobotDataset(dataset).images("front")[3]
+    assert np.array_equal(after, LeRobotDataset(tmp_path / "other").images("front")[3])
+    assert not np.array_equal(after, before)
+    (cached,) = (dataset / ".cache").rglob("*.rgb")
+    LeRobotDataset(dataset)
+    assert cached.exists()
+
+
 def test_files_beyond_the_first_chunk_are_kept_apart(tmp_path, monkeypatch):
     """By writers that are opened anew, as each run of a robot has one."""
     monkeypatch.setattr(lerobot, "_FILES_PER_CHUNK", 2)
@@ -339,7 +352,12 @@ def test_statistics_are_computed_where_none_can_be_read(dataset, content):
 
 
 def test_statistics_of_uneven_columns_are_refused(dataset):
-    edit_info(dataset, features=LeRobotDataset(dataset).features | {"force": {"dtype": "float32", "shape": [2]}})
+    """And those of a table in every frame, as lerobot's Array2D, have its shape."""
+    edit_info(dataset, features=LeRobotDataset(dataset).features | {"force": {"dtype": "float32", "shape": [2, 3]}})
+    for name in ("data/chunk-000/file-000.parquet", "data/chunk-000/file-001.parquet"):
+        edit_table(dataset, name, lambda table: table.assign(force=[np.ones((2, 3)).tolist()] * len(table)))
+    write_statistics(dataset)
+    assert json.loads((dataset / "meta" / "stats.json").read_text())["force"]["q01"] == [[1.0] * 3] * 2
     edit_frames(dataset, lambda table: table.assign(force=[np.zeros(1 + i % 2) for i in range(len(table))]))
     with pytest.raises(BitvlaError, match="'force' has not the same number of values in every frame"):
         write_statistics(dataset)

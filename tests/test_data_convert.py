@@ -262,6 +262,19 @@ def test_damaged_records_are_refused(tmp_path, changes, spoil, message):
         convert(source, tmp_path / "out")
 
 
+def test_a_disk_that_was_full_at_first_is_gone_on_with(tmp_path, monkeypatch):
+    def full(descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    source = write_hdf5(tmp_path / "bowl")
+    with pytest.raises(BitvlaError, match="No space left"):
+        convert(source, tmp_path / "out")
+    monkeypatch.undo()
+    (tmp_path / "out" / "meta" / ".conversion.json.7.tmp").touch()  # as of a process that was killed
+    assert convert(source, tmp_path / "out")["episodes"] == 2
+
+
 def test_a_source_that_changed_is_not_gone_on_with(tmp_path):
     """More of it is found in another order."""
     source = write_hdf5(tmp_path / "source", "m_demo.hdf5")

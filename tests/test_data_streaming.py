@@ -305,6 +305,29 @@ def test_a_run_streams_in_bounded_space(data, far, tmp_path):
         run("finetune", config, far, tmp_path / "small", cache_bytes=7 * EPISODE)
 
 
+@pytest.mark.parametrize(
+    ("lost", "message"),
+    [
+        ("info.json", "info.json cannot be read .403 Forbidden."),
+        ("file-000.parquet", "file-000.parquet cannot be read: 403 Forbidden"),
+        ("stats.json", "stats.json cannot be read .403 Forbidden."),
+        ("file-000.mp4", "file-000.mp4 cannot be decoded: 403 Forbidden"),
+    ],
+)
+def test_what_a_service_says_is_one_line(far, monkeypatch, lost, message):
+    """Not every one raises an OSError."""
+    usual = MemoryFileSystem._open
+
+    def refuse(self: MemoryFileSystem, path: str, mode: str = "rb", **options: Any) -> Any:
+        if path.endswith(lost):
+            raise RuntimeError("403 Forbidden\nsee the log")
+        return usual(self, path, mode, **options)
+
+    monkeypatch.setattr(MemoryFileSystem, "_open", refuse)
+    with pytest.raises(BitvlaError, match=message):
+        LeRobotDataset(far).images("front")[0]
+
+
 def test_a_truncated_video_ends_a_streaming_run_with_one_line(far, tmp_path):
     memory, name = fsspec.filesystem("memory"), "/bucket/random/videos/observation.images.front/chunk-000/file-000.mp4"
     memory.pipe(name, memory.cat(name)[:5000])

@@ -100,7 +100,8 @@ def claim(root: Path, work: str, settings: Mapping[str, Any]) -> Iterator[None]:
     with alone(root, work):
         path = root / "meta" / f"{work}.json"
         if not path.exists():
-            if any(root.iterdir()):
+            # Empty folders and temporary files are of an earlier try, as on a full disk.
+            if any(not file.is_dir() and file.suffix != ".tmp" for file in root.rglob("*")):
                 raise BitvlaError(f"{root} is not empty and holds no {work} of bitvla; choose another folder")
             write_whole(path, json.dumps(settings).encode())
         elif json.loads(path.read_text()) != settings:
@@ -335,6 +336,7 @@ class LeRobotDataset:
             lengths=[end - begin for begin, end in self.episode_ranges],
             limit=cache_bytes,
         )
+        self._drop_outdated()
 
     @cached_property
     def stats(self) -> dict[str, dict[str, list[float]]]:
@@ -365,8 +367,9 @@ class LeRobotDataset:
         path = self.root / "meta" / "stats.json"
         try:
             return path.read_bytes()
-        except OSError as error:
-            raise BitvlaError(f"{path} cannot be read ({error}); run: bitvla data statistics {self._source}") from None
+        except Exception as error:  # whatever a service says
+            reason = _reason(error)
+            raise BitvlaError(f"{path} cannot be read ({reason}); run: bitvla data statistics {self._source}") from None
 
     def _sentences(self) -> list[str]:
         """What is said in each episode."""
@@ -412,10 +415,19 @@ class LeRobotDataset:
         parts = (
             "" if here else self._source,
             json.dumps(self.info, sort_keys=True),
-            stats.read_text() if stats.exists() else "",
+            self.stored_statistics().decode(errors="replace") if stats.exists() else "",
             f"{self._cameras} {self._turned}",
         )
         return (here or user_cache()) / hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
+
+    def _drop_outdated(self) -> None:
+        """Delete the decoded pictures of a file that was replaced since, as by turned ones."""
+        if not isinstance(self.root, Path):
+            return
+        for camera, episode, when in self.pictures.kept():
+            source = pictures_file(self.root, self.info, self.episodes.iloc[episode], self._cameras[camera])
+            if source.exists() and source.stat().st_mtime > when:
+                self.pictures.drop(camera, episode)
 
     def _frame_table(self) -> pd.DataFrame:
         places = self.episodes[_PLACE].drop_duplicates()
@@ -427,7 +439,8 @@ class LeRobotDataset:
         ]
         table = pd.concat(tables, ignore_index=True)
         if len(table) != self.num_frames:
-            raise BitvlaError(f"{self.root} has {len(table)} frames in its tables, info.json says {self.num_frames}")
+            raise BitvlaError(f"{self.root} has {len(table)} frames in its tables, info.json says {self.num_frames}; "
+                              "copy it again, or finish its recording")  # fmt: skip
         return table
 
     def vectors(self, key: str) -> NDArray[np.float32]:
@@ -462,7 +475,8 @@ class LeRobotDataset:
         for i, (begin, end) in enumerate(self.episode_ranges):
             inside = self.episode_index[begin:end]
             if begin != expected or end <= begin or len(inside) != end - begin or np.any(inside != i):
-                raise BitvlaError(f"episode {i} of {self.root} is broken: frames {begin} to {end} do not belong to it")
+                raise BitvlaError(f"episode {i} of {self.root} is broken: frames {begin} to {end} do not belong to it; "
+                                  "copy it again")  # fmt: skip
             if np.any(self.frame_index[begin:end] != np.arange(end - begin)):  # pictures are found by their place
                 raise BitvlaError(f"episode {i} of {self.root} is broken: its frames are not numbered from 0 on")
             expected = end
@@ -593,8 +607,10 @@ def _read_video(path: Place, begin: float, length: int, fps: float, pixels: str)
                 yield frame.to_ndarray(format=pixels).astype(np.uint8, copy=False)
                 if count == length:
                     break
-    except (av.FFmpegError, OSError) as error:
-        raise BitvlaError(f"{path} cannot be decoded: {error.strerror or error}") from None
+    except BitvlaError:
+        raise
+    except Exception as error:  # FFmpeg's, and whatever a service says
+        raise BitvlaError(f"{path} cannot be decoded: {_reason(error)}") from None
     if abs(last - first - (count - 1) / fps) > 0.5 / fps and count > 1:
         raise BitvlaError(f"{path} runs at {(count - 1) / (last - first):.4g} frames a second, info.json says {fps:g}")
 
@@ -615,8 +631,10 @@ def _read_stored(path: Place, key: str, episode: int, pixels: str) -> Iterator[N
                         raise BitvlaError(f"'{key}' in {path} lacks a picture of episode {episode}; copy it again")
                     frame = read_image(content, f"a picture of episode {episode}, '{key}' in {path},")
                     yield np.asarray(Image.fromarray(frame).convert("L")) if pixels == "gray" else frame
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise BitvlaError(f"'{key}' in {path} cannot be decoded: {str(error).splitlines()[0]}") from None
+    except BitvlaError:
+        raise
+    except Exception as error:  # Parquet's, and whatever a service says
+        raise BitvlaError(f"'{key}' in {path} cannot be decoded: {_reason(error)}") from None
 
 
 def _write_table(path: Path, table: pd.DataFrame, index: bool = False) -> None:
@@ -633,13 +651,17 @@ def read_table(path: Place, without: Collection[str] = (), needed: Iterable[str]
             table = pq.ParquetFile(file)
             names = [name for name in table.schema_arrow.names if name not in without]
             rows = table.read(columns=names).to_pandas()
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
-        raise BitvlaError(f"{path} cannot be read: {reason}") from None
+    except Exception as error:  # Parquet's, and whatever a service says
+        raise BitvlaError(f"{path} cannot be read: {_reason(error)}") from None
     for column in needed:
         if column not in rows:
             raise BitvlaError(f"{path} lacks the column '{column}': it is no table of a LeRobotDataset; copy it again")
     return rows
+
+
+def _reason(error: Exception) -> str:
+    """Why something cannot be read, in one line, without the path that the caller names."""
+    return getattr(error, "strerror", None) or (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def _write_json(path: Path, value: Any) -> None:
@@ -740,11 +762,10 @@ def read_info(root: Place) -> dict[str, Any]:
             stored = msgspec.convert(info, _Info)
             if stored.video_path is None and any(f.dtype == "video" for f in stored.features.values()):
                 raise ValueError("no video_path")
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or repr(error)
+    except Exception as error:  # whatever a service says
         raise BitvlaError(
-            f"{root} is not a LeRobotDataset: meta/info.json cannot be read ({reason}); give the folder that holds "
-            "meta/, or an id on the Hugging Face Hub, owner/name"
+            f"{root} is not a LeRobotDataset: meta/info.json cannot be read ({_reason(error)}); give the folder that "
+            "holds meta/, or an id on the Hugging Face Hub, owner/name"
         ) from None
     if version != VERSION:
         raise BitvlaError(
@@ -760,7 +781,7 @@ def read_episodes(root: Place, info: Mapping[str, Any]) -> pd.DataFrame:
     """Rows of the committed episodes, in order."""
     paths: list[Place] = sorted((root / "meta" / "episodes").glob("chunk-*/file-*.parquet"), key=str)
     if not paths:
-        raise BitvlaError(f"{root} has no episode table (meta/episodes)")
+        raise BitvlaError(f"{root} has no episode table (meta/episodes); copy it again")
     films = [f"videos/{key}" for key, feature in info["features"].items() if feature["dtype"] == "video"]
     places = [f"{kind}/{part}" for kind in ("data", *films) for part in ("chunk_index", "file_index")]
     begins = [f"{film}/from_timestamp" for film in films]
@@ -769,7 +790,8 @@ def read_episodes(root: Place, info: Mapping[str, Any]) -> pd.DataFrame:
     table = pd.concat(tables, ignore_index=True).sort_values("episode_index")
     table = table[table["episode_index"] < info["total_episodes"]].reset_index(drop=True)
     if len(table) != info["total_episodes"]:
-        raise BitvlaError(f"{root} lists {len(table)} episodes, info.json says {info['total_episodes']}")
+        raise BitvlaError(f"{root} lists {len(table)} episodes, info.json says {info['total_episodes']}; copy it "
+                          "again, or finish its recording")  # fmt: skip
     for column in needed:
         if (missing := table[column].isna()).any():
             number = table["episode_index"][missing].iloc[0]
@@ -777,7 +799,7 @@ def read_episodes(root: Place, info: Mapping[str, Any]) -> pd.DataFrame:
     return table
 
 
-def _vector_stats(values: NDArray[np.float32]) -> dict[str, Any]:
+def _vector_stats(values: NDArray[Any]) -> dict[str, Any]:
     wide = values.astype(np.float64)
     return {
         "min": wide.min(0).tolist(),
@@ -830,7 +852,8 @@ def _table_stats(frames: pd.DataFrame, features: Mapping[str, Any]) -> dict[str,
     for key, feature in features.items():
         if key in frames and feature["dtype"].startswith(("float", "int")):
             try:
-                stats[key] = _vector_stats(np.array(frames[key].tolist(), float).reshape(len(frames), -1))
+                values = np.stack([_nested(row) for row in frames[key]])
+                stats[key] = _vector_stats(values if values.ndim > 1 else values[:, None])
             except (TypeError, ValueError):
                 raise BitvlaError(f"'{key}' has not the same number of values in every frame; mend its table") from None
     return stats
@@ -847,10 +870,11 @@ def write_statistics(source: str | os.PathLike[str]) -> dict[str, Any]:
     try:
         with contextlib.suppress(FileNotFoundError, ValueError):  # what cannot be read is written anew
             stored = msgspec.convert(json.loads(path.read_text()), dict[str, Any])
+        text = json.dumps(stored | stats, indent=2)
         if isinstance(path, Path):
-            _write_json(path, stored | stats)
+            write_whole(path, text.encode())
         else:
-            path.write_text(json.dumps(stored | stats, indent=2))  # an object appears whole
+            path.write_text(text)  # an object appears whole
     except OSError as error:
         raise BitvlaError(f"{path} cannot be written: {error}") from None
     return {"written": str(path), "frames": dataset.num_frames, "of": list(stats)}

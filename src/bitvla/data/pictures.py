@@ -81,6 +81,17 @@ class Pictures:
                 if show:
                     show(done, len(missing), "")
 
+    def kept(self) -> Iterator[tuple[str, int, float]]:
+        """The camera and the episode of each file on disk, and when it was written or last loaded (Unix time)."""
+        for path in self._folder.glob("*.rgb"):
+            camera, _, episode = path.stem.rpartition("-")
+            with contextlib.suppress(FileNotFoundError):  # another process made room
+                yield camera, int(episode), path.stat().st_mtime
+
+    def drop(self, camera: str, episode: int) -> None:
+        """Decode an episode again when it is needed."""
+        Path(self._path(camera, episode)).unlink(missing_ok=True)
+
     def _path(self, camera: str, episode: int) -> str:
         return f"{self._folder}/{camera}-{episode:06d}.rgb"
 
