@@ -284,6 +284,15 @@ def test_a_source_that_changed_is_not_gone_on_with(tmp_path):
         convert(source, tmp_path / "out")
 
 
+def test_a_folder_that_cannot_be_locked_is_refused(tmp_path, monkeypatch):
+    def refuse(descriptor, operation):
+        raise OSError(38, "Function not implemented")
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+    with pytest.raises(BitvlaError, match=r"out cannot be locked \(Function not implemented\); choose"):
+        convert(write_hdf5(tmp_path / "bowl"), tmp_path / "out")
+
+
 def test_other_folders_are_refused(tmp_path):
     with pytest.raises(BitvlaError, match="holds neither HDF5 files"):
         convert(tmp_path, tmp_path / "out")
@@ -300,7 +309,8 @@ def test_the_command_converts_and_counts_again(tmp_path, capsys):
     source, out = write_hdf5(tmp_path / "bowl"), str(tmp_path / "out")
     options = ["--camera", "eye=eye_in_hand_rgb", "--fps", "10"]
     assert main(["data", "convert", str(source), out, *options, "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["episodes"] == 2
+    summary = json.loads(capsys.readouterr().out)
+    assert (summary["episodes"], summary["fps"]) == (2, 10)
     (tmp_path / "out" / "meta" / "stats.json").write_text("{}")
     with pytest.raises(BitvlaError, match="run: bitvla data statistics"):
         LeRobotDataset(out).stats  # noqa: B018

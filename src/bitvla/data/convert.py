@@ -87,8 +87,8 @@ def convert(
                 _writer(out, batch[0], fps, layout).append(batch)
                 batch = []
             progress(number, len(demonstrations), name)
-    return {"out": str(out), "episodes": len(demonstrations), "converted_now": len(demonstrations) - done,
-            "frames_now": frames, "no_ops_dropped_now": dropped}  # fmt: skip
+    return {"out": str(out), "fps": fps, "episodes": len(demonstrations), "frames_now": frames,
+            "converted_now": len(demonstrations) - done, "no_ops_dropped_now": dropped}  # fmt: skip
 
 
 def _layout(source: Path) -> tuple[Any, list[Path]]:

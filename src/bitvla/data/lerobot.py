@@ -86,10 +86,13 @@ def alone(root: Path, work: str) -> Iterator[None]:
     except OSError as error:
         raise BitvlaError(f"cannot write to {root}: {error.strerror}; choose another folder") from None
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise BitvlaError(f"another {work} is writing {root} now; wait for it or choose another folder") from None
+        except OSError as error:  # of some network drives
+            raise BitvlaError(f"{root} cannot be locked ({error.strerror}); choose a folder on a local disk") from None
         yield
-    except BlockingIOError:
-        raise BitvlaError(f"another {work} is writing {root} now; wait for it or choose another folder") from None
     finally:
         os.close(descriptor)
 
@@ -612,7 +615,11 @@ def _read_video(path: Place, begin: float, length: int, fps: float, pixels: str)
     except Exception as error:  # FFmpeg's, and whatever a service says
         raise BitvlaError(f"{path} cannot be decoded: {_reason(error)}") from None
     if abs(last - first - (count - 1) / fps) > 0.5 / fps and count > 1:
-        raise BitvlaError(f"{path} runs at {(count - 1) / (last - first):.4g} frames a second, info.json says {fps:g}")
+        rate = (count - 1) / (last - first or math.inf)
+        raise BitvlaError(
+            f"{path} runs at {rate:.4g} frames a second, info.json says {fps:g}: mend fps there, or drop the episode "
+            "where frames were lost"
+        )
 
 
 def _read_stored(path: Place, key: str, episode: int, pixels: str) -> Iterator[NDArray[np.uint8]]:
