@@ -12,6 +12,7 @@ import pytest
 
 from bitvla.cli import main
 from bitvla.data.check import check, split
+from bitvla.data.lerobot import LeRobotDataset, write_statistics
 from bitvla.errors import BitvlaError
 from datasets import make_writer, random_episode
 
@@ -141,11 +142,17 @@ def change_statistics(root, change):
     path.write_text(json.dumps(stats))
 
 
+def stand(table):
+    """In one dimension, whatever the statistics."""
+    table["observation.state"] = [np.array([x, y, 0.5], np.float32) for x, y, _ in table["observation.state"]]
+
+
 def test_missing_and_constant_statistics(dataset):
     def change(stats):
         del stats["action"]["q99"]
-        stats["observation.state"]["q99"][2] = stats["observation.state"]["q01"][2]
+        stats["observation.state"]["q01"][2] = stats["observation.state"]["q99"][2] = 0.5
 
+    rewrite(dataset, stand)
     change_statistics(dataset, change)
     state, action = sorted(found(dataset, "statistics"), key=lambda finding: finding.subject, reverse=True)
     assert state.subject == "'z' of 'observation.state'"
@@ -188,6 +195,30 @@ def test_an_impossible_rate_is_one_error(dataset):
     path.write_text(json.dumps(json.loads(path.read_text()) | {"fps": 0}))
     with pytest.raises(BitvlaError, match="an fps of 0"):
         check(dataset)
+
+
+def test_quantiles_of_lerobot_that_hide_a_motion(dataset):
+    """What stands within each episode, and elsewhere in others: lerobot's average of its quantiles is one point."""
+
+    def stand_apart(table):
+        rows = zip(table["observation.state"], table["episode_index"], strict=True)
+        table["observation.state"] = [np.array([x, y, episode], np.float32) for (x, y, _), episode in rows]
+
+    def average(stats):
+        stats["observation.state"]["q01"][2] = stats["observation.state"]["q99"][2] = 11.5
+
+    rewrite(dataset, stand_apart)
+    change_statistics(dataset, average)
+    (finding,) = check(dataset).findings
+    assert (finding.grade, finding.check, finding.subject) == ("error", "quantiles", "'z' of 'observation.state'")
+    assert "bitvla data statistics" in finding.fix
+    with pytest.raises(
+        BitvlaError, match=r"100% of the values of 'z' .* \(11.5 and 11.5\); run: bitvla data statistics"
+    ):
+        LeRobotDataset(dataset).stats  # noqa: B018
+    write_statistics(dataset)
+    assert LeRobotDataset(dataset).stats["observation.state"]["q01"][2] == 0
+    assert not found(dataset, "quantiles")
 
 
 def test_statistics_of_other_data(dataset):

@@ -49,6 +49,8 @@ ONE_IMAGE = "observation.image"
 _DATA_PATH = "data/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet"
 _VIDEO_PATH = "videos/{video_key}/chunk-{chunk_index:03d}/file-{file_index:03d}.mp4"
 _EPISODES_PATH = "meta/episodes/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet"
+CONSTANT = 1e-6  # q99 - q01 of a dimension that does not move
+FAR_OFF = 0.10  # share of the values outside q01 to q99, which leave 2 % there by definition
 _FILES_PER_CHUNK = 1000
 _PLACE = ["data/chunk_index", "data/file_index"]  # of an episode's table
 _DEFAULT_FEATURES = {
@@ -343,7 +345,11 @@ class LeRobotDataset:
 
     @cached_property
     def stats(self) -> dict[str, dict[str, list[float]]]:
-        """min, max, mean, std, q01, q99 and count of state and action, as stored; missing or constant ones refused."""
+        """min, max, mean, std, quantiles and count of each feature, as stored.
+
+        BitvlaError where those of state and action are missing, constant, or of other data: such as the averages of
+        its episodes' quantiles, which lerobot (0.4.4) writes.
+        """
         path = self.root / "meta" / "stats.json"
         try:
             stats: dict[str, dict[str, list[float]]] = json.loads(self.stored_statistics())
@@ -357,8 +363,15 @@ class LeRobotDataset:
                 raise BitvlaError(
                     f"{path} lacks the quantiles q01 and q99 of '{key}'; run: bitvla data statistics {self._source}"
                 ) from None
-            for name, a, b in zip(names, low, high, strict=True):
-                if not (np.isfinite(a) and np.isfinite(b) and b - a > 1e-6):
+            values = self.action if key == "action" else self.state
+            shares = outside(values, low, high).mean(axis=0)
+            for name, a, b, share in zip(names, low, high, shares, strict=True):
+                if share > FAR_OFF + 2 / len(values):
+                    raise BitvlaError(
+                        f"{share:.0%} of the values of '{name}' of '{key}' in {self.root} are outside its q01 and q99 "
+                        f"({a:g} and {b:g}); run: bitvla data statistics {self._source}"
+                    )
+                if not (np.isfinite(a) and np.isfinite(b) and b - a > CONSTANT):
                     raise BitvlaError(
                         f"'{name}' of '{key}' is constant or not finite (q01 {a}, q99 {b}) in {self.root}; leave it "
                         "out of the data, or record some in which it moves"
@@ -731,6 +744,12 @@ def shape_of(feature: Mapping[str, Any]) -> tuple[int, int, int]:
     return height, width, 3
 
 
+def outside(values: NDArray[Any], low: NDArray[Any], high: NDArray[Any]) -> NDArray[np.bool_]:
+    """Which of `values` (N, n) are not within `low` to `high` (n,), but for what a bound loses as text."""
+    slack = 1e-6 * (1 + np.abs(values))
+    return np.asarray((values < low - slack) | (values > high + slack))
+
+
 def names_of(feature: Mapping[str, Any]) -> list[str]:
     """The name of each dimension of a vector; its number where the stored ones are not one a dimension."""
     stored, size = feature.get("names") or [], int(feature["shape"][0])
@@ -788,7 +807,7 @@ def read_episodes(root: Place, info: Mapping[str, Any]) -> pd.DataFrame:
     """Rows of the committed episodes, in order."""
     paths: list[Place] = sorted((root / "meta" / "episodes").glob("chunk-*/file-*.parquet"), key=str)
     if not paths:
-        raise BitvlaError(f"{root} has no episode table (meta/episodes); copy it again")
+        raise BitvlaError(f"{root} has no episode table (meta/episodes); copy it again, or finish its recording")
     films = [f"videos/{key}" for key, feature in info["features"].items() if feature["dtype"] == "video"]
     places = [f"{kind}/{part}" for kind in ("data", *films) for part in ("chunk_index", "file_index")]
     begins = [f"{film}/from_timestamp" for film in films]

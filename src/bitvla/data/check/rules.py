@@ -7,10 +7,11 @@ from typing import Literal
 
 import msgspec
 
+from bitvla.data.lerobot import FAR_OFF
+
 Grade = Literal["error", "warning", "note"]
 
-OUTSIDE_WARNING, OUTSIDE_ERROR = 0.04, 0.10  # of the values; q01 and q99 leave 2 % outside by definition
-CONSTANT = 1e-6  # q99 - q01, as training refuses it
+OUTSIDE_WARNING, OUTSIDE_ERROR = 0.04, FAR_OFF  # of the values; training refuses the latter
 JITTER, GAP = 0.01, 1.5  # of the frame period: an uneven step, a step that lost frames
 STILL = 1e-3  # of a dimension's range: a step of the state that is no motion
 NO_OPS = 0.10  # share of the steps

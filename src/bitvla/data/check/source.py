@@ -11,8 +11,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from bitvla.data.check import rules
-from bitvla.data.lerobot import Place, cameras_of, names_of, read_episodes, read_info, read_table
+from bitvla.data.lerobot import CONSTANT, Place, cameras_of, names_of, read_episodes, read_info, read_table
 from bitvla.errors import BitvlaError
 
 Floats = NDArray[np.float64]
@@ -99,4 +98,4 @@ class Source:
         if low is None or high is None:
             return np.ones(len(self.names(key)))
         width = high - low
-        return np.where(np.isfinite(width) & (width > rules.CONSTANT), width, 1.0)
+        return np.where(np.isfinite(width) & (width > CONSTANT), width, 1.0)

@@ -13,6 +13,7 @@ import pandas as pd
 from bitvla.data.check import rules
 from bitvla.data.check.rules import Finding
 from bitvla.data.check.source import Floats, Source
+from bitvla.data.lerobot import CONSTANT, outside
 
 
 class Dimension(msgspec.Struct, frozen=True, kw_only=True):
@@ -116,8 +117,7 @@ def _outside(dataset: Source, key: str, values: Floats) -> Floats:
     low, high = dataset.quantiles(key)
     if low is None or high is None:
         return np.zeros(values.shape[1])
-    slack = 1e-6 * (1 + np.abs(values))  # the quantiles went through text
-    return ((values < low - slack) | (values > high + slack)).sum(axis=0).astype(np.float64)
+    return outside(values, low, high).sum(axis=0).astype(np.float64)
 
 
 def _read_times(dataset: Source, table: Tables, episode: int, rows: pd.DataFrame) -> None:
@@ -176,11 +176,11 @@ def _judge(dimension: Dimension, count: int) -> Iterator[Finding]:
     assert dimension.outside is not None
     width = dimension.q99 - dimension.q01
     warning, error = (share + 2 / count for share in (rules.OUTSIDE_WARNING, rules.OUTSIDE_ERROR))  # of few, the ends
-    if not width > rules.CONSTANT:  # also NaN
+    if not width > CONSTANT and not dimension.outside > error:  # also NaN
         yield rules.CONSTANT_DIMENSION.found(
             subject=subject,
             value=f"constant or not finite: q01 {dimension.q01:.6g}, q99 {dimension.q99:.6g}",
-            threshold=f"q99 - q01 above {rules.CONSTANT:g}",
+            threshold=f"q99 - q01 above {CONSTANT:g}",
         )
     elif dimension.outside > warning:
         severe = dimension.outside > error
