@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from bitvla.data import lerobot
 from bitvla.data.check import check
-from bitvla.data.lerobot import LeRobotDataset, write_statistics
+from bitvla.data.lerobot import Conventions, LeRobotDataset, write_statistics
 from bitvla.errors import BitvlaError
 from datasets import make_writer, random_episode, write_dataset
 
@@ -273,6 +273,24 @@ def test_pictures_of_a_video_that_was_replaced_are_decoded_again(dataset, tmp_pa
     (cached,) = (dataset / ".cache").rglob("*.rgb")
     LeRobotDataset(dataset)
     assert cached.exists()
+
+
+def test_pictures_of_a_dataset_that_grew_make_room(dataset):
+    def folders():
+        return {path.name for path in (dataset / ".cache").iterdir()}
+
+    (dataset / ".cache" / "huggingface").mkdir(parents=True)  # as a download leaves
+    LeRobotDataset(dataset).images("front")[0]
+    (old,) = folders() - {"huggingface"}
+    LeRobotDataset(dataset, Conventions(rotate180=True)).images("front")[0]
+    assert len(folders()) == 3  # others of the same data stay
+    make_writer(dataset).append([random_episode(6)])
+    LeRobotDataset(dataset).images("front")[0]
+    (new,) = folders() - {"huggingface"}
+    assert new != old
+    write_statistics(dataset)
+    LeRobotDataset(dataset)
+    assert folders() == {"huggingface", new}
 
 
 def test_files_beyond_the_first_chunk_are_kept_apart(tmp_path, monkeypatch):

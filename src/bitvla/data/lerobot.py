@@ -18,6 +18,7 @@ import hashlib
 import json
 import math
 import os
+import shutil
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -437,9 +438,16 @@ class LeRobotDataset:
         return (here or user_cache()) / hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
 
     def _drop_outdated(self) -> None:
-        """Delete the decoded pictures of a file that was replaced since, as by turned ones."""
+        """Delete the decoded pictures of a file that was replaced since, as by turned ones, and those of a dataset that
+        has grown: folders of another name that are older than what names them."""
         if not isinstance(self.root, Path):
             return
+        described = (self.root / "meta" / name for name in ("info.json", "stats.json"))
+        written = max(path.stat().st_mtime for path in described if path.exists())
+        for folder in (self.root / ".cache").glob("[0-9a-f]" * 16):
+            with contextlib.suppress(FileNotFoundError):  # another process did
+                if folder.name != self.pictures.folder.name and folder.stat().st_mtime < written:
+                    shutil.rmtree(folder, ignore_errors=True)
         for camera, episode, when in self.pictures.kept():
             source = pictures_file(self.root, self.info, self.episodes.iloc[episode], self._cameras[camera])
             if source.exists() and source.stat().st_mtime > when:
