@@ -294,6 +294,8 @@ def test_a_folder_that_cannot_be_locked_is_refused(tmp_path, monkeypatch):
 
 
 def test_other_folders_are_refused(tmp_path):
+    with pytest.raises(BitvlaError, match="nowhere does not exist"):
+        convert(tmp_path / "nowhere", tmp_path / "out")
     with pytest.raises(BitvlaError, match="holds neither HDF5 files"):
         convert(tmp_path, tmp_path / "out")
     write_hdf5(tmp_path / "both")

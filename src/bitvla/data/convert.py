@@ -93,6 +93,8 @@ def convert(
 
 def _layout(source: Path) -> tuple[Any, list[Path]]:
     """The module that reads what is under `source`, and its files."""
+    if not source.exists():
+        raise BitvlaError(f"{source} does not exist; name a file or folder of demonstrations")
     found = [(layout, files) for layout in (hdf5, rlds) if (files := _files(source, layout.PATTERN))]
     if len(found) != 1:
         raise BitvlaError(
