@@ -182,8 +182,13 @@ def test_other_rules_are_another_record(monkeypatch: pytest.MonkeyPatch, capsys:
     ):  # fmt: skip
         assert cli.main(usual + rules) == 0
     assert str(records[0]) == "reports/p-libero_10-episodes-1.json"
-    for rules in ([], ["--limit", "9"]):
+    for rules in ([], ["--limit", "9"], ["--max-tokens", "9"], ["r.jsonl"]):
         assert cli.main(["vqa", "m.safetensors", "q.jsonl", *rules]) == 0
+    for folder in ("runs/a", "runs/b"):  # of one name, but other ones
+        assert cli.main(["eval", f"{folder}/p.safetensors", *usual[2:]]) == 0
+        assert cli.main(["vqa", f"{folder}/m.safetensors", "q.jsonl"]) == 0
+        assert cli.main(["vqa", "m.safetensors", f"{folder}/q.jsonl"]) == 0
+    assert str(records[-1]) == "reports/m-runs-b-q.json"
     assert len(set(records)) == len(records)
     capsys.readouterr()
 

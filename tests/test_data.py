@@ -1,8 +1,11 @@
 """LeRobotDataset v3: round trips, and everything broken is named before it can spoil a training."""
 
 import json
+import os
 import shutil
+from dataclasses import replace
 
+import av
 import numpy as np
 import pandas as pd
 import pytest
@@ -11,7 +14,7 @@ from hypothesis import strategies as st
 
 from bitvla.data import lerobot
 from bitvla.data.check import check
-from bitvla.data.lerobot import LeRobotDataset
+from bitvla.data.lerobot import Conventions, LeRobotDataset, write_statistics
 from bitvla.errors import BitvlaError
 from datasets import make_writer, random_episode, write_dataset
 
@@ -47,7 +50,26 @@ def test_an_episode_of_other_vectors_or_pictures_is_refused(tmp_path):
         writer.append([type(episode)(episode.images, vectors, episode.task)])
     with pytest.raises(BitvlaError, match=r"images\.front' of episode 1 has the shape \(12, 20, 20, 3\); .* 16, 16, 3"):
         writer.append([episode, random_episode(1, size=20)])  # which the encoder would stretch
+    with pytest.raises(BitvlaError, match="pictures of 'front' in episode 0 are float32, not uint8"):
+        writer.append([replace(episode, images={"front": np.float32(episode.images["front"])})])
+    with pytest.raises(BitvlaError, match=r"episode 1 for the dataset .* has no frame"):
+        writer.append([episode, random_episode(1, length=0)])
     assert writer.num_episodes == 0
+
+
+def test_a_batch_is_on_the_disk_before_it_counts(tmp_path, monkeypatch):
+    """A machine that goes down after the rename of info.json has all that it counts."""
+    synced, fsync = set(), os.fsync
+
+    def noted(descriptor):
+        synced.add(os.fstat(descriptor).st_ino)
+        fsync(descriptor)
+
+    monkeypatch.setattr("os.fsync", noted)
+    make_writer(tmp_path / "d").append([random_episode(0)])
+    written = [path for path in (tmp_path / "d").rglob("*.*") if path.is_file()]
+    assert len(written) == 6
+    assert {path.stat().st_ino for path in written} <= synced
 
 
 def test_images_are_the_frames_in_order(tmp_path):
@@ -70,19 +92,33 @@ def test_images_are_the_frames_in_order(tmp_path):
     assert shifted > 12
 
 
-def test_a_single_camera_may_be_called_observation_image(dataset):
-    """As in `lerobot/pusht` on the Hub."""
-    frames = np.stack(LeRobotDataset(dataset).images("front"))
+def call_observation_image(dataset):
+    """As the single camera of `lerobot/pusht` on the Hub."""
     old, new = "observation.images.front", "observation.image"
     (dataset / "videos" / old).rename(dataset / "videos" / new)
     for path in [dataset / "meta" / "info.json", dataset / "meta" / "stats.json"]:
         path.write_text(path.read_text().replace(f'"{old}"', f'"{new}"'))
     for path in (dataset / "meta" / "episodes").rglob("*.parquet"):
         pd.read_parquet(path).rename(columns=lambda name: name.replace(old, new)).to_parquet(path)
+
+
+def test_a_single_camera_may_be_called_observation_image(dataset):
+    frames = np.stack(LeRobotDataset(dataset).images("front"))
+    call_observation_image(dataset)
     data = LeRobotDataset(dataset)
     assert data.cameras == ["image"]
     assert np.array_equal(np.stack(data.images("image")), frames)
     assert check(dataset).passed
+    edit_table(dataset, EPISODES, lambda table: lost_a_frame(table, "observation.image"))
+    with pytest.raises(BitvlaError, match="fewer frames of episode 0 than its table"):
+        LeRobotDataset(dataset)
+
+
+@pytest.mark.parametrize("shape", [[16, 16, 1], [1, 16, 16], [3, 16, 16]])
+def test_pictures_of_any_channels_are_read_as_colours(dataset, shape):
+    edit_feature(dataset, "observation.images.front", shape)
+    data = LeRobotDataset(dataset)
+    assert data.shape("front") == data.images("front")[0].shape == (16, 16, 3)
 
 
 def test_statistics_are_those_of_all_frames(written):
@@ -150,9 +186,9 @@ def edit_frame(root, frame, column, value):
     edit_frames(root, lambda table: table.assign(**{column: table[column].where(table.index != frame, value)}))
 
 
-def lost_a_frame(table):
+def lost_a_frame(table, key="observation.images.front"):
     """The encoder did, of the first episode: the second one begins a frame early."""
-    begin = "videos/observation.images.front/from_timestamp"
+    begin = f"videos/{key}/from_timestamp"
     return table.assign(**{begin: table[begin].where(table["episode_index"] != 1, table[begin] - 0.1)})
 
 
@@ -184,7 +220,13 @@ def lost_a_frame(table):
             "no sentence for the task 0",
         ),
         (lambda root: edit_frame(root, 30, "frame_index", 7), "episode 2 .* frames are not numbered from 0 on"),
-        (lambda root: edit_frame(root, 30, "task_index", 1), "episode 2 .* has 2 tasks, and is trained with one"),
+        (lambda root: edit_frame(root, 30, "task_index", 1), r"episode 2 .* has 2 tasks \(frame 6 .*; make each part"),
+        (
+            lambda root: edit_table(
+                root, EPISODES, lambda table: table.assign(**{"data/file_index": [0.0, np.nan, 0, 0]})
+            ),
+            "lists no 'data/file_index' of episode 1",
+        ),
         (lambda root: edit_table(root, EPISODES, lost_a_frame), "fewer frames of episode 0 than its table"),
         (lambda root: edit_info(root, total_episodes=5), "its episodes have 60 frames, its tables 72"),
         (lambda root: edit_info(root, fps=0), "has an fps of 0: write the rate"),
@@ -220,6 +262,37 @@ def test_a_picture_that_never_reached_the_disk_is_decoded_again(dataset):
     assert images[11].shape == (16, 16, 3)
 
 
+def test_pictures_of_a_video_that_was_replaced_are_decoded_again(dataset, tmp_path):
+    before = LeRobotDataset(dataset).images("front")[3]
+    writer, film = make_writer(tmp_path / "other"), "videos/observation.images.front/chunk-000/file-000.mp4"
+    writer.append([random_episode(i + 6) for i in range(4)])
+    shutil.copy(tmp_path / "other" / film, dataset / film)
+    after = LeRobotDataset(dataset).images("front")[3]
+    assert np.array_equal(after, LeRobotDataset(tmp_path / "other").images("front")[3])
+    assert not np.array_equal(after, before)
+    (cached,) = (dataset / ".cache").rglob("*.rgb")
+    LeRobotDataset(dataset)
+    assert cached.exists()
+
+
+def test_pictures_of_a_dataset_that_grew_make_room(dataset):
+    def folders():
+        return {path.name for path in (dataset / ".cache").iterdir()}
+
+    (dataset / ".cache" / "huggingface").mkdir(parents=True)  # as a download leaves
+    LeRobotDataset(dataset).images("front")[0]
+    (old,) = folders() - {"huggingface"}
+    LeRobotDataset(dataset, Conventions(rotate180=True)).images("front")[0]
+    assert len(folders()) == 3  # others of the same data stay
+    make_writer(dataset).append([random_episode(6)])
+    LeRobotDataset(dataset).images("front")[0]
+    (new,) = folders() - {"huggingface"}
+    assert new != old
+    write_statistics(dataset)
+    LeRobotDataset(dataset)
+    assert folders() == {"huggingface", new}
+
+
 def test_files_beyond_the_first_chunk_are_kept_apart(tmp_path, monkeypatch):
     """By writers that are opened anew, as each run of a robot has one."""
     monkeypatch.setattr(lerobot, "_FILES_PER_CHUNK", 2)
@@ -240,6 +313,13 @@ def test_a_truncated_video_is_refused_and_leaves_no_cache(dataset):
     with pytest.raises(BitvlaError, match="cannot be decoded"):
         LeRobotDataset(dataset).images("front")[0]
     assert not list((dataset / ".cache").rglob("*-000000*"))
+    with av.open(str(short), "w") as container:
+        sound, samples = container.add_stream("aac", rate=8000), np.zeros((1, 1024), np.float32)
+        samples = av.AudioFrame.from_ndarray(samples, "fltp", "mono")
+        samples.sample_rate = 8000
+        container.mux([*sound.encode(samples), *sound.encode()])
+    with pytest.raises(BitvlaError, match="holds no pictures"):
+        LeRobotDataset(dataset).images("front")[0]
     with pytest.raises(BitvlaError, match="no camera 'wrist', it has front"):
         LeRobotDataset(dataset).images("wrist")
 
@@ -277,6 +357,28 @@ def test_unreadable_statistics_are_named(dataset, content):
     path.write_text(content) if content else path.unlink()
     with pytest.raises(BitvlaError, match="run: bitvla data statistics"):
         LeRobotDataset(dataset).stats  # noqa: B018
+
+
+@pytest.mark.parametrize("content", ["[1]", "{", "", None, '{"observation.images.front": {"min": [0]}}'])
+def test_statistics_are_computed_where_none_can_be_read(dataset, content):
+    """It is what `test_unreadable_statistics_are_named` tells to do."""
+    path = dataset / "meta" / "stats.json"
+    path.write_text(content) if content is not None else path.unlink()
+    write_statistics(dataset)
+    assert {"q01", "q10", "q50", "q90", "q99"} < LeRobotDataset(dataset).stats["action"].keys()
+    assert ("observation.images.front" in LeRobotDataset(dataset).stats) == ("front" in str(content))
+
+
+def test_statistics_of_uneven_columns_are_refused(dataset):
+    """And those of a table in every frame, as lerobot's Array2D, have its shape."""
+    edit_info(dataset, features=LeRobotDataset(dataset).features | {"force": {"dtype": "float32", "shape": [2, 3]}})
+    for name in ("data/chunk-000/file-000.parquet", "data/chunk-000/file-001.parquet"):
+        edit_table(dataset, name, lambda table: table.assign(force=[np.ones((2, 3)).tolist()] * len(table)))
+    write_statistics(dataset)
+    assert json.loads((dataset / "meta" / "stats.json").read_text())["force"]["q01"] == [[1.0] * 3] * 2
+    edit_frames(dataset, lambda table: table.assign(force=[np.zeros(1 + i % 2) for i in range(len(table))]))
+    with pytest.raises(BitvlaError, match="'force' has not the same number of values in every frame"):
+        write_statistics(dataset)
 
 
 def test_another_recording_cannot_be_appended_to(dataset):

@@ -12,6 +12,7 @@ import pytest
 
 from bitvla.cli import main
 from bitvla.data.check import check, split
+from bitvla.data.lerobot import LeRobotDataset, write_statistics
 from bitvla.errors import BitvlaError
 from datasets import make_writer, random_episode
 
@@ -141,11 +142,17 @@ def change_statistics(root, change):
     path.write_text(json.dumps(stats))
 
 
+def stand(table):
+    """In one dimension, whatever the statistics."""
+    table["observation.state"] = [np.array([x, y, 0.5], np.float32) for x, y, _ in table["observation.state"]]
+
+
 def test_missing_and_constant_statistics(dataset):
     def change(stats):
         del stats["action"]["q99"]
-        stats["observation.state"]["q99"][2] = stats["observation.state"]["q01"][2]
+        stats["observation.state"]["q01"][2] = stats["observation.state"]["q99"][2] = 0.5
 
+    rewrite(dataset, stand)
     change_statistics(dataset, change)
     state, action = sorted(found(dataset, "statistics"), key=lambda finding: finding.subject, reverse=True)
     assert state.subject == "'z' of 'observation.state'"
@@ -190,11 +197,62 @@ def test_an_impossible_rate_is_one_error(dataset):
         check(dataset)
 
 
+def test_quantiles_of_lerobot_that_hide_a_motion(dataset):
+    """What stands within each episode, and elsewhere in others: lerobot's average of its quantiles is one point."""
+
+    def stand_apart(table):
+        rows = zip(table["observation.state"], table["episode_index"], strict=True)
+        table["observation.state"] = [np.array([x, y, episode], np.float32) for (x, y, _), episode in rows]
+
+    def average(stats):
+        stats["observation.state"]["q01"][2] = stats["observation.state"]["q99"][2] = 11.5
+
+    rewrite(dataset, stand_apart)
+    change_statistics(dataset, average)
+    (finding,) = check(dataset).findings
+    assert (finding.grade, finding.check, finding.subject) == ("error", "quantiles", "'z' of 'observation.state'")
+    assert "bitvla data statistics" in finding.fix
+    with pytest.raises(
+        BitvlaError, match=r"100% of the values of 'z' .* \(11.5 and 11.5\); run: bitvla data statistics"
+    ):
+        LeRobotDataset(dataset).stats  # noqa: B018
+    write_statistics(dataset)
+    assert LeRobotDataset(dataset).stats["observation.state"]["q01"][2] == 0
+    assert not found(dataset, "quantiles")
+
+
 def test_statistics_of_other_data(dataset):
     change_statistics(dataset, lambda stats: stats["action"].update(q01=[-0.5] * 3, q99=[0.5] * 3))
     findings = found(dataset, "quantiles")
     assert [finding.subject for finding in findings] == [f"'{name}' of 'action'" for name in ("dx", "dy", "dz")]
     assert {finding.grade for finding in findings} == {"error"}
+
+
+@pytest.mark.parametrize("bound", [["a", "b", "c"], [[1], [2, 3]], {"x": 1}])
+def test_quantiles_that_are_no_numbers(dataset, bound):
+    change_statistics(dataset, lambda stats: stats["action"].update(q01=bound))
+    (finding,) = check(dataset).findings
+    assert (finding.check, finding.subject) == ("statistics", "'action'")
+
+
+def test_a_table_that_cannot_be_read_is_a_finding(dataset):
+    (path,) = (dataset / "data").rglob("*.parquet")
+    path.write_bytes(path.read_bytes()[:-100])
+    finding = check(dataset).findings[0]
+    assert (finding.grade, finding.check, finding.subject) == ("error", "table", "chunk-000/file-000.parquet")
+    assert "magic bytes" in finding.value
+
+
+def test_an_episode_without_frames_is_a_finding(dataset):
+    """The last one, of which nothing else is missing."""
+    (episodes,) = (dataset / "meta" / "episodes").rglob("*.parquet")
+    table, (frames,) = pd.read_parquet(episodes), (dataset / "data").rglob("*.parquet")
+    last = table["episode_index"] == EPISODES - 1
+    table.assign(length=table["length"].where(~last, 0)).to_parquet(episodes)
+    rows = pd.read_parquet(frames)
+    rows[rows["episode_index"] != EPISODES - 1].to_parquet(frames)
+    finding = found(dataset, "episode")[0]
+    assert (finding.subject, finding.value) == (f"episode {EPISODES - 1}", "0 frames")
 
 
 def look(index, whole, which, **how):
@@ -233,11 +291,12 @@ def test_defects_of_the_recording(tmp_path, change, name, subject):
     assert finding.fix
 
 
+@pytest.mark.parametrize("kind", ["float", "boolean"])
 @pytest.mark.parametrize(("marked", "share"), [({0: 1.0}, 1 / EPISODES), ({}, None)])
-def test_an_episode_that_is_not_marked_is_no_recovery(dataset, marked, share):
+def test_an_episode_that_is_not_marked_is_no_recovery(dataset, marked, share, kind):
     (path,) = (dataset / "meta" / "episodes").rglob("*.parquet")
     table = pd.read_parquet(path)
-    table["recovery"] = [marked.get(i, np.nan) for i in range(EPISODES)]
+    table["recovery"] = pd.Series([marked.get(i, np.nan) for i in range(EPISODES)]).astype(kind)
     table.to_parquet(path)
     checkup = check(dataset)
     assert checkup.recovery_share == share
@@ -257,6 +316,27 @@ def test_a_truncated_video(dataset):
     finding = found(dataset, "video")[0]
     assert finding.grade == "error"
     assert "'front'" in finding.subject
+    assert "cannot be decoded" in finding.value
+
+
+@pytest.mark.parametrize(
+    ("edit", "value"),
+    [
+        (lambda info: info.update(fps=5), "runs at 10 frames a second, info.json says 5"),
+        (
+            lambda info: info["features"]["observation.images.front"].update(shape=[32, 48, 3]),
+            "a picture of 64 x 64 pixels in episode 0, info.json says 32 x 48",
+        ),
+    ],
+)
+def test_a_video_that_is_not_as_info_json_says(dataset, edit, value):
+    path = dataset / "meta" / "info.json"
+    info = json.loads(path.read_text())
+    edit(info)
+    path.write_text(json.dumps(info))
+    (finding,) = found(dataset, "video")
+    assert value in finding.value
+    assert "ends after" not in finding.value
 
 
 def test_the_split_holds_a_whole_region_out(clean):
@@ -300,6 +380,9 @@ def test_no_dataset_is_one_error(tmp_path):
 
 
 def test_the_command(clean, dataset, tmp_path, capsys):
+    (rows,) = (dataset / "meta" / "episodes").rglob("*.parquet")
+    named = pd.read_parquet(rows)["env_task"].map("of $x_{{ the {}$".format)  # no formula
+    pd.read_parquet(rows).assign(env_task=named).to_parquet(rows)
     page, parts = tmp_path / "r.html", tmp_path / "s.json"
     assert main(["data", "check", str(clean), "--out", str(page), "--split", str(parts)]) == 0
     assert set(json.loads(parts.read_text())) == {"train", "held_out"}

@@ -184,6 +184,8 @@ def shorten(demo):
     ("spoil", "message"),
     [
         (cut, r"bowl_demo.hdf5 is truncated or no file of LIBERO"),
+        (lambda path: h5py.File(path, "w").create_group("data").file.close(), "bowl_demo.hdf5 holds no demonstration"),
+        (lambda path: h5py.File(path, "w").create_dataset("data", data=[1.0]).file.close(), "no file of LIBERO"),
         (lambda path: path.write_bytes(b"no"), r"bowl_demo.hdf5 is truncated or no file of LIBERO"),
         (lambda path: edit_hdf5(path, set_nan), r"'action' of bowl_demo.hdf5:demo_10 is not finite"),
         (lambda path: edit_hdf5(path, lambda demo: demo["obs"].pop("agentview_rgb")),
@@ -199,6 +201,37 @@ def test_a_damaged_hdf5_file_is_refused(tmp_path, spoil, message):
         convert(source, tmp_path / "out")
 
 
+def grey(values, kind="PNG"):
+    buffer = io.BytesIO()
+    Image.fromarray(values).save(buffer, kind)
+    return buffer.getvalue()
+
+
+def test_grey_pictures_of_16_bits_keep_their_range(tmp_path):
+    values = np.full((16, 16), 128 << 8, np.uint16)
+    convert(write_rlds(tmp_path / "rlds", lengths=(6,), steps__observation__image=[grey(values)] * 6), tmp_path / "out")
+    assert abs(LeRobotDataset(tmp_path / "out").images("full")[0].mean() - 128) < 3
+
+
+def test_notes_of_the_hub_are_no_records(tmp_path):
+    """`hf download --local-dir` leaves some, of nearly the same names."""
+    source = write_rlds(tmp_path / "rlds")
+    notes = source / ".cache" / "huggingface" / "download"
+    notes.mkdir(parents=True)
+    for path in source.rglob("*.tfrecord*"):
+        (notes / f"{path.name}.metadata").write_text("etag")
+    assert convert(source, tmp_path / "out")["episodes"] == 2
+
+
+def test_a_part_of_the_records_is_refused(tmp_path):
+    source = write_rlds(tmp_path / "rlds")
+    first, second = sorted(source.rglob("*.tfrecord*"))
+    second.unlink()
+    with pytest.raises(BitvlaError, match=r"lacks some of the 2 files libero_spatial-train.tfrecord-\*: fetch them"):
+        convert(source, tmp_path / "out")
+    assert convert(first, tmp_path / "out")["episodes"] == 1
+
+
 def flip(path):
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1
@@ -212,7 +245,10 @@ def flip(path):
         ({}, flip, "is truncated or damaged; copy it again"),
         ({"steps__observation__image": None}, None, "has no 'steps/observation/image', it has .*wrist_image"),
         ({"steps__action": [0.5] * 41}, None, "'steps/action' in .* has 41 numbers for 6 steps"),
-        ({"steps__observation__image": [b"no picture"] * 6}, None, "is truncated or damaged"),
+        ({}, lambda path: path.write_bytes(b""), "00000-of-00001 holds no demonstration; copy it again"),
+        ({"steps__observation__image": [b"no picture"] * 6}, None, "step 0 of 'image' in .* its format is not known"),
+        ({"steps__observation__image": [grey(np.zeros((n, 8), np.uint8)) for n in range(3, 9)]}, None, "several sizes"),
+        ({"steps__observation__image": []}, None, "'image' in .* has no pictures"),
         ({"steps__observation__state": [float("nan")] * 48}, None, "'observation.state' of .*:0 is not finite"),
         ({"steps__language_instruction": [b" "] * 6}, None, "tfrecord-00000-of-00001:0 has no instruction"),
         ({"steps__language_instruction": []}, None, "tfrecord-00000-of-00001:0 has no instruction"),
@@ -226,6 +262,19 @@ def test_damaged_records_are_refused(tmp_path, changes, spoil, message):
         convert(source, tmp_path / "out")
 
 
+def test_a_disk_that_was_full_at_first_is_gone_on_with(tmp_path, monkeypatch):
+    def full(descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    source = write_hdf5(tmp_path / "bowl")
+    with pytest.raises(BitvlaError, match="No space left"):
+        convert(source, tmp_path / "out")
+    monkeypatch.undo()
+    (tmp_path / "out" / "meta" / ".conversion.json.7.tmp").touch()  # as of a process that was killed
+    assert convert(source, tmp_path / "out")["episodes"] == 2
+
+
 def test_a_source_that_changed_is_not_gone_on_with(tmp_path):
     """More of it is found in another order."""
     source = write_hdf5(tmp_path / "source", "m_demo.hdf5")
@@ -235,7 +284,18 @@ def test_a_source_that_changed_is_not_gone_on_with(tmp_path):
         convert(source, tmp_path / "out")
 
 
+def test_a_folder_that_cannot_be_locked_is_refused(tmp_path, monkeypatch):
+    def refuse(descriptor, operation):
+        raise OSError(38, "Function not implemented")
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+    with pytest.raises(BitvlaError, match=r"out cannot be locked \(Function not implemented\); choose"):
+        convert(write_hdf5(tmp_path / "bowl"), tmp_path / "out")
+
+
 def test_other_folders_are_refused(tmp_path):
+    with pytest.raises(BitvlaError, match="nowhere does not exist"):
+        convert(tmp_path / "nowhere", tmp_path / "out")
     with pytest.raises(BitvlaError, match="holds neither HDF5 files"):
         convert(tmp_path, tmp_path / "out")
     write_hdf5(tmp_path / "both")
@@ -251,7 +311,8 @@ def test_the_command_converts_and_counts_again(tmp_path, capsys):
     source, out = write_hdf5(tmp_path / "bowl"), str(tmp_path / "out")
     options = ["--camera", "eye=eye_in_hand_rgb", "--fps", "10"]
     assert main(["data", "convert", str(source), out, *options, "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["episodes"] == 2
+    summary = json.loads(capsys.readouterr().out)
+    assert (summary["episodes"], summary["fps"]) == (2, 10)
     (tmp_path / "out" / "meta" / "stats.json").write_text("{}")
     with pytest.raises(BitvlaError, match="run: bitvla data statistics"):
         LeRobotDataset(out).stats  # noqa: B018

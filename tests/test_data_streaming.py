@@ -139,6 +139,36 @@ def test_published_data_are_checked(published):
     assert "statistics" in {finding.check for finding in found.findings}
 
 
+def grey16(stored: dict[str, Any]) -> dict[str, Any]:
+    return {"bytes": png(np.full((16, 16), 128 << 8, np.uint16)), "path": None}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (grey16, None),
+        (lambda stored: {"bytes": None, "path": "images/7.png"}, "lacks a picture of episode 0"),
+        (lambda stored: None, "lacks a picture of episode 0"),
+        (lambda stored: {"bytes": stored["bytes"][:50], "path": None}, "cannot be read as an image"),
+        (lambda stored: {"bytes": png(np.zeros((8, 9, 3), np.uint8)), "path": None}, "of 8 x 9 pixels in episode 0"),
+    ],
+)
+def test_pictures_in_the_tables_are_read_or_named(published, tmp_path, change, message):
+    """Greys of 16 bits keep their range; what cannot be read is also found by the check."""
+    root, key = shutil.copytree(published, tmp_path / "libero"), "observation.images.image2"
+    path = min((root / "data").rglob("*.parquet"))
+    table = pd.read_parquet(path)
+    table.at[3, key] = change(table.at[3, key])
+    table.to_parquet(path)
+    images = LeRobotDataset(root).images("image2")
+    if message is None:
+        assert (images[3] == 128).all()
+        return
+    with pytest.raises(BitvlaError, match=message):
+        images[3]
+    assert message in next(finding.value for finding in check(root).findings if finding.check == "video")
+
+
 @pytest.mark.parametrize(
     ("conventions", "message"),
     [
@@ -273,6 +303,29 @@ def test_a_run_streams_in_bounded_space(data, far, tmp_path):
         run("finetune", config, far, tmp_path / "far", cache_bytes=CACHE + EPISODE)
     with pytest.raises(BitvlaError, match=r"too small for random: its share is 0\.06 MB, .* at least 1 MB"):
         run("finetune", config, far, tmp_path / "small", cache_bytes=7 * EPISODE)
+
+
+@pytest.mark.parametrize(
+    ("lost", "message"),
+    [
+        ("info.json", "info.json cannot be read .403 Forbidden."),
+        ("file-000.parquet", "file-000.parquet cannot be read: 403 Forbidden"),
+        ("stats.json", "stats.json cannot be read .403 Forbidden."),
+        ("file-000.mp4", "file-000.mp4 cannot be decoded: 403 Forbidden"),
+    ],
+)
+def test_what_a_service_says_is_one_line(far, monkeypatch, lost, message):
+    """Not every one raises an OSError."""
+    usual = MemoryFileSystem._open
+
+    def refuse(self: MemoryFileSystem, path: str, mode: str = "rb", **options: Any) -> Any:
+        if path.endswith(lost):
+            raise RuntimeError("403 Forbidden\nsee the log")
+        return usual(self, path, mode, **options)
+
+    monkeypatch.setattr(MemoryFileSystem, "_open", refuse)
+    with pytest.raises(BitvlaError, match=message):
+        LeRobotDataset(far).images("front")[0]
 
 
 def test_a_truncated_video_ends_a_streaming_run_with_one_line(far, tmp_path):

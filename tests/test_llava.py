@@ -179,6 +179,7 @@ def row(**changes: Any) -> dict[str, Any]:
     [
         ([row(conversations=row()["conversations"][:1])], r"row 0 \('x1'\): it has 1 messages"),
         ([row(), row(image=None)], r"row 1 \('x1'\): <image> stands 1 times in its questions, it has 0 images"),
+        ([row(image=[None]), row(image=[row()["image"]])], r"row 0 \('x1'\): <image> stands 1 times .* has 0 images"),
         ([row(image="7.png")], "its column 'image' is string; it must be a struct of bytes and path"),
         ([{"id": "x1", "text": "A cube."}], "row 0 is not in the layout of LLaVA: .*`conversations`"),
         ([row()], "bad.parquet: 7.png cannot be read as an image"),

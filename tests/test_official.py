@@ -651,6 +651,10 @@ def test_statistics_may_be_given(tmp_path: Path) -> None:
     with pytest.raises(BitvlaError, match=r"dataset_statistics.json is missing: give --statistics a file"):
         make_checkpoint(tmp_path / "checkpoint", reduced=True, statistics=table)
     table.write_text(json.dumps({"libero_10_no_noops": LIBERO_SPATIAL}))
+    with pytest.raises(BitvlaError, match=r"--kind vision-language has no use for --statistics .*: leave it out"):
+        make_checkpoint(tmp_path / "checkpoint", kind="vision-language", reduced=True, statistics=table)
+    with pytest.raises(BitvlaError, match="--kind pretrained has no use for --views 1: leave it out"):
+        make_checkpoint(tmp_path / "checkpoint", kind="pretrained", reduced=True, views=1)
     make_checkpoint(tmp_path / "checkpoint", reduced=True, statistics=table, views=1)
     pack(tmp_path / "checkpoint", tmp_path / "out")
     assert read(tmp_path / "out").config.name == "bitvla-libero_10_no_noops"

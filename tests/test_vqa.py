@@ -183,6 +183,14 @@ def test_two_models_are_compared_question_by_question(
     assert (total["only_a"], total["only_b"]) == (1, 1)
     assert main(["compare", *map(str, records[::2])]) == 1
     assert "cannot compare: the rules differ in limit (None and 2)" in capsys.readouterr().err
+    for record in records:
+        evaluate(
+            model_file,
+            [write_parquet(tmp_path / "open.parquet", [MMMU | {"question_type": "open", "options": "[]"}])],
+            out=record,
+        )
+    assert main(["compare", *map(str, records[:2])]) == 1
+    assert "cannot compare: no question was asked in these records" in capsys.readouterr().err
 
 
 def test_an_interrupted_evaluation_goes_on(model_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -229,7 +229,7 @@ def _eval(args: argparse.Namespace) -> Any:
     rules += f"-execute-{args.execute_horizon}" if args.execute_horizon else ""
     rules += f"-from-{args.first_seed}" if args.first_seed else ""
     suite = args.suite.replace("/", "-")
-    default = Path("reports") / f"{args.policy.stem}-{suite}{rules}{precision}.json"
+    default = Path("reports") / f"{_word(args.policy)}-{suite}{rules}{precision}.json"
     out = args.json if isinstance(args.json, Path) else default
     result = evaluate(
         policy,
@@ -250,10 +250,12 @@ def _eval(args: argparse.Namespace) -> Any:
 
 def _vqa(args: argparse.Namespace) -> Any:
     from bitvla import display, progress
-    from bitvla.evaluate.vqa import evaluate
+    from bitvla.evaluate.vqa import MAX_TOKENS, evaluate
 
-    limit = f"-first-{args.limit}" if args.limit else ""
-    default = Path("reports") / f"{args.model.stem}-{args.questions[0].stem}{limit}.json"
+    rules = f"-and-{len(args.questions) - 1}-more" if len(args.questions) > 1 else ""
+    rules += f"-first-{args.limit}" if args.limit else ""
+    rules += f"-tokens-{args.max_tokens}" if args.max_tokens != MAX_TOKENS else ""
+    default = Path("reports") / f"{_word(args.model)}-{_word(args.questions[0])}{rules}.json"
     out = args.json if isinstance(args.json, Path) else default
     with progress.bar("asking") as show:
         result = evaluate(
@@ -267,6 +269,13 @@ def _vqa(args: argparse.Namespace) -> Any:
             progress=show,
         )
     return result if args.json is True else display.answers(result) | {"record": out}
+
+
+def _word(path: Path) -> str:
+    """A path, as seen from here, in a file's name: those of one name in two folders are told apart."""
+    whole, here = Path(os.path.abspath(path)), Path.cwd()
+    inside = whole.relative_to(here if whole.is_relative_to(here) else whole.anchor)
+    return "-".join((inside if path.is_dir() else inside.with_suffix("")).parts)
 
 
 def _compare(args: argparse.Namespace) -> Any:
@@ -598,10 +607,15 @@ def _add_making(add: _Add, commands: Any) -> None:
         f"the SigLIP that it learns to see with: {' | '.join(KINDS)} (default: {KINDS[0]})",
     )
     make_checkpoint.add_argument("--reduced", action="store_true", help="small layers, published layout and tokens")
-    make_checkpoint.add_argument("--views", type=_count, default=2, metavar="N", help="cameras, 1 to 3 (default: 2)")
+    make_checkpoint.add_argument(
+        "--views", type=_count, metavar="N", help="cameras of a LIBERO fine-tune, 1 to 3 (default: 2)"
+    )
     make_checkpoint.add_argument("--seed", type=_seed, default=0, help="another number, other weights (default: 0)")
     make_checkpoint.add_argument(
-        "--statistics", type=Path, metavar="FILE", help="dataset_statistics.json (default: LIBERO-Spatial's)"
+        "--statistics",
+        type=Path,
+        metavar="FILE",
+        help="dataset_statistics.json of a kind that acts (default: LIBERO-Spatial's)",
     )
 
 

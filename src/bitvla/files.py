@@ -16,6 +16,13 @@ def check_no_folder(path: Path) -> None:
         raise BitvlaError(f"{path} is a folder: name a file in it")
 
 
+def put(temporary: Path, path: Path) -> None:
+    """Rename a file that is written to `path`, once it is on the disk: a machine that goes down leaves it whole too."""
+    with temporary.open("rb") as file:
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
 def write_whole(path: Path, *parts: Any) -> None:
     """Write `parts` (bytes or buffers), one after the other, to a temporary name, then rename.
 

@@ -89,7 +89,7 @@ def make_checkpoint(
     kind: Kind = "libero",
     reduced: bool = False,
     layers: int | None = None,
-    views: int = conventions.LIBERO_VIEWS,
+    views: int | None = None,
     seed: int = 0,
     statistics: Path | None = None,
     progress: Progress | None = None,
@@ -109,6 +109,10 @@ def make_checkpoint(
         raise BitvlaError(f"{out} cannot be made anew; name a folder for the checkpoint, as in {out / 'checkpoint'}")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise BitvlaError(f"{out} is not an empty folder; choose another place for the checkpoint")
+    unused = _unused(kind, views, statistics)
+    if unused:
+        raise BitvlaError(f"--kind {kind} has no use for {unused}: leave it out, or choose another kind")
+    views = conventions.LIBERO_VIEWS if views is None else views
     if views not in conventions.CAMERAS:
         raise BitvlaError(f"{views} views; a BitVLA policy sees 1, 2 or 3")
     tables = {"libero_spatial_no_noops": LIBERO_SPATIAL}
@@ -145,6 +149,13 @@ def make_checkpoint(
         shutil.rmtree(temporary, ignore_errors=True)
     sizes = [path.stat().st_size for path in out.iterdir()]
     return {"path": str(out), "bytes": sum(sizes), "files": len(sizes), "kind": kind, "seed": seed}
+
+
+def _unused(kind: Kind, views: int | None, statistics: Path | None) -> str | None:
+    """Cameras are counted of a fine-tune alone; what does not act normalises nothing."""
+    if views is not None and kind != "libero":
+        return f"--views {views}"
+    return f"--statistics {statistics}" if statistics is not None and kind not in ("libero", "pretrained") else None
 
 
 def _reduced() -> tuple[VisionConfig, LanguageConfig]:

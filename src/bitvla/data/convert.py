@@ -6,6 +6,8 @@ caller does, and `meta/conversion.json` of the new dataset keeps it.
 
 from __future__ import annotations
 
+import re
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -61,7 +63,12 @@ def convert(
     settings = Settings(
         source=Path(source).resolve().name, cameras=chosen, fps=fps, rotate180=rotate180, drop_no_ops=drop_no_ops
     )
-    demonstrations = [one for path in files for one in layout.demonstrations(path, chosen)]
+    demonstrations = list[tuple[str, Callable[[], Episode]]]()
+    for path in files:
+        found = layout.demonstrations(path, chosen)
+        if not found:
+            raise BitvlaError(f"{path} holds no demonstration; copy it again, or remove it")
+        demonstrations += found
     with claim(out, "conversion", to_dict(settings)):
         kept = read_episodes(out, read_info(out))["source"] if (out / "meta" / "info.json").exists() else []
         done = len(kept)
@@ -80,12 +87,14 @@ def convert(
                 _writer(out, batch[0], fps, layout).append(batch)
                 batch = []
             progress(number, len(demonstrations), name)
-    return {"out": str(out), "episodes": len(demonstrations), "converted_now": len(demonstrations) - done,
-            "frames_now": frames, "no_ops_dropped_now": dropped}  # fmt: skip
+    return {"out": str(out), "fps": fps, "episodes": len(demonstrations), "frames_now": frames,
+            "converted_now": len(demonstrations) - done, "no_ops_dropped_now": dropped}  # fmt: skip
 
 
 def _layout(source: Path) -> tuple[Any, list[Path]]:
     """The module that reads what is under `source`, and its files."""
+    if not source.exists():
+        raise BitvlaError(f"{source} does not exist; name a file or folder of demonstrations")
     found = [(layout, files) for layout in (hdf5, rlds) if (files := _files(source, layout.PATTERN))]
     if len(found) != 1:
         raise BitvlaError(
@@ -96,7 +105,17 @@ def _layout(source: Path) -> tuple[Any, list[Path]]:
 
 
 def _files(source: Path, pattern: str) -> list[Path]:
-    return [source] if source.is_file() and source.match(pattern) else sorted(source.rglob(pattern))
+    if source.is_file() and source.match(pattern):
+        return [source]
+    # Not those of hidden folders: what was fetched from the Hub has notes of the same names in .cache.
+    files = sorted(path for path in source.rglob(pattern) if "/." not in f"/{path.relative_to(source)}")
+    shards = (re.fullmatch(r"(.+)-\d{5}-of-(\d{5})", path.name) for path in files)
+    for (name, total), count in Counter(shard.groups() for shard in shards if shard).items():
+        if count % int(total):  # several folders may have them
+            raise BitvlaError(
+                f"{source} lacks some of the {int(total)} files {name}-*: fetch them all, or name one file"
+            )
+    return files
 
 
 def _as_wanted(whole: Episode, settings: Settings, name: str) -> Episode:

@@ -57,6 +57,6 @@ def _open(path: Path) -> Iterator[Any]:
     try:
         with h5py.File(path) as file:
             yield file
-    except (OSError, KeyError, ValueError) as error:  # what h5py raises for a part that is missing or cut off
-        reason = " ".join(str(error).strip("'\"").split())
+    except (OSError, KeyError, ValueError, AttributeError, TypeError) as error:  # a part is missing, cut off, another
+        reason = " ".join(str(error.args[0] if isinstance(error, KeyError) else error).split())
         raise BitvlaError(f"{path} is truncated or no file of LIBERO ({reason}); copy it again") from None

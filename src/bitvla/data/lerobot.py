@@ -15,10 +15,10 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import hashlib
-import io
 import json
 import math
 import os
+import shutil
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -39,7 +39,8 @@ import bitvla
 from bitvla.config import Record
 from bitvla.data.pictures import Images, Pictures, user_cache
 from bitvla.errors import BitvlaError, meant
-from bitvla.files import write_whole
+from bitvla.files import put, write_whole
+from bitvla.processing.images import read_image
 
 Place = Path | UPath  # on this machine, or wherever fsspec reaches
 
@@ -49,6 +50,8 @@ ONE_IMAGE = "observation.image"
 _DATA_PATH = "data/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet"
 _VIDEO_PATH = "videos/{video_key}/chunk-{chunk_index:03d}/file-{file_index:03d}.mp4"
 _EPISODES_PATH = "meta/episodes/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet"
+CONSTANT = 1e-6  # q99 - q01 of a dimension that does not move
+FAR_OFF = 0.10  # share of the values outside q01 to q99, which leave 2 % there by definition
 _FILES_PER_CHUNK = 1000
 _PLACE = ["data/chunk_index", "data/file_index"]  # of an episode's table
 _DEFAULT_FEATURES = {
@@ -86,10 +89,13 @@ def alone(root: Path, work: str) -> Iterator[None]:
     except OSError as error:
         raise BitvlaError(f"cannot write to {root}: {error.strerror}; choose another folder") from None
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise BitvlaError(f"another {work} is writing {root} now; wait for it or choose another folder") from None
+        except OSError as error:  # of some network drives
+            raise BitvlaError(f"{root} cannot be locked ({error.strerror}); choose a folder on a local disk") from None
         yield
-    except BlockingIOError:
-        raise BitvlaError(f"another {work} is writing {root} now; wait for it or choose another folder") from None
     finally:
         os.close(descriptor)
 
@@ -100,7 +106,8 @@ def claim(root: Path, work: str, settings: Mapping[str, Any]) -> Iterator[None]:
     with alone(root, work):
         path = root / "meta" / f"{work}.json"
         if not path.exists():
-            if any(root.iterdir()):
+            # Empty folders and temporary files are of an earlier try, as on a full disk.
+            if any(not file.is_dir() and file.suffix != ".tmp" for file in root.rglob("*")):
                 raise BitvlaError(f"{root} is not empty and holds no {work} of bitvla; choose another folder")
             write_whole(path, json.dumps(settings).encode())
         elif json.loads(path.read_text()) != settings:
@@ -166,6 +173,11 @@ class LeRobotWriter:
         """Add `episodes` as one batch: all of them or, when anything fails, none."""
         features = {key: feature for key, feature in self._info["features"].items() if key not in _DEFAULT_FEATURES}
         for index, episode in enumerate(episodes, start=self.num_episodes):
+            if not episode.length:
+                raise BitvlaError(f"episode {index} for the dataset {self.root} has no frame; leave it out")
+            for camera, frames in episode.images.items():
+                if frames.dtype != np.uint8:
+                    raise BitvlaError(f"the pictures of '{camera}' in episode {index} are {frames.dtype}, not uint8")
             images = {IMAGE_PREFIX + camera: frames.shape for camera, frames in episode.images.items()}
             found = {key: values.shape for key, values in episode.vectors.items()} | images
             length = max(shape[0] for shape in found.values())
@@ -330,10 +342,15 @@ class LeRobotDataset:
             lengths=[end - begin for begin, end in self.episode_ranges],
             limit=cache_bytes,
         )
+        self._drop_outdated()
 
     @cached_property
     def stats(self) -> dict[str, dict[str, list[float]]]:
-        """min, max, mean, std, q01, q99 and count of state and action, as stored; missing or constant ones refused."""
+        """min, max, mean, std, quantiles and count of each feature, as stored.
+
+        BitvlaError where those of state and action are missing, constant, or of other data: such as the averages of
+        its episodes' quantiles, which lerobot (0.4.4) writes.
+        """
         path = self.root / "meta" / "stats.json"
         try:
             stats: dict[str, dict[str, list[float]]] = json.loads(self.stored_statistics())
@@ -347,8 +364,15 @@ class LeRobotDataset:
                 raise BitvlaError(
                     f"{path} lacks the quantiles q01 and q99 of '{key}'; run: bitvla data statistics {self._source}"
                 ) from None
-            for name, a, b in zip(names, low, high, strict=True):
-                if not (np.isfinite(a) and np.isfinite(b) and b - a > 1e-6):
+            values = self.action if key == "action" else self.state
+            shares = outside(values, low, high).mean(axis=0)
+            for name, a, b, share in zip(names, low, high, shares, strict=True):
+                if share > FAR_OFF + 2 / len(values):
+                    raise BitvlaError(
+                        f"{share:.0%} of the values of '{name}' of '{key}' in {self.root} are outside its q01 and q99 "
+                        f"({a:g} and {b:g}); run: bitvla data statistics {self._source}"
+                    )
+                if not (np.isfinite(a) and np.isfinite(b) and b - a > CONSTANT):
                     raise BitvlaError(
                         f"'{name}' of '{key}' is constant or not finite (q01 {a}, q99 {b}) in {self.root}; leave it "
                         "out of the data, or record some in which it moves"
@@ -360,8 +384,9 @@ class LeRobotDataset:
         path = self.root / "meta" / "stats.json"
         try:
             return path.read_bytes()
-        except OSError as error:
-            raise BitvlaError(f"{path} cannot be read ({error}); run: bitvla data statistics {self._source}") from None
+        except Exception as error:  # whatever a service says
+            reason = _reason(error)
+            raise BitvlaError(f"{path} cannot be read ({reason}); run: bitvla data statistics {self._source}") from None
 
     def _sentences(self) -> list[str]:
         """What is said in each episode."""
@@ -373,9 +398,10 @@ class LeRobotDataset:
         for episode, (begin, end) in enumerate(self.episode_ranges):
             number, *others = np.unique(numbers[begin:end])
             if others:
+                change = int(np.argmax(numbers[begin:end] != numbers[begin]))
                 raise BitvlaError(
-                    f"episode {episode} of {self.root} has {1 + len(others)} tasks, and is trained with one sentence; "
-                    "make each part an episode"
+                    f"episode {episode} of {self.root} has {1 + len(others)} tasks (frame {change} begins the second), "
+                    "and is trained with one sentence; make each part an episode, or give all its frames one task_index"
                 )
             if not isinstance(names.get(number), str):
                 raise BitvlaError(f"{path} has no sentence for the task {number} of episode {episode}; copy it again")
@@ -406,10 +432,26 @@ class LeRobotDataset:
         parts = (
             "" if here else self._source,
             json.dumps(self.info, sort_keys=True),
-            stats.read_text() if stats.exists() else "",
+            self.stored_statistics().decode(errors="replace") if stats.exists() else "",
             f"{self._cameras} {self._turned}",
         )
         return (here or user_cache()) / hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
+
+    def _drop_outdated(self) -> None:
+        """Delete the decoded pictures of a file that was replaced since, as by turned ones, and those of a dataset that
+        has grown: folders of another name that are older than what names them."""
+        if not isinstance(self.root, Path):
+            return
+        described = (self.root / "meta" / name for name in ("info.json", "stats.json"))
+        written = max(path.stat().st_mtime for path in described if path.exists())
+        for folder in (self.root / ".cache").glob("[0-9a-f]" * 16):
+            with contextlib.suppress(FileNotFoundError):  # another process did
+                if folder.name != self.pictures.folder.name and folder.stat().st_mtime < written:
+                    shutil.rmtree(folder, ignore_errors=True)
+        for camera, episode, when in self.pictures.kept():
+            source = pictures_file(self.root, self.info, self.episodes.iloc[episode], self._cameras[camera])
+            if source.exists() and source.stat().st_mtime > when:
+                self.pictures.drop(camera, episode)
 
     def _frame_table(self) -> pd.DataFrame:
         places = self.episodes[_PLACE].drop_duplicates()
@@ -421,7 +463,8 @@ class LeRobotDataset:
         ]
         table = pd.concat(tables, ignore_index=True)
         if len(table) != self.num_frames:
-            raise BitvlaError(f"{self.root} has {len(table)} frames in its tables, info.json says {self.num_frames}")
+            raise BitvlaError(f"{self.root} has {len(table)} frames in its tables, info.json says {self.num_frames}; "
+                              "copy it again, or finish its recording")  # fmt: skip
         return table
 
     def vectors(self, key: str) -> NDArray[np.float32]:
@@ -456,7 +499,8 @@ class LeRobotDataset:
         for i, (begin, end) in enumerate(self.episode_ranges):
             inside = self.episode_index[begin:end]
             if begin != expected or end <= begin or len(inside) != end - begin or np.any(inside != i):
-                raise BitvlaError(f"episode {i} of {self.root} is broken: frames {begin} to {end} do not belong to it")
+                raise BitvlaError(f"episode {i} of {self.root} is broken: frames {begin} to {end} do not belong to it; "
+                                  "copy it again")  # fmt: skip
             if np.any(self.frame_index[begin:end] != np.arange(end - begin)):  # pictures are found by their place
                 raise BitvlaError(f"episode {i} of {self.root} is broken: its frames are not numbered from 0 on")
             expected = end
@@ -464,8 +508,9 @@ class LeRobotDataset:
             raise BitvlaError(
                 f"{self.root} is broken: its episodes have {expected} frames, its tables {self.num_frames}"
             )
+        keys = cameras_of(self.features)
         for camera in self._cameras.values():
-            self._check_film(f"videos/{IMAGE_PREFIX}{camera}")
+            self._check_film(f"videos/{keys[camera]}")
 
     def _check_film(self, film: str) -> None:
         """No episode may reach into the next one of its video, as where the encoder lost frames."""
@@ -523,7 +568,7 @@ def _write_video(path: Path, frames: Iterator[NDArray[np.uint8]], fps: float, co
                 stream.pix_fmt, stream.options = coding.pix_fmt, coding.options
             container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")))
         container.mux(stream.encode())
-    os.replace(temporary, path)
+    put(temporary, path)
 
 
 def read_pictures(
@@ -531,16 +576,22 @@ def read_pictures(
 ) -> Iterator[NDArray[np.uint8]]:
     """The frames of a camera in one episode (a row of the episode table), uint8 (H, W, 3), or (H, W) with "gray".
 
-    Raises BitvlaError where the file cannot be decoded, or has fewer of them, or another rate.
+    Raises BitvlaError where the file cannot be decoded, or has fewer of them, of another size, or at another rate.
     """
     key = cameras_of(info["features"])[camera]
+    height, width, _ = shape_of(info["features"][key])
     path, number = pictures_file(root, info, episode, camera), episode["episode_index"]
     length, count = int(episode["length"]), 0
     if info["features"][key]["dtype"] == "video":
         frames = _read_video(path, float(episode[f"videos/{key}/from_timestamp"]), length, float(info["fps"]), pixels)
     else:
-        frames = _read_stored(path, key, int(number), "L" if pixels == "gray" else "RGB")
+        frames = _read_stored(path, key, int(number), pixels)
     for frame in frames:
+        if frame.shape[:2] != (height, width):
+            raise BitvlaError(
+                f"{path} has a picture of {frame.shape[0]} x {frame.shape[1]} pixels in episode {number}, info.json "
+                f"says {height} x {width} of '{key}': write the true size there, or record it again"
+            )
         yield frame
         count += 1
     if count != length:
@@ -564,6 +615,8 @@ def _read_video(path: Place, begin: float, length: int, fps: float, pixels: str)
     count = 0
     try:
         with path.open("rb") as file, av.open(file, "r") as container:
+            if not container.streams.video:
+                raise BitvlaError(f"{path} holds no pictures; copy it again")
             stream = container.streams.video[0]
             stream.thread_type = "AUTO"
             if begin > 0:
@@ -578,13 +631,19 @@ def _read_video(path: Place, begin: float, length: int, fps: float, pixels: str)
                 yield frame.to_ndarray(format=pixels).astype(np.uint8, copy=False)
                 if count == length:
                     break
-    except (av.FFmpegError, OSError) as error:
-        raise BitvlaError(f"{path} cannot be decoded: {error}") from None
+    except BitvlaError:
+        raise
+    except Exception as error:  # FFmpeg's, and whatever a service says
+        raise BitvlaError(f"{path} cannot be decoded: {_reason(error)}") from None
     if abs(last - first - (count - 1) / fps) > 0.5 / fps and count > 1:
-        raise BitvlaError(f"{path} runs at {(count - 1) / (last - first):.4g} frames a second, info.json says {fps:g}")
+        rate = (count - 1) / (last - first or math.inf)
+        raise BitvlaError(
+            f"{path} runs at {rate:.4g} frames a second, info.json says {fps:g}: mend fps there, or drop the episode "
+            "where frames were lost"
+        )
 
 
-def _read_stored(path: Place, key: str, episode: int, mode: str) -> Iterator[NDArray[np.uint8]]:
+def _read_stored(path: Place, key: str, episode: int, pixels: str) -> Iterator[NDArray[np.uint8]]:
     """The encoded pictures in the column `key` of a table, read a row group at a time."""
     try:
         with path.open("rb") as file:
@@ -595,16 +654,22 @@ def _read_stored(path: Place, key: str, episode: int, mode: str) -> Iterator[NDA
                     continue
                 stored = table.read_row_group(group, columns=[key])[key].to_pylist()
                 for row in np.flatnonzero(own):
-                    yield np.asarray(Image.open(io.BytesIO(stored[row]["bytes"])).convert(mode))
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise BitvlaError(f"'{key}' in {path} cannot be decoded: {str(error).splitlines()[0]}") from None
+                    content = stored[row] and stored[row]["bytes"]
+                    if content is None:
+                        raise BitvlaError(f"'{key}' in {path} lacks a picture of episode {episode}; copy it again")
+                    frame = read_image(content, f"a picture of episode {episode}, '{key}' in {path},")
+                    yield np.asarray(Image.fromarray(frame).convert("L")) if pixels == "gray" else frame
+    except BitvlaError:
+        raise
+    except Exception as error:  # Parquet's, and whatever a service says
+        raise BitvlaError(f"'{key}' in {path} cannot be decoded: {_reason(error)}") from None
 
 
 def _write_table(path: Path, table: pd.DataFrame, index: bool = False) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".tmp")
     table.to_parquet(temporary, index=index)
-    os.replace(temporary, path)
+    put(temporary, path)
 
 
 def read_table(path: Place, without: Collection[str] = (), needed: Iterable[str] = ()) -> pd.DataFrame:
@@ -614,19 +679,24 @@ def read_table(path: Place, without: Collection[str] = (), needed: Iterable[str]
             table = pq.ParquetFile(file)
             names = [name for name in table.schema_arrow.names if name not in without]
             rows = table.read(columns=names).to_pandas()
-    except (OSError, ValueError) as error:
-        raise BitvlaError(f"{path} cannot be read: {str(error).splitlines()[0]}") from None
+    except Exception as error:  # Parquet's, and whatever a service says
+        raise BitvlaError(f"{path} cannot be read: {_reason(error)}") from None
     for column in needed:
         if column not in rows:
             raise BitvlaError(f"{path} lacks the column '{column}': it is no table of a LeRobotDataset; copy it again")
     return rows
 
 
+def _reason(error: Exception) -> str:
+    """Why something cannot be read, in one line, without the path that the caller names."""
+    return getattr(error, "strerror", None) or (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 def _write_json(path: Path, value: Any) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".tmp")
     temporary.write_text(json.dumps(value, indent=2))
-    os.replace(temporary, path)
+    put(temporary, path)
 
 
 def name_of(source: str | os.PathLike[str]) -> str:
@@ -674,13 +744,18 @@ def cameras_of(features: Mapping[str, Any]) -> dict[str, str]:
 
 
 def shape_of(feature: Mapping[str, Any]) -> tuple[int, int, int]:
-    """Height, width and channels of a camera; some write the channels first."""
+    """Height, width and 3 of a camera, whose pictures are read as RGB; some write the channels first."""
     sizes = [int(size) for size in feature["shape"]]
     if len(sizes) != 3:
         raise BitvlaError(f"info.json gives a camera the shape {sizes}; it must be height, width and channels")
-    if sizes[0] == 3 and sizes[2] != 3:
-        sizes = [*sizes[1:], sizes[0]]
-    return sizes[0], sizes[1], sizes[2]
+    height, width = sizes[1:] if sizes[0] in (1, 3) and sizes[2] not in (1, 3) else sizes[:2]
+    return height, width, 3
+
+
+def outside(values: NDArray[Any], low: NDArray[Any], high: NDArray[Any]) -> NDArray[np.bool_]:
+    """Which of `values` (N, n) are not within `low` to `high` (n,), but for what a bound loses as text."""
+    slack = 1e-6 * (1 + np.abs(values))
+    return np.asarray((values < low - slack) | (values > high + slack))
 
 
 def names_of(feature: Mapping[str, Any]) -> list[str]:
@@ -721,11 +796,10 @@ def read_info(root: Place) -> dict[str, Any]:
             stored = msgspec.convert(info, _Info)
             if stored.video_path is None and any(f.dtype == "video" for f in stored.features.values()):
                 raise ValueError("no video_path")
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or repr(error)
+    except Exception as error:  # whatever a service says
         raise BitvlaError(
-            f"{root} is not a LeRobotDataset: meta/info.json cannot be read ({reason}); give the folder that holds "
-            "meta/, or an id on the Hugging Face Hub, owner/name"
+            f"{root} is not a LeRobotDataset: meta/info.json cannot be read ({_reason(error)}); give the folder that "
+            "holds meta/, or an id on the Hugging Face Hub, owner/name"
         ) from None
     if version != VERSION:
         raise BitvlaError(
@@ -741,7 +815,7 @@ def read_episodes(root: Place, info: Mapping[str, Any]) -> pd.DataFrame:
     """Rows of the committed episodes, in order."""
     paths: list[Place] = sorted((root / "meta" / "episodes").glob("chunk-*/file-*.parquet"), key=str)
     if not paths:
-        raise BitvlaError(f"{root} has no episode table (meta/episodes)")
+        raise BitvlaError(f"{root} has no episode table (meta/episodes); copy it again, or finish its recording")
     films = [f"videos/{key}" for key, feature in info["features"].items() if feature["dtype"] == "video"]
     places = [f"{kind}/{part}" for kind in ("data", *films) for part in ("chunk_index", "file_index")]
     begins = [f"{film}/from_timestamp" for film in films]
@@ -750,19 +824,24 @@ def read_episodes(root: Place, info: Mapping[str, Any]) -> pd.DataFrame:
     table = pd.concat(tables, ignore_index=True).sort_values("episode_index")
     table = table[table["episode_index"] < info["total_episodes"]].reset_index(drop=True)
     if len(table) != info["total_episodes"]:
-        raise BitvlaError(f"{root} lists {len(table)} episodes, info.json says {info['total_episodes']}")
+        raise BitvlaError(f"{root} lists {len(table)} episodes, info.json says {info['total_episodes']}; copy it "
+                          "again, or finish its recording")  # fmt: skip
+    for column in needed:
+        if (missing := table[column].isna()).any():
+            number = table["episode_index"][missing].iloc[0]
+            raise BitvlaError(f"{root} lists no '{column}' of episode {number} (meta/episodes); copy it again")
     return table
 
 
-def _vector_stats(values: NDArray[np.float32]) -> dict[str, Any]:
+def _vector_stats(values: NDArray[Any]) -> dict[str, Any]:
     wide = values.astype(np.float64)
     return {
         "min": wide.min(0).tolist(),
         "max": wide.max(0).tolist(),
         "mean": wide.mean(0).tolist(),
         "std": wide.std(0).tolist(),
-        "q01": np.quantile(wide, 0.01, axis=0).tolist(),
-        "q99": np.quantile(wide, 0.99, axis=0).tolist(),
+        # Those that the lerobot package has, which may normalise by any of them.
+        **{f"q{percent:02}": np.quantile(wide, percent / 100, axis=0).tolist() for percent in (1, 10, 50, 90, 99)},
         "count": [len(wide)],
     }
 
@@ -803,11 +882,15 @@ def _dataset_stats(root: Path, info: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _table_stats(frames: pd.DataFrame, features: Mapping[str, Any]) -> dict[str, Any]:
-    return {
-        key: _vector_stats(np.array(frames[key].tolist()).reshape(len(frames), -1))
-        for key, feature in features.items()
-        if key in frames and feature["dtype"].startswith(("float", "int"))
-    }
+    stats = {}
+    for key, feature in features.items():
+        if key in frames and feature["dtype"].startswith(("float", "int")):
+            try:
+                values = np.stack([_nested(row) for row in frames[key]])
+                stats[key] = _vector_stats(values if values.ndim > 1 else values[:, None])
+            except (TypeError, ValueError):
+                raise BitvlaError(f"'{key}' has not the same number of values in every frame; mend its table") from None
+    return stats
 
 
 def write_statistics(source: str | os.PathLike[str]) -> dict[str, Any]:
@@ -817,13 +900,15 @@ def write_statistics(source: str | os.PathLike[str]) -> dict[str, Any]:
     """
     dataset = LeRobotDataset(source)
     path = dataset.root / "meta" / "stats.json"
-    stored = json.loads(path.read_text()) if path.exists() else {}
-    stats = _table_stats(dataset._frames, dataset.features)
+    stats, stored = _table_stats(dataset._frames, dataset.features), dict[str, Any]()
     try:
+        with contextlib.suppress(FileNotFoundError, ValueError):  # what cannot be read is written anew
+            stored = msgspec.convert(json.loads(path.read_text()), dict[str, Any])
+        text = json.dumps(stored | stats, indent=2)
         if isinstance(path, Path):
-            _write_json(path, stored | stats)
+            write_whole(path, text.encode())
         else:
-            path.write_text(json.dumps(stored | stats, indent=2))  # an object appears whole
+            path.write_text(text)  # an object appears whole
     except OSError as error:
         raise BitvlaError(f"{path} cannot be written: {error}") from None
     return {"written": str(path), "frames": dataset.num_frames, "of": list(stats)}

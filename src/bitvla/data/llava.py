@@ -277,7 +277,7 @@ def _named(entry: _Entry, name: str) -> str:
 
 def _listed(value: Any) -> list[Any]:
     """One, several or none, as a list."""
-    return value if isinstance(value, list) else [] if value is None else [value]
+    return [one for one in (value if isinstance(value, list) else [value]) if one is not None]
 
 
 def _part(column: str) -> str:

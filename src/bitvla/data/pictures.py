@@ -42,7 +42,7 @@ class Pictures:
         limit: int | None = None,
     ) -> None:
         self.limit, self.lengths = limit, np.asarray(lengths, dtype=np.int64)
-        self._decode, self._folder, self._shapes = decode, folder, shapes
+        self._decode, self.folder, self._shapes = decode, folder, shapes
 
     def bytes_of(self, cameras: Iterable[str]) -> NDArray[np.int64]:
         """What each episode takes on disk, seen by `cameras`."""
@@ -81,27 +81,35 @@ class Pictures:
                 if show:
                     show(done, len(missing), "")
 
+    def kept(self) -> Iterator[tuple[str, int, float]]:
+        """The camera and the episode of each file on disk, and when it was written or last loaded (Unix time)."""
+        for path in self.folder.glob("*.rgb"):
+            camera, _, episode = path.stem.rpartition("-")
+            with contextlib.suppress(FileNotFoundError):  # another process made room
+                yield camera, int(episode), path.stat().st_mtime
+
+    def drop(self, camera: str, episode: int) -> None:
+        """Decode an episode again when it is needed."""
+        Path(self._path(camera, episode)).unlink(missing_ok=True)
+
     def _path(self, camera: str, episode: int) -> str:
-        return f"{self._folder}/{camera}-{episode:06d}.rgb"
+        return f"{self.folder}/{camera}-{episode:06d}.rgb"
 
     def _write(self, camera: str, episode: int) -> None:
         path, shape = Path(self._path(camera, episode)), self._shapes[camera]
         temporary = path.with_suffix(f".{os.getpid()}-{get_ident()}.tmp")
         try:
-            self._folder.mkdir(parents=True, exist_ok=True)
+            self.folder.mkdir(parents=True, exist_ok=True)
             self._make_room(math.prod(shape) * int(self.lengths[episode]))
             with temporary.open("wb") as file:
                 for frame in self._decode(camera, episode):
-                    if frame.shape != shape:
-                        raise BitvlaError(f"camera '{camera}' has a picture of {frame.shape} in episode {episode}, "
-                                          f"info.json says {shape}")  # fmt: skip
                     file.write(np.ascontiguousarray(frame).data)
             os.replace(temporary, path)
         except OSError as error:
             if error.errno != errno.ENOSPC:
-                raise BitvlaError(f"decoded pictures cannot be kept in {self._folder}: {error.strerror}") from None
+                raise BitvlaError(f"decoded pictures cannot be kept in {self.folder}: {error.strerror}") from None
             raise BitvlaError(
-                f"the disk is full ({self._folder}, decoded pictures): free some space, or bound them with --cache-size"
+                f"the disk is full ({self.folder}, decoded pictures): free some space, or bound them with --cache-size"
             ) from None
         finally:
             temporary.unlink(missing_ok=True)
@@ -111,7 +119,7 @@ class Pictures:
             return
         # Another thread may be writing one, too.
         longest = int(self.lengths.max()) * max(math.prod(shape) for shape in self._shapes.values())
-        make_room(self._folder.glob("*"), self.limit - needed - longest)
+        make_room(self.folder.glob("*"), self.limit - needed - longest)
 
 
 def make_room(files: Iterable[Path], most: int) -> None:

@@ -18,10 +18,10 @@ import numpy as np
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
 from google.protobuf.message import DecodeError
 from numpy.typing import NDArray
-from PIL import Image
 
 from bitvla.data.lerobot import Episode
 from bitvla.errors import BitvlaError
+from bitvla.processing.images import read_image
 
 PATTERN = "*.tfrecord*"
 ROBOT = "unknown"
@@ -77,7 +77,7 @@ def _read(path: Path, begin: int, length: int, cameras: Mapping[str, str]) -> Ep
         if key not in features:
             raise BitvlaError(f"{path} has no '{key}', it has {', '.join(sorted(features))}")
     images = {
-        ours: _pictures(path, features[f"steps/observation/{theirs}"].bytes_list.value)
+        ours: _pictures(path, theirs, features[f"steps/observation/{theirs}"].bytes_list.value)
         for ours, theirs in cameras.items()
     }
     steps = len(next(iter(images.values())))
@@ -89,11 +89,11 @@ def _read(path: Path, begin: int, length: int, cameras: Mapping[str, str]) -> Ep
     return Episode(images, vectors, sentences[0].decode() if sentences else "")
 
 
-def _pictures(path: Path, encoded: Any) -> NDArray[np.uint8]:
-    try:
-        return np.stack([np.asarray(Image.open(io.BytesIO(picture)).convert("RGB")) for picture in encoded])
-    except (OSError, ValueError):
-        raise _damaged(path) from None
+def _pictures(path: Path, camera: str, encoded: Any) -> NDArray[np.uint8]:
+    frames = [read_image(picture, f"step {i} of '{camera}' in {path}") for i, picture in enumerate(encoded)]
+    if len({frame.shape for frame in frames}) != 1:
+        raise BitvlaError(f"'{camera}' in {path} has no pictures, or some of several sizes; leave its episode out")
+    return np.stack(frames)
 
 
 def _vectors(path: Path, key: str, feature: Any, steps: int) -> NDArray[np.float32]:

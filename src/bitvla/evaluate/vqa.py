@@ -157,6 +157,8 @@ def compare(a: VqaResult, b: VqaResult) -> Comparison:
         for answer in answers:
             if answer.error is not None:
                 raise BitvlaError(f"cannot compare: question {answer.number} was not asked ({answer.error}); ask again")
+    if not pairs:
+        raise BitvlaError("cannot compare: no question was asked in these records; ask some that have choices")
     categories = {
         category: paired(*zip(*((x.correct, y.correct) for x, y in pairs if x.category == category), strict=True))
         for category in a.categories

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from bitvla.config import Camera, ImageProcessing, VisionConfig
 from bitvla.errors import BitvlaError
@@ -26,7 +26,8 @@ def read_image(source: Path | bytes, name: str = "the image") -> NDArray[np.uint
             return np.asarray(_eight_bits(ImageOps.exif_transpose(picture)).convert("RGB"))
     except Exception as error:  # each format's decoder has its own errors
         place = source if isinstance(source, Path) else name
-        reason = getattr(error, "strerror", None) or error
+        unknown = isinstance(error, UnidentifiedImageError)  # which names an object, or the file again
+        reason = "its format is not known" if unknown else getattr(error, "strerror", None) or error
         raise BitvlaError(f"{place} cannot be read as an image: {reason}") from None
 
 

@@ -28,6 +28,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemaini
 
 from bitvla.data.lerobot import Episode, LeRobotWriter, claim
 from bitvla.errors import BitvlaError
+from bitvla.files import put
 from bitvla.progress import Progress
 from bitvla.sim import make_simulator
 from bitvla.sim.base import TRAINING_SEEDS, GivenUpError, Simulator
@@ -177,7 +178,7 @@ def _work(job: Job, settings: Settings, staging: Path) -> str:
     arrays |= {f"vectors/{name}": values for name, values in episode.vectors.items()}
     with temporary.open("wb") as file:
         np.savez(file, task=episode.task, extra=json.dumps(dict(episode.extra)), **arrays)  # type: ignore[arg-type]
-    os.replace(temporary, path)
+    put(temporary, path)
     return f"{job.task} {episode.length} frames"
 
 

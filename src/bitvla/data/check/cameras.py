@@ -49,7 +49,15 @@ def watch_camera(
                 seen.add(frame)
         except BitvlaError as error:
             broken.add(path)
-            findings.append(_broken_video(path, camera, episode, seen.count, int(row["length"]), error))
+            findings.append(
+                rules.BROKEN_VIDEO.found(
+                    subject=f"camera '{camera}', episode {episode}",
+                    value=str(error),
+                    threshold=f"{row['length']} frames at {dataset.fps:g} a second",
+                )
+            )
+            continue
+        if not seen.count:  # the table's own finding says so
             continue
         luminance[episode], contrast[episode] = seen.luminance / seen.count, seen.contrast / seen.count
         first[episode] = _thumbnail(seen.first)
@@ -146,14 +154,6 @@ def _shift(reference: NDArray[Any], image: NDArray[Any]) -> float:
         return 0.0
     after = _edge_change(reference, np.roll(image, (-dy, -dx), axis=(0, 1)))
     return float(np.hypot(dy, dx)) / rules.THUMBNAIL if after < before / 2 else 0.0
-
-
-def _broken_video(path: Place, camera: str, episode: Any, count: int, length: int, error: BitvlaError) -> Finding:
-    return rules.BROKEN_VIDEO.found(
-        subject=f"camera '{camera}', episode {episode}",
-        value=f"{path.name} ends after {count} of its frames ({error})",
-        threshold=f"{length} frames",
-    )
 
 
 def _camera_findings(

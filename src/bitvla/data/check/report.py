@@ -22,7 +22,8 @@ BLUE, RED, GRAY = "#2563b8", "#b3382c", "#626a78"
 
 def report(checkup: Checkup, out: Path) -> Path:
     """Write the report of `checkup` to `out` and return it. BitvlaError when `out` cannot be written."""
-    with mpl.rc_context({"svg.fonttype": "none", "font.size": 9, "svg.hashsalt": "bitvla"}):
+    style: Any = {"svg.fonttype": "none", "font.size": 9, "svg.hashsalt": "bitvla", "text.parse_math": False}
+    with mpl.rc_context(style):  # a sentence may hold dollars
         drawings = {
             "lengths": _lengths(checkup),
             "cameras": [(camera, _light(camera), _shifts(camera)) for camera in checkup.cameras],

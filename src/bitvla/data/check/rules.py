@@ -7,10 +7,11 @@ from typing import Literal
 
 import msgspec
 
+from bitvla.data.lerobot import FAR_OFF
+
 Grade = Literal["error", "warning", "note"]
 
-OUTSIDE_WARNING, OUTSIDE_ERROR = 0.04, 0.10  # of the values; q01 and q99 leave 2 % outside by definition
-CONSTANT = 1e-6  # q99 - q01, as training refuses it
+OUTSIDE_WARNING, OUTSIDE_ERROR = 0.04, FAR_OFF  # of the values; training refuses the latter
 JITTER, GAP = 0.01, 1.5  # of the frame period: an uneven step, a step that lost frames
 STILL = 1e-3  # of a dimension's range: a step of the state that is no motion
 NO_OPS = 0.10  # share of the steps
@@ -53,6 +54,7 @@ class Rule(msgspec.Struct, frozen=True):
         )
 
 
+BROKEN_TABLE = Rule("error", "table", "copy the file again, or drop its episodes")
 MISSING_FRAMES = Rule("error", "episode", "record the episode again, or drop it")
 MISSING_VECTORS = Rule("error", "vectors", "record the episode again, or drop it")
 NOT_FINITE = Rule("error", "finite", "drop the episode, or mend its table and compute the statistics again")
@@ -77,7 +79,7 @@ FEW_RECOVERIES = Rule(
 UNMARKED_RECOVERIES = Rule(
     "note", "recoveries", "record about 20 % of the episodes from a slip, a miss or a push that is corrected"
 )
-BROKEN_VIDEO = Rule("error", "video", "the video is truncated: copy or record it again")
+BROKEN_VIDEO = Rule("error", "video", "copy or record the file again, or mend meta/info.json where that is wrong")
 FROZEN = Rule("error", "frozen frames", "drop these episodes; look for a camera that stalls or a bus that is too slow")
 MOVED_CAMERA = Rule(
     "warning", "moved camera", "put the camera back, or augment with shifts; evaluate with the camera where it is now"

@@ -13,6 +13,7 @@ import pandas as pd
 from bitvla.data.check import rules
 from bitvla.data.check.rules import Finding
 from bitvla.data.check.source import Floats, Source
+from bitvla.data.lerobot import CONSTANT, outside
 
 
 class Dimension(msgspec.Struct, frozen=True, kw_only=True):
@@ -53,10 +54,12 @@ def read_tables(dataset: Source, findings: list[Finding], progress: Callable[[in
         expected = int(dataset.episodes["length"].iloc[episode])
         found = 0 if rows is None else len(rows)
         table.lengths.append(found)
-        if found != expected:
+        if (found != expected or not found) and dataset.table_of(episode) not in dataset.broken:
             findings.append(
                 rules.MISSING_FRAMES.found(
-                    subject=f"episode {episode}", value=f"{found} frames", threshold=f"{expected} in the episode table"
+                    subject=f"episode {episode}",
+                    value=f"{found} frames",
+                    threshold=f"{expected or 'some'} in the episode table",
                 )
             )
         for key in dataset.vectors:
@@ -65,6 +68,10 @@ def read_tables(dataset: Source, findings: list[Finding], progress: Callable[[in
             _read_times(dataset, table, episode, rows)
             table.timeless += [] if "timestamp" in rows else [episode]
         progress(episode + 1)
+    findings += [
+        rules.BROKEN_TABLE.found(subject=f"{path.parent.name}/{path.name}", value=reason, threshold="a whole table")
+        for path, reason in dataset.broken.items()
+    ]
     return table
 
 
@@ -110,8 +117,7 @@ def _outside(dataset: Source, key: str, values: Floats) -> Floats:
     low, high = dataset.quantiles(key)
     if low is None or high is None:
         return np.zeros(values.shape[1])
-    slack = 1e-6 * (1 + np.abs(values))  # the quantiles went through text
-    return ((values < low - slack) | (values > high + slack)).sum(axis=0).astype(np.float64)
+    return outside(values, low, high).sum(axis=0).astype(np.float64)
 
 
 def _read_times(dataset: Source, table: Tables, episode: int, rows: pd.DataFrame) -> None:
@@ -170,11 +176,11 @@ def _judge(dimension: Dimension, count: int) -> Iterator[Finding]:
     assert dimension.outside is not None
     width = dimension.q99 - dimension.q01
     warning, error = (share + 2 / count for share in (rules.OUTSIDE_WARNING, rules.OUTSIDE_ERROR))  # of few, the ends
-    if not width > rules.CONSTANT:  # also NaN
+    if not width > CONSTANT and not dimension.outside > error:  # also NaN
         yield rules.CONSTANT_DIMENSION.found(
             subject=subject,
             value=f"constant or not finite: q01 {dimension.q01:.6g}, q99 {dimension.q99:.6g}",
-            threshold=f"q99 - q01 above {rules.CONSTANT:g}",
+            threshold=f"q99 - q01 above {CONSTANT:g}",
         )
     elif dimension.outside > warning:
         severe = dimension.outside > error
@@ -263,8 +269,8 @@ def count_tasks(dataset: Source, findings: list[Finding]) -> dict[str, int]:
 
 def recovery_share(dataset: Source, findings: list[Finding]) -> float | None:
     """The share of episodes that begin in a failed state; None when they are not marked."""
-    column = dataset.episodes.get("recovery")
-    share = None if column is None or column.isna().all() else float(column.eq(True).mean())
+    recoveries = dataset.recoveries()
+    share = None if recoveries is None else float(recoveries.mean())
     if share is None or share < rules.RECOVERIES:
         findings.append(
             (rules.UNMARKED_RECOVERIES if share is None else rules.FEW_RECOVERIES).found(

@@ -12,6 +12,7 @@ from bitvla.data.check import rules
 from bitvla.data.check.rules import Finding
 from bitvla.data.check.source import Floats, Source
 from bitvla.data.check.tables import Tables
+from bitvla.data.lerobot import CONSTANT
 
 
 class Coverage(msgspec.Struct, frozen=True, kw_only=True):
@@ -38,12 +39,13 @@ def coverage_of(dataset: Source, table: Tables, findings: list[Finding]) -> Cove
     frame = pd.DataFrame(points)
     tasks = dataset.tasks() if "env_task" in dataset.episodes else [""] * len(points)
     # Recoveries begin far from where a robot is switched on; they would be a cluster of their own.
-    usual = ~dataset.episodes.get("recovery", pd.Series(np.zeros(len(points)))).to_numpy(bool)
+    recoveries = dataset.recoveries()
+    usual = np.ones(len(points), bool) if recoveries is None else ~recoveries
     if usual.sum() < rules.MIN_SPLIT:
         usual[:] = True
     by_task = frame.where(pd.Series(usual), axis=0).groupby(np.array(tasks))
     spread = by_task.transform("std")
-    relative = ((frame - by_task.transform("mean")) / spread.where(spread > rules.CONSTANT)).fillna(0.0).to_numpy()
+    relative = ((frame - by_task.transform("mean")) / spread.where(spread > CONSTANT)).fillna(0.0).to_numpy()
     relative = relative[:, relative.any(axis=0)]
     if not relative.shape[1]:
         return None
