@@ -3,6 +3,7 @@
 import gc
 import json
 import math
+import multiprocessing
 import os
 import re
 import resource
@@ -10,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -148,24 +150,69 @@ def test_a_killed_run_goes_on_to_the_same_weights(data, teacher, tmp_path, stage
         assert torch.equal(tensor, actual[name]), name
 
 
-def test_ctrl_c_keeps_the_work(data, tmp_path, monkeypatch):
+@pytest.mark.parametrize("what", ["INT", "TERM"])
+def test_a_signal_to_all_processes_of_a_run_keeps_the_work(data, tmp_path, monkeypatch, what):
+    """As Ctrl-C, `timeout`, torchrun and schedulers send it; the loader still brings what a step in passes needs."""
     from bitvla.train import loop
 
-    config = write_config(tmp_path, steps=50, save_every=100)
-    step = loop.Trainer._step
+    config = write_config(tmp_path, steps=50, save_every=100, gradient_accumulation=9, log_every=100)
+    step, passes = loop.Trainer._step, []
 
-    def interrupt_at_five(self, window):
-        if self.step == 5:
-            os.kill(os.getpid(), signal.SIGINT)
+    def interrupt_at_step_one(self, window):
+        passes.append(window)
+        if len(passes) == 10:
+            processes = [os.getpid(), *(process.pid for process in multiprocessing.active_children())]
+            subprocess.run(["kill", f"-{what}", *map(str, processes)], check=True)
+            time.sleep(0.2)  # in which another process ends
         return step(self, window)
 
-    monkeypatch.setattr(loop.Trainer, "_step", interrupt_at_five)
+    monkeypatch.setattr(loop.Trainer, "_step", interrupt_at_step_one)
     kept, waited = tmp_path / "out" / "training_state.pt", list[bool]()
     monkeypatch.setattr(loop.Accelerator, "wait_for_everyone", lambda self: waited.append(kept.exists()))
     with pytest.raises(KeyboardInterrupt, match="go on"):
         run("finetune", config, data, tmp_path / "out")
-    assert torch.load(kept, weights_only=True)["step"] == 6
+    assert torch.load(kept, weights_only=True)["step"] == 2
     assert waited[-1]  # the other processes, until it is written: where they end, it is ended
+
+
+def test_a_run_whose_batch_never_comes_can_be_stopped(data, tmp_path, monkeypatch):
+    from bitvla.train import loop
+
+    def stuck(self, step):
+        for _ in range(2):
+            os.kill(os.getppid(), signal.SIGINT)
+            time.sleep(0.2)
+        while True:
+            time.sleep(60)
+
+    monkeypatch.setattr(batches.Windows, "__getitem__", stuck)
+    monkeypatch.setattr(loop, "LAUNCHERS_SECONDS", 0.1)
+    monkeypatch.setattr(torch.utils.data._utils, "MP_STATUS_CHECK_INTERVAL", 0.1)
+    with pytest.raises(KeyboardInterrupt, match="stopped at once"):
+        run("finetune", write_config(tmp_path), data, tmp_path / "out")
+    for process in multiprocessing.active_children():
+        process.join(timeout=9)
+        assert not process.is_alive()
+
+
+def test_ctrl_c_at_the_end_does_not_lose_it(data, tmp_path, monkeypatch):
+    from bitvla.train import loop
+
+    validate = loop.Trainer._validate
+    monkeypatch.setattr(loop.Trainer, "_validate", lambda self: os.kill(os.getpid(), signal.SIGINT) or validate(self))
+    run("finetune", write_config(tmp_path, steps=2), data, tmp_path / "out")
+    assert torch.load(tmp_path / "out" / "training_state.pt", weights_only=True)["step"] == 2
+
+
+def test_a_loader_that_is_killed_while_a_checkpoint_is_written_is_not_a_full_disk(data, tmp_path, monkeypatch):
+    from bitvla.train import loop
+
+    def killed(*_):
+        raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. ")  # as PyTorch does, anywhere
+
+    monkeypatch.setattr(loop.torch, "save", killed)
+    with pytest.raises(BitvlaError, match="a process that prepares batches was ended from outside"):
+        run("finetune", write_config(tmp_path), data, tmp_path / "out")
 
 
 def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_checkpoint(data, tmp_path, monkeypatch):

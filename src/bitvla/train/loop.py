@@ -12,7 +12,7 @@ import platform
 import signal
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Protocol
@@ -43,7 +43,7 @@ from bitvla.model.checkpoint import save_checkpoint
 from bitvla.model.lora import trained_state
 from bitvla.model.network import Backbone, checkpoint_activations, layers
 from bitvla.train import stages
-from bitvla.train.batches import TokenWindow, Window, batches, workers_alive
+from bitvla.train.batches import TokenWindow, Window, batches, of_workers, workers_alive
 from bitvla.train.config import FREE_TO_CHANGE, TrainConfig, load
 from bitvla.train.language import LanguageLearner
 from bitvla.train.policy import PolicyLearner
@@ -58,6 +58,7 @@ from bitvla.train.starts import (
 )
 
 STATE_FILE = "training_state.pt"
+LAUNCHERS_SECONDS = 2  # within which a signal that is sent twice was meant once
 
 
 def run(
@@ -242,9 +243,10 @@ class Trainer:
         steps = range(self.step * passes, config.steps * passes)
         losses: dict[str, float] = {}
         latest: list[stages.Losses] = []
-        with _interruptible() as interrupted, workers_alive(), self._progress() as progress:
+        prepared = closing(batches(self.windows, steps, config.workers))
+        with _interruptible() as interrupted, workers_alive(), prepared as windows, self._progress() as progress:
             bar = progress.add_task(self.stage, total=config.steps, completed=self.step, losses="")
-            for number, window in zip(steps, batches(self.windows, steps, config.workers), strict=True):
+            for number, window in zip(steps, windows, strict=True):
                 self.number = number
                 latest = [*latest, self._step(window)][-passes:]
                 if not self.accelerator.sync_gradients:
@@ -257,7 +259,7 @@ class Trainer:
                 if self._any(bool(interrupted)):
                     self._save(progress.console)
                     raise KeyboardInterrupt(f"stopped at step {self.step}; run the same command again to go on")
-        self._save(self.console)
+            self._save(progress.console)
         self.accelerator.end_training()
         return {"stage": self.stage, "steps": self.step, "checkpoint": str(self.out), "losses": losses}
 
@@ -382,13 +384,16 @@ class Trainer:
         try:
             save_checkpoint(self.out, averaged, self.learner.tokenizer, golden, provenance)
             torch.save(state, temporary)
+            os.replace(temporary, self.out / STATE_FILE)
         except (RuntimeError, SafetensorError) as error:  # as PyTorch and safetensors tell of a full disk
-            temporary.unlink(missing_ok=True)
+            if of_workers(error):
+                raise
             raise BitvlaError(
                 f"the checkpoint of step {self.step} cannot be written to {self.out} ({' '.join(str(error).split())}); "
                 "free some space and run the same command again"
             ) from None
-        os.replace(temporary, self.out / STATE_FILE)
+        finally:
+            temporary.unlink(missing_ok=True)
 
     @torch.no_grad()
     def _validate(self) -> dict[str, float]:
@@ -582,13 +587,17 @@ def _show(losses: dict[str, float]) -> str:
 
 
 @contextmanager
-def _interruptible() -> Iterator[list[int]]:
-    """Collect SIGINT and SIGTERM instead of dying in the middle of a step."""
-    received: list[int] = []
-    previous = {
-        number: signal.signal(number, lambda signum, _: received.append(signum))
-        for number in (signal.SIGINT, signal.SIGTERM)
-    }
+def _interruptible() -> Iterator[list[float]]:
+    """Collect SIGINT and SIGTERM instead of dying in the middle of a step, as times; who asks again, later than a
+    launcher that passes on what all have heard, is not kept waiting, as for a batch that never comes."""
+    received: list[float] = []
+
+    def collect(*_: object) -> None:
+        received.append(time.monotonic())
+        if received[-1] - received[0] > LAUNCHERS_SECONDS:
+            raise KeyboardInterrupt("stopped at once; run the same command again to go on from the last checkpoint")
+
+    previous = {number: signal.signal(number, collect) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield received
     finally:
