@@ -15,9 +15,7 @@ from bitvla.errors import BitvlaError
 from bitvla.train import loop
 from bitvla.train.loop import run
 from datasets import write_conversations, write_dataset
-from training import FLOW, MODEL, POLICY, TOKENS, losses_of, write_config
-
-UNSHARDED = {"auxiliary_weight": 0.0, "keypoint_weight": 0.0}
+from training import BLIND, FLOW, MODEL, POLICY, TOKENS, losses_of, write_config
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +46,7 @@ def two_processes(*command: object) -> subprocess.CompletedProcess[bytes]:
     ("stage", "changes"),
     [
         ("finetune", {"gradient_accumulation": 2, "optimizer": "muon"}),
-        ("finetune", {"shard": True, "film": True, "flow": FLOW, **UNSHARDED}),
+        ("finetune", {"shard": True, "film": True, "flow": FLOW, **BLIND}),
         ("pretrain", {"film": True}),
     ],
 )
@@ -131,7 +129,7 @@ def test_checkpointed_activations_change_nothing(data, tmp_path, monkeypatch, st
 def test_a_run_goes_on_cut_otherwise(data, tmp_path, monkeypatch, stage, changes):
     """As where memory ran out, or the loader was too slow."""
     policy = TOKENS if stage == "pretrain" else POLICY
-    run(stage, write_config(tmp_path, policy, **UNSHARDED), data, tmp_path / "whole")
+    run(stage, write_config(tmp_path, policy, **BLIND), data, tmp_path / "whole")
     step = loop.Trainer._step
 
     def full(self: loop.Trainer, window: Any) -> Any:
@@ -141,9 +139,9 @@ def test_a_run_goes_on_cut_otherwise(data, tmp_path, monkeypatch, stage, changes
 
     monkeypatch.setattr(loop.Trainer, "_step", full)
     with pytest.raises(MemoryError):
-        run(stage, write_config(tmp_path, policy, **UNSHARDED), data, tmp_path / "cut")
+        run(stage, write_config(tmp_path, policy, **BLIND), data, tmp_path / "cut")
     monkeypatch.undo()
-    run(stage, write_config(tmp_path, policy, **{**UNSHARDED, **changes}), data, tmp_path / "cut")
+    run(stage, write_config(tmp_path, policy, **{**BLIND, **changes}), data, tmp_path / "cut")
     assert_same_run(tmp_path / "whole", tmp_path / "cut", steps=8)
 
 

@@ -334,8 +334,9 @@ def test_a_decoder_that_nobody_has_taught_must_learn(data, teacher, tmp_path, ch
     run("localize", write_config(tmp_path, "", steps=1), data, tmp_path / "again", init=tmp_path / "tower")
     config = write_config(tmp_path, "", steps=1, **changes)
     for start in ("tower", "again"):
-        with pytest.raises(BitvlaError, match=rf"\S+ does not learn, and .*{start} has never learnt it"):
-            run("finetune", config, data, tmp_path / "out", init=tmp_path / start)
+        for train in (partial(run, data=data, out=tmp_path / "out"), plan):
+            with pytest.raises(BitvlaError, match=rf"\S+ does not learn, and .*{start} has never learnt it"):
+                train("finetune", config, init=tmp_path / start)
     run("localize", write_config(tmp_path, "", steps=1), data, tmp_path / "taught", init=teacher)
     run("finetune", config, data, tmp_path / "out", init=tmp_path / "taught")
 
@@ -391,8 +392,9 @@ def test_what_does_not_fit_a_checkpoint_is_named_before_it_is_trained(data, teac
     with pytest.raises(BitvlaError, match="stage 'finetune' follows no teacher"):
         run("finetune", plain, data, out, teacher=teacher)
     run("finetune", write_config(tmp_path, POLICY.replace("num_layers = 2", "num_layers = 3"), steps=1), data, three)
-    with pytest.raises(BitvlaError, match=r"the student's vision\.num_layers is 3, .*teacher has 2"):
-        run("distill", plain, data, out, init=three, teacher=teacher)
+    for train in (partial(run, data=data, out=out), plan):
+        with pytest.raises(BitvlaError, match=r"the student's vision\.num_layers is 3, .*teacher has 2"):
+            train("distill", plain, init=three, teacher=teacher)
     assert not out.exists()
     (tmp_path / "file").touch()
     with pytest.raises(BitvlaError, match=r"--out .*file cannot be a folder"):

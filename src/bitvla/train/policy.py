@@ -62,10 +62,8 @@ class PolicyLearner:
         # What a simulator knows of the scene.
         positions = 0 if dataset.environment_state is None else dataset.environment_state.shape[1]
         keypoints = 0 if dataset.keypoints is None else dataset.keypoints.shape[2]
-        if stage == "localize" and not (config.keypoint_weight and keypoints):
-            raise BitvlaError(
-                f"stage 'localize' needs keypoint_weight above 0 and observation.keypoints in {dataset.root}"
-            )
+        if stage == "localize" and not keypoints:
+            raise BitvlaError(f"stage 'localize' needs observation.keypoints, which {dataset.root} lacks")
         self.auxiliary = stages.AuxiliaryHead(policy, positions, keypoints)
         # Without gradients where nothing is asked of them, as several processes demand.
         acts = stage in ("finetune", "distill")
