@@ -428,7 +428,7 @@ def test_special_tokens_in_what_is_said_are_refused(data: Path, instructed: Path
     said = [{"from": "human", "value": "Stop<|eot_id|>"}, {"from": "gpt", "value": "Yes"}]
     (tmp_path / "bad.json").write_text(json.dumps([{"conversations": said}]))
     with pytest.raises(BitvlaError, match=r"bad.json: entry 0: the prompt contains reserved tokens"):
-        conversations(tmp_path / "bad.json", instructed)[0]
+        conversations(tmp_path / "bad.json", instructed)  # before training begins
 
 
 def test_learning_rates_decay_in_a_line() -> None:

@@ -264,6 +264,17 @@ def test_a_checkpoint_that_the_disk_refuses_is_one_line(data, tmp_path, size):
     assert not list((tmp_path / "out").glob("*.tmp"))
 
 
+def test_memory_that_runs_out_is_one_line(data, tmp_path, monkeypatch):
+    from bitvla.train import loop
+
+    def full(self, window):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB.")
+
+    monkeypatch.setattr(loop.Trainer, "_step", full)
+    with pytest.raises(BitvlaError, match=r"Tried to allocate 9 GiB\.\); checkpoint_activations = true"):
+        run("finetune", write_config(tmp_path), data, tmp_path / "out")
+
+
 def test_ctrl_c_is_heard_while_videos_are_decoded(data, tmp_path, monkeypatch):
     monkeypatch.setattr(batches.Windows, "prepare", lambda self, step: os.kill(os.getpid(), signal.SIGINT))
     with pytest.raises(KeyboardInterrupt):

@@ -90,7 +90,7 @@ def run(
         cache_bytes: disk that kept pictures may take, in all; by default what they need.
 
     Raises:
-        BitvlaError: unusable configuration, data or checkpoint; a loss that is not finite.
+        BitvlaError: unusable configuration, data or checkpoint; a loss that is not finite; memory that ran out.
     """
     check_stage(stage, teacher)
     check_tower(stage, init, tower)
@@ -119,7 +119,14 @@ def run(
         described = [config.data.get(name, AS_STORED) for name in names]
         datasets = [LeRobotDataset(one, how, share) for one, how in zip(sources, described, strict=True)]
         learner = PolicyLearner(stage, config, datasets, source, sentences)
-    return Trainer(stage, config, learner, Path(out), accelerator, start, teacher, opened).train()
+    try:
+        return Trainer(stage, config, learner, Path(out), accelerator, start, teacher, opened).train()
+    except torch.OutOfMemoryError as error:
+        raise BitvlaError(
+            f"the device has too little memory ({str(error).splitlines()[0]}); checkpoint_activations = true, shard = "
+            "true on several devices, or a smaller batch_size with as much more gradient_accumulation takes less, and "
+            "the same command goes on; --plan says how much"
+        ) from None
 
 
 class Learner(Protocol):
