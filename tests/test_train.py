@@ -338,6 +338,13 @@ def test_what_a_run_starts_from_is_not_overwritten(data, teacher, tmp_path):
     assert (tmp_path / "start" / "model.safetensors").read_bytes() == before
 
 
+def test_a_damaged_tokenizer_is_named(data, teacher, tmp_path):
+    shutil.copytree(teacher, tmp_path / "start")
+    (tmp_path / "start" / "tokenizer.json").write_text("{}")
+    with pytest.raises(BitvlaError, match=r"start: the policy's tokenizer is damaged: Model missing"):
+        run("finetune", write_config(tmp_path, "", steps=1), data, tmp_path / "out", init=tmp_path / "start")
+
+
 @pytest.mark.parametrize("changes", [{"learning_parts": ["head"]}, {"lora_rank": 2}])
 def test_a_decoder_that_nobody_has_taught_must_learn(data, teacher, tmp_path, changes):
     """The checkpoint of a tower has one, as it was drawn."""
