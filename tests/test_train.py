@@ -446,6 +446,12 @@ def test_a_new_policy_that_cannot_be_is_refused(data, tmp_path):
     units = POLICY.replace('state_units = ["m", "m", "m"]', 'state_units = ["m"]')
     with pytest.raises(BitvlaError, match=r"policy\.state_units names 1 units, policy\.action\.state_dim is 3"):
         run("finetune", write_config(tmp_path, units), data, tmp_path / "out")
+    few = POLICY.replace("vocab_size = 300", "vocab_size = 200")
+    with pytest.raises(BitvlaError, match=r"vocab_size leaves 200 tokens .* alone are 263; enlarge it by 63"):
+        run("finetune", write_config(tmp_path, few), data, tmp_path / "out")
+    blind = POLICY.replace("[policy.prompt]", '[policy.prompt]\npad_token = "<|end_of_text|>"')  # which ends a prompt
+    with pytest.raises(BitvlaError, match=r"the prompt holds its own pad_token, <\|end_of_text\|>"):
+        run("finetune", write_config(tmp_path, blind), data, tmp_path / "out")
     short = POLICY.replace("max_positions = 64", "max_positions = 11")
     with pytest.raises(BitvlaError, match=r"random have up to \d+ tokens, language\.max_positions is 11"):
         run("finetune", write_config(tmp_path, short), data, tmp_path / "out")

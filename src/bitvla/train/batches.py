@@ -114,7 +114,13 @@ class Windows(Dataset[Window]):
         self._frames = np.flatnonzero(apart[episodes] == (split == "validation"))
         if balance_tasks and len(self._frames):  # a short dataset has none apart
             self._frames = _balanced(self._frames, _task_of_frames(dataset))
-        self._token_ids = _left_padded([prompt.ids(text) for text in dataset.task_strings], prompt.pad_id)
+        sequences = [prompt.ids(text) for text in dataset.task_strings]
+        if any(prompt.pad_id in ids for ids in sequences):
+            raise BitvlaError(
+                f"the prompt holds its own pad_token, {config.processing.prompt.pad_token}, which the network is made "
+                "blind to; give policy.prompt another pad_token"
+            )
+        self._token_ids = _left_padded(sequences, prompt.pad_id)
         needed = self._token_ids.shape[1] + (config.action.dim if config.action.bins else 0)
         if needed > config.language.max_positions:
             raise BitvlaError(
