@@ -444,8 +444,9 @@ def test_a_section_that_contradicts_its_checkpoint_is_refused_planned_or_not(
 
 def test_a_new_policy_that_cannot_be_is_refused(data, tmp_path):
     units = POLICY.replace('state_units = ["m", "m", "m"]', 'state_units = ["m"]')
-    with pytest.raises(BitvlaError, match=r"policy\.state_units names 1 units, policy\.action\.state_dim is 3"):
-        run("finetune", write_config(tmp_path, units), data, tmp_path / "out")
+    for train in (partial(run, data=data, out=tmp_path / "out"), partial(plan, data=data)):
+        with pytest.raises(BitvlaError, match=r"policy\.state_units names 1 units, policy\.action\.state_dim is 3"):
+            train("finetune", write_config(tmp_path, units))
     few = POLICY.replace("vocab_size = 300", "vocab_size = 200")
     with pytest.raises(BitvlaError, match=r"vocab_size leaves 200 tokens .* alone are 263; enlarge it by 63"):
         run("finetune", write_config(tmp_path, few), data, tmp_path / "out")

@@ -32,7 +32,7 @@ from bitvla.model.network import Batch, BitVLA, VisionLanguageModel, VisionTower
 from bitvla.model.ternary import TernaryLinear
 from bitvla.train import stages
 from bitvla.train.batches import TokenWindow, Window
-from bitvla.train.config import NewPolicy, TrainConfig, load
+from bitvla.train.config import NewPolicy, TrainConfig, check_units, load
 from bitvla.train.loop import optimizers
 from bitvla.train.starts import (
     Start,
@@ -362,6 +362,7 @@ def _stored(start: Path | None) -> _Stored | None:
 
 def _described(new: NewPolicy, config: TrainConfig, data: Sequence[str | Path]) -> PolicyConfig:
     """A new policy without the statistics of its data."""
+    check_units(new)
     names = new.cameras
     if names is None and data:
         chosen = config.data.get(name_of(data[0]), AS_STORED).cameras
