@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.utils._pytree import tree_leaves
 
 from bitvla.errors import BitvlaError
 from bitvla.train import loop
@@ -166,6 +167,19 @@ def test_a_batch_that_the_processes_cannot_share_is_refused(data, tmp_path, monk
     monkeypatch.setattr(loop, "Accelerator", Three)
     with pytest.raises(BitvlaError, match="batch_size 8 cannot be shared by 3 processes"):
         run("finetune", write_config(tmp_path), data, tmp_path / "out")
+
+
+def test_one_process_alone_holds_what_is_saved(data, tmp_path, monkeypatch):
+    """Weights and moments, of all shards: the processes of a machine share its memory."""
+
+    class Other(loop.Accelerator):
+        is_main_process = False
+
+    states, state = list[dict[str, Any]](), loop.Trainer._state
+    monkeypatch.setattr(loop, "Accelerator", Other)
+    monkeypatch.setattr(loop.Trainer, "_state", lambda self: states.append(state(self)) or states[-1])
+    run("finetune", write_config(tmp_path, steps=1), data, tmp_path / "out")
+    assert {type(leaf) for name in ("network", "optimizers") for leaf in tree_leaves(states[-1][name])} == {type(None)}
 
 
 def test_processes_wait_for_the_one_that_decodes(data, tmp_path, monkeypatch):

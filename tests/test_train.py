@@ -511,6 +511,22 @@ def test_processes_that_prepare_batches_end_nothing_of_ours():
     assert not gc.get_freeze_count()
 
 
+def test_processes_that_prepare_batches_do_not_wait_for_the_display(monkeypatch):
+    """Whose thread may have had its lock when they were forked, and is not there to give it back."""
+
+    class Locked:
+        def write(self, text):
+            raise AssertionError("this would wait for ever")
+
+    class Complaining(torch.utils.data.Dataset):
+        def __getitem__(self, step):
+            print("a warning", file=sys.stderr)
+            return step
+
+    monkeypatch.setattr(sys, "stderr", Locked())
+    assert list(batches.batches(Complaining(), range(2))) == [0, 1]
+
+
 def test_processes_share_one_batch_augmented_alike(data, tmp_path):
     whole = windows(data, tmp_path)[3]
     for rank in range(2):

@@ -11,6 +11,7 @@ import contextlib
 import gc
 import math
 import signal
+import sys
 import time
 import zlib
 from collections.abc import Generator, Iterator, Mapping, Sequence
@@ -389,7 +390,7 @@ def batches(windows: Dataset[Any], steps: range, workers: int = 1) -> Generator[
         num_workers=workers,
         prefetch_factor=3,
         multiprocessing_context="fork",
-        worker_init_fn=_hear_no_signal,
+        worker_init_fn=_begin,
     )
     # What is garbage here is not theirs to end: it may own threads (gRPC's servers do), for which they, who have none
     # of them, would wait for ever.
@@ -409,11 +410,16 @@ def batches(windows: Dataset[Any], steps: range, workers: int = 1) -> Generator[
             process.kill()
 
 
-def _hear_no_signal(worker: int) -> None:
-    """What stops a run is often sent to all of its processes (Ctrl-C, torchrun, a scheduler): the main one answers it,
-    and still needs batches to end its step. It ends the others, or they end when it is gone."""
+def _begin(worker: int) -> None:
+    """What a process that prepares batches must not have of the main one.
+
+    What stops a run is often sent to all of its processes (Ctrl-C, torchrun, a scheduler): the main one answers it, and
+    still needs batches to end its step. It ends the others, or they end when it is gone.
+    """
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
+    # A warning would go to the display of the progress, whose lock a thread may have held when this process was forked.
+    sys.stdout, sys.stderr = sys.__stdout__, sys.__stderr__
 
 
 @contextlib.contextmanager

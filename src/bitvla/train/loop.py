@@ -360,17 +360,23 @@ class Trainer:
         return state
 
     def _state(self) -> dict[str, Any]:
-        """What a run goes on from, in whole tensors: the number of processes may change. Every process must ask."""
+        """What a run goes on from, in whole tensors: the number of processes may change. Every process must ask; the
+        main one alone gets it, as the memory of a machine may hold it once, and not once a process."""
+
+        def kept(value: Any) -> Any:
+            whole = _whole(value)
+            return whole if self.accelerator.is_main_process else None
+
         with torch.no_grad():
-            for kept, value in zip(self.kept_averages, self.averages, strict=True):
-                kept.copy_(_whole(value))
+            for average, value in zip(self.kept_averages, self.averages, strict=True):
+                average.copy_(_whole(value))
         parts = {
             "network": trained_state(self.network),
             "auxiliary": self.auxiliary.state_dict(),
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
             "schedules": [schedule.state_dict() for schedule in self.schedules],
         }
-        gathered: dict[str, Any] = tree_map(_whole, parts)
+        gathered: dict[str, Any] = tree_map(kept, parts)
         return {**gathered, "averaged": trained_state(self.averaged), "step": self.step, "identity": self._identity()}
 
     def _save(self, console: Console) -> None:
