@@ -335,6 +335,8 @@ def test_what_a_run_starts_from_is_not_overwritten(data, teacher, tmp_path):
     for stage, parent in (("finetune", "init"), ("distill", "teacher")):
         with pytest.raises(BitvlaError, match=r"start holds the checkpoint to start from, .*; choose another"):
             run(stage, config, data, out, **{parent: tmp_path / "start"})
+    with pytest.raises(BitvlaError, match=r"start holds the checkpoint to start from"):
+        run("align", config, data, out, init=tmp_path / "language", tower=tmp_path / "start")
     assert (tmp_path / "start" / "model.safetensors").read_bytes() == before
 
 
@@ -396,7 +398,7 @@ def test_the_log_of_a_short_run_is_plain(data, tmp_path, capsys):
     assert "step 1: validation left out" in log
     assert "nan" not in log
     assert log.count("action_l1") == 1  # no row of a bar that nobody sees
-    assert f"windows an epoch, of {LeRobotDataset(data).num_episodes} episodes" in " ".join(log.split())
+    assert re.search(rf"^finetune of .* windows an epoch, of {LeRobotDataset(data).num_episodes} .* cpu$", log, re.M)
 
 
 def test_what_does_not_fit_a_checkpoint_is_named_before_it_is_trained(data, teacher, tmp_path):

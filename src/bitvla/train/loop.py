@@ -100,7 +100,7 @@ def run(
     names = [name_of(source) for source in sources]
     check_mixture(stage, config, names)
     parents = {path for path in (start, teacher) if path is not None}
-    check_out(Path(out), parents)
+    check_out(Path(out), parents if tower is None else {*parents, tower})
     opened = {path: open_start(path, tower) for path in parents}
     if teacher is not None:
         check_teacher(opened[teacher].config, teacher, opened[teacher].provenance)
@@ -168,7 +168,7 @@ class Trainer:
         opened: Mapping[Path, Source],
     ) -> None:
         self.stage, self.config, self.learner, self.out, self.accelerator = stage, config, learner, out, accelerator
-        self.console = Console(stderr=True, quiet=not accelerator.is_main_process)
+        self.console = Console(stderr=True, quiet=not accelerator.is_main_process, soft_wrap=True)
         self.network, self.auxiliary = learner.network, learner.auxiliary
         # What is saved: whole, and not on the device; brought up to date with the averages when it is needed.
         self.averaged = copy.deepcopy(self.network).requires_grad_(False)
