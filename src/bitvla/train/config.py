@@ -194,7 +194,6 @@ def policy_config(new: NewPolicy, dataset: LeRobotDataset, precision: Literal["f
                 f"{dataset.root} has no camera '{name}', only {', '.join(dataset.cameras)}; change policy.cameras, or "
                 f'say what each is called there: [data.{dataset.name}] cameras = {{ {name} = "...", ... }}'
             )
-    check_units(new)
     for name, size, vectors in (
         ("state_dim", new.action.state_dim, dataset.state),
         ("dim", new.action.dim, dataset.action),
@@ -203,6 +202,7 @@ def policy_config(new: NewPolicy, dataset: LeRobotDataset, precision: Literal["f
             raise BitvlaError(
                 f"{dataset.name} has vectors of {vectors.shape[1]}, policy.action.{name} is {size}; change it"
             )
+    check_units(new)
     config = PolicyConfig(
         name=new.name,
         vision=new.vision,
