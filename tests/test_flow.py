@@ -279,6 +279,6 @@ def test_what_learns_is_checked(data: Path, plain: Path, tmp_path: Path) -> None
     with pytest.raises(BitvlaError, match=r"prefix_projector.weight does not learn, and .*plain has never learnt it"):
         run("finetune", prefixed, data, tmp_path / "out", init=plain)
     with pytest.raises(BitvlaError, match=r"learning_parts = \['head'\] leaves nothing to learn in stage 'localize'"):
-        plan("localize", write_config(tmp_path, "", **HEAD_ONLY), init=plain)
+        plan("localize", write_config(tmp_path, "", **HEAD_ONLY | {"keypoint_weight": 0.1}), init=plain)
     with pytest.raises(BitvlaError, match="lora_rank and learning_parts both say what learns"):
         run("finetune", write_config(tmp_path, "", **HEAD_ONLY, lora_rank=2), data, tmp_path / "out", init=plain)

@@ -41,7 +41,7 @@ from bitvla.train.loop import run
 from bitvla.train.plan import plan
 from bitvla.train.starts import check_backbone, start_model
 from datasets import COLOURS, QUESTION, write_conversations, write_dataset
-from training import FLOW, MODEL, POLICY, TOKENS, losses_of, write_config
+from training import BLIND, FLOW, MODEL, POLICY, TOKENS, losses_of, write_config
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 
@@ -148,11 +148,17 @@ def test_each_stage_teaches_its_part(data: Path, instructed: Path, tmp_path: Pat
         ("align", {"multi_modal_projector"}),
         ("instruct", {"multi_modal_projector", "language_model"}),
     ):
-        run(stage, write_config(tmp_path, "", precision="ternary", steps=2), data, tmp_path / stage, init=instructed)
+        run(
+            stage,
+            write_config(tmp_path, "", precision="ternary", steps=2, **BLIND),
+            data,
+            tmp_path / stage,
+            init=instructed,
+        )
         assert moved(before, weights(tmp_path / stage)) == parts
         assert not read_config(tmp_path / stage).vision.ternary
     for gamma in (0.1, 0.0):
-        config = write_config(tmp_path, "", precision="ternary", steps=2, alignment_weight=gamma)
+        config = write_config(tmp_path, "", precision="ternary", steps=2, alignment_weight=gamma, **BLIND)
         run("distill", config, data, out := tmp_path / f"distill-{gamma}", teacher=instructed)
         assert moved(before, weights(out)) == {"vision_tower"}
         logged = json.loads((out / "metrics.jsonl").read_text().splitlines()[0])
@@ -196,7 +202,7 @@ def test_windows_weigh_alike_however_many_images_they_have(instructed: Path, tmp
 def test_conversations_without_images(instructed: Path, tmp_path: Path) -> None:
     said = [{"from": "human", "value": "Which letter?"}, {"from": "gpt", "value": "B"}]
     (tmp_path / "text.json").write_text(json.dumps([{"conversations": said}] * 4))
-    config = write_config(tmp_path, "", precision="ternary", steps=2)
+    config = write_config(tmp_path, "", precision="ternary", steps=2, **BLIND)
     for stage, parents in (("instruct", {"init": instructed}), ("distill", {"teacher": instructed})):
         run(stage, config, tmp_path / "text.json", tmp_path / stage, **parents)
         assert all(np.isfinite(loss) for loss in losses_of(tmp_path / stage).values())
@@ -253,7 +259,7 @@ def test_the_tower_of_a_policy_is_a_beginning(data: Path, tmp_path: Path) -> Non
     with pytest.raises(BitvlaError, match="is a base model, which does not act"):
         load_network(open_start(tmp_path / "aligned"))
     with pytest.raises(BitvlaError, match=r"no \[model\] section"):
-        run("align", write_config(tmp_path, ""), data, tmp_path / "none")
+        run("align", write_config(tmp_path, "", **BLIND), data, tmp_path / "none")
 
 
 @pytest.mark.parametrize("stage", ["align", "instruct", "distill"])
@@ -306,8 +312,9 @@ def test_what_is_of_policies_is_refused_planned_or_not(
     parents = {"teacher": instructed} if stage == "distill" else {"init": instructed}
     sections = {"policy": POLICY, "data": '[data."colours.json"]\nrotate180 = true'}
     keys = {"film": True, "max_prefix": 2, "flow": FLOW, "balance_tasks": True, "mixture": {"colours": 1.0}}
+    keys |= {"auxiliary_weight": 0.1, "keypoint_weight": 0.1}
     for name in [*sections, *keys]:
-        changes = {name: keys[name]} if name in keys else {}
+        changes = {**BLIND, name: keys[name]} if name in keys else BLIND
         config = write_config(tmp_path, sections.get(name, ""), precision="ternary", **changes)
         for train in (partial(run, data=data, out=tmp_path / "out"), plan):
             with pytest.raises(
@@ -317,19 +324,22 @@ def test_what_is_of_policies_is_refused_planned_or_not(
 
 
 @pytest.mark.parametrize(
-    ("section", "changes", "message"),
+    ("stage", "section", "changes", "message"),
     [
-        (MODEL, {}, "'finetune' trains on demonstrations here and has no use for model; leave it out"),
-        (POLICY, {"mixture": {"random": 1.0}}, "'finetune' trains on one dataset; leave out mixture"),
+        ("finetune", MODEL, {}, "'finetune' trains on demonstrations here and has no use for model; leave it out"),
+        ("finetune", POLICY, {"mixture": {"random": 1.0}}, "'finetune' trains on one dataset; leave out mixture"),
+        ("pretrain", TOKENS, {"auxiliary_weight": 0.1}, "has no use for auxiliary_weight; leave it out"),
+        ("pretrain", TOKENS, {"keypoint_weight": 0.1}, "has no use for keypoint_weight; leave it out"),
+        ("localize", POLICY, {"keypoint_weight": 0.0}, "needs keypoint_weight above 0"),
     ],
 )
 def test_what_is_not_of_a_policys_stage_is_refused_planned_or_not(
-    tmp_path: Path, section: str, changes: dict[str, Any], message: str
+    tmp_path: Path, stage: str, section: str, changes: dict[str, Any], message: str
 ) -> None:
     config = write_config(tmp_path, section, **changes)
     for train in (partial(run, data=tmp_path / "random", out=tmp_path / "out"), plan):
         with pytest.raises(BitvlaError, match=message):
-            train("finetune", config)
+            train(stage, config)
 
 
 def test_from_captions_to_a_policy_that_acts(data: Path, tmp_path: Path) -> None:
@@ -341,8 +351,8 @@ def test_from_captions_to_a_policy_that_acts(data: Path, tmp_path: Path) -> None
     at = {stage: tmp_path / stage for stage in ("align", "instruct", "distill", "pretrain", "finetune", "direct")}
     new = {"learning_parts": ["tower", "connector", "decoder"]}
     run("align", write_config(tmp_path, MODEL, **still, **new), data, at["align"])
-    run("instruct", write_config(tmp_path, "", **still), data, at["instruct"], init=at["align"])
-    run("distill", write_config(tmp_path, "", **still), data, at["distill"], teacher=at["instruct"])
+    run("instruct", write_config(tmp_path, "", **still, **BLIND), data, at["instruct"], init=at["align"])
+    run("distill", write_config(tmp_path, "", **still, **BLIND), data, at["distill"], teacher=at["instruct"])
     run("pretrain", write_config(tmp_path, tokens, **still), demonstrations, at["pretrain"], init=at["distill"])
     for out, start in (("finetune", "pretrain"), ("direct", "distill")):
         run("finetune", write_config(tmp_path, policy, **still), demonstrations, at[out], init=at[start])
@@ -418,7 +428,7 @@ def test_special_tokens_in_what_is_said_are_refused(data: Path, instructed: Path
     said = [{"from": "human", "value": "Stop<|eot_id|>"}, {"from": "gpt", "value": "Yes"}]
     (tmp_path / "bad.json").write_text(json.dumps([{"conversations": said}]))
     with pytest.raises(BitvlaError, match=r"bad.json: entry 0: the prompt contains reserved tokens"):
-        conversations(tmp_path / "bad.json", instructed)[0]
+        conversations(tmp_path / "bad.json", instructed)  # before training begins
 
 
 def test_learning_rates_decay_in_a_line() -> None:

@@ -16,7 +16,7 @@ from bitvla.train import stages
 from bitvla.train.config import TrainConfig
 from bitvla.train.plan import plan
 from datasets import write_dataset
-from training import POLICY, TOKENS, write_config
+from training import BLIND, POLICY, TOKENS, write_config
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 SEEING = POLICY.replace('name = "test"', 'name = "test"\ncameras = ["front", "wrist"]')
@@ -116,7 +116,7 @@ def test_what_is_missing_is_named(tmp_path):
 
 
 def test_what_is_published_must_be_described(tmp_path):
-    config = write_config(tmp_path, "")
+    config = write_config(tmp_path, "", **BLIND)
     for stage, parents, section in (
         ("instruct", {"init": Path("org/model")}, "model"),
         ("finetune", {"init": Path("org/policy")}, "policy"),
@@ -124,6 +124,27 @@ def test_what_is_published_must_be_described(tmp_path):
     ):
         with pytest.raises(BitvlaError, match=rf"nothing of .*, as org/\w+; .* in a \[{section}\] section"):
             plan(stage, config, **parents)
+
+
+def test_a_checkpoint_that_is_not_there_is_no_published_one(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    config = write_config(tmp_path, SEEING)
+    for stage, parents in (
+        ("finetune", {"init": Path("runs/typo")}),
+        ("distill", {"teacher": Path("runs/typo")}),
+        ("align", {"init": Path("org/model"), "tower": tmp_path / "runs/typo"}),
+    ):
+        with pytest.raises(BitvlaError, match=r"runs/typo does not exist; .* leave it out"):
+            plan(stage, config, **parents)
+
+
+def test_data_that_training_would_refuse_are_refused(tmp_path):
+    config, described = write_config(tmp_path, SEEING), {"random": {"control_hz": 20}}
+    with pytest.raises(BitvlaError, match="'finetune' trains on one dataset, not on one, two"):
+        plan("finetune", config, data=[Path("one"), Path("two")])
+    with pytest.raises(BitvlaError, match="describes the data 'random', which is no --data; did you mean 'randon'"):
+        plan("finetune", write_config(tmp_path, SEEING, data=described), data=Path("randon"))
 
 
 def test_the_command_prints_it(tmp_path, capsys):

@@ -23,7 +23,7 @@ from bitvla.train.config import Augmentation, for_dataset, load, policy_config
 from bitvla.train.loop import run
 from bitvla.train.starts import check_backbone
 from datasets import write_dataset
-from training import POLICY, TOKENS, losses_of, write_config
+from training import BLIND, POLICY, TOKENS, losses_of, write_config
 
 
 @pytest.fixture(scope="module")
@@ -186,7 +186,7 @@ def test_the_paper_pretrains_with_2048_windows_over_the_published_base_model():
         ("pretrain", TOKENS, {"mixture": {"arm": 1, "kart": 2}}, "weight for 'kart'.*; did you mean 'cart'"),
         ("pretrain", TOKENS, {"mixture": {"arm": 1}}, "no weight for 'cart'"),
         ("pretrain", TOKENS, {"mixture": {"arm": 1, "cart": 0}}, "weight of 'cart' is 0"),
-        ("pretrain", POLICY, {}, "policy.action needs bins"),
+        ("pretrain", POLICY, BLIND, "policy.action needs bins"),
         ("finetune", POLICY, {}, "trains on one dataset, not on arm, cart"),
     ],
 )
@@ -205,3 +205,5 @@ def test_tokens_are_for_pretraining_and_towers_are_no_policies(arm, tmp_path):
         pack(tmp_path / "tower", tmp_path / "policy.safetensors")
     with pytest.raises(BitvlaError, match="stage 'localize' and has no action head"):
         run("distill", write_config(tmp_path, ""), arm, tmp_path / "out", teacher=tmp_path / "tower")
+    with pytest.raises(BitvlaError, match="stage 'localize' and has no action head"):
+        planning.plan("distill", write_config(tmp_path, ""), teacher=tmp_path / "tower")

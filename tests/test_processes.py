@@ -10,14 +10,13 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.utils._pytree import tree_leaves
 
 from bitvla.errors import BitvlaError
 from bitvla.train import loop
 from bitvla.train.loop import run
 from datasets import write_conversations, write_dataset
-from training import FLOW, MODEL, POLICY, TOKENS, losses_of, write_config
-
-UNSHARDED = {"auxiliary_weight": 0.0, "keypoint_weight": 0.0}
+from training import BLIND, FLOW, MODEL, POLICY, TOKENS, losses_of, write_config
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +47,7 @@ def two_processes(*command: object) -> subprocess.CompletedProcess[bytes]:
     ("stage", "changes"),
     [
         ("finetune", {"gradient_accumulation": 2, "optimizer": "muon"}),
-        ("finetune", {"shard": True, "film": True, "flow": FLOW, **UNSHARDED}),
+        ("finetune", {"shard": True, "film": True, "flow": FLOW, **BLIND}),
         ("pretrain", {"film": True}),
     ],
 )
@@ -131,7 +130,7 @@ def test_checkpointed_activations_change_nothing(data, tmp_path, monkeypatch, st
 def test_a_run_goes_on_cut_otherwise(data, tmp_path, monkeypatch, stage, changes):
     """As where memory ran out, or the loader was too slow."""
     policy = TOKENS if stage == "pretrain" else POLICY
-    run(stage, write_config(tmp_path, policy, **UNSHARDED), data, tmp_path / "whole")
+    run(stage, write_config(tmp_path, policy, **BLIND), data, tmp_path / "whole")
     step = loop.Trainer._step
 
     def full(self: loop.Trainer, window: Any) -> Any:
@@ -141,9 +140,9 @@ def test_a_run_goes_on_cut_otherwise(data, tmp_path, monkeypatch, stage, changes
 
     monkeypatch.setattr(loop.Trainer, "_step", full)
     with pytest.raises(MemoryError):
-        run(stage, write_config(tmp_path, policy, **UNSHARDED), data, tmp_path / "cut")
+        run(stage, write_config(tmp_path, policy, **BLIND), data, tmp_path / "cut")
     monkeypatch.undo()
-    run(stage, write_config(tmp_path, policy, **{**UNSHARDED, **changes}), data, tmp_path / "cut")
+    run(stage, write_config(tmp_path, policy, **{**BLIND, **changes}), data, tmp_path / "cut")
     assert_same_run(tmp_path / "whole", tmp_path / "cut", steps=8)
 
 
@@ -168,6 +167,19 @@ def test_a_batch_that_the_processes_cannot_share_is_refused(data, tmp_path, monk
     monkeypatch.setattr(loop, "Accelerator", Three)
     with pytest.raises(BitvlaError, match="batch_size 8 cannot be shared by 3 processes"):
         run("finetune", write_config(tmp_path), data, tmp_path / "out")
+
+
+def test_one_process_alone_holds_what_is_saved(data, tmp_path, monkeypatch):
+    """Weights and moments, of all shards: the processes of a machine share its memory."""
+
+    class Other(loop.Accelerator):
+        is_main_process = False
+
+    states, state = list[dict[str, Any]](), loop.Trainer._state
+    monkeypatch.setattr(loop, "Accelerator", Other)
+    monkeypatch.setattr(loop.Trainer, "_state", lambda self: states.append(state(self)) or states[-1])
+    run("finetune", write_config(tmp_path, steps=1), data, tmp_path / "out")
+    assert {type(leaf) for name in ("network", "optimizers") for leaf in tree_leaves(states[-1][name])} == {type(None)}
 
 
 def test_processes_wait_for_the_one_that_decodes(data, tmp_path, monkeypatch):

@@ -36,6 +36,9 @@ max_positions = 64
 template = "<|begin_of_text|>{images}<proprio_pad>{instruction}<|eot_id|>"
 """
 
+# Without the heads that read what a simulator knows.
+BLIND = {"auxiliary_weight": 0.0, "keypoint_weight": 0.0}
+
 # A flow-matching head in place of its regression head.
 FLOW = {"hidden_size": 16, "intermediate_size": 32, "num_layers": 2, "num_heads": 2, "steps": 4}
 
@@ -86,6 +89,7 @@ image_token = "<|image_pad|>"
 
 def write_config(folder: Path, policy: str = POLICY, **changes: object) -> Path:
     """A configuration of 8 steps that saves after 4 and logs every step, with `changes`."""
+    heads = {} if "[model]" in policy or "bins = " in policy else dict.fromkeys(BLIND, 0.1)
     values = {
         "precision": "full",
         "steps": 8,
@@ -96,8 +100,7 @@ def write_config(folder: Path, policy: str = POLICY, **changes: object) -> Path:
         "log_every": 1,
         "save_every": 4,
         "validation_batches": 1,
-        "auxiliary_weight": 0.1,
-        "keypoint_weight": 0.1,
+        **heads,
         **changes,
     }
     path = folder / f"config-{len(list(folder.glob('config-*')))}.toml"

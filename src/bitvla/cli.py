@@ -117,8 +117,9 @@ def _train(args: argparse.Namespace) -> Any:
     if args.plan:
         from bitvla.train.plan import plan
 
-        data = args.data[0] if args.data else None
-        return plan(args.stage, args.config, data=data, devices=args.devices or 1, tflops=args.tflops, **parents)
+        return plan(
+            args.stage, args.config, data=args.data or (), devices=args.devices or 1, tflops=args.tflops, **parents
+        )
     from bitvla.train.loop import run
 
     if args.devices is not None or args.tflops is not None:

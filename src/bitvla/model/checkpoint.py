@@ -19,6 +19,7 @@ from bitvla.errors import BitvlaError
 from bitvla.model.lora import checkpoint_name, trained_state
 from bitvla.model.network import Backbone, BitVLA, VisionLanguageModel
 from bitvla.processing.prompt import Chat, Prompt
+from bitvla.runtime.policy import parse_tokenizer
 
 
 def load_network(start: Source, config: PolicyConfig | None = None) -> tuple[BitVLA, Prompt]:
@@ -30,7 +31,7 @@ def load_network(start: Source, config: PolicyConfig | None = None) -> tuple[Bit
     policy = config or start.config
     if not isinstance(policy, PolicyConfig):
         raise BitvlaError(f"{start.folder} is a base model, which does not act; finetune a policy from it")
-    prompt = Prompt(policy, Tokenizer.from_str(start.tokenizer))
+    prompt = Prompt(policy, tokenizer_of(start))
     network = BitVLA(policy, prompt.image_id, prompt.proprio_id)
     fill(network, start)
     return network, prompt
@@ -41,10 +42,18 @@ def load_language_network(start: Source, config: LanguageModelConfig | None = No
     model = config or start.config
     if not isinstance(model, LanguageModelConfig):
         raise BitvlaError(f"{start.folder} is a policy, not a vision-language model")
-    chat = Chat(model, Tokenizer.from_str(start.tokenizer))
+    chat = Chat(model, tokenizer_of(start))
     network = VisionLanguageModel(model, chat.image_id)
     fill(network, start)
     return network, chat
+
+
+def tokenizer_of(start: Source) -> Tokenizer:
+    """The tokenizer of an open checkpoint, which neither shortens nor fills texts, as on the robot."""
+    try:
+        return parse_tokenizer(start.tokenizer)
+    except BitvlaError as error:
+        raise BitvlaError(f"{start.folder}: {error}") from None
 
 
 def fill(network: Backbone, start: Source, part: str = "") -> None:

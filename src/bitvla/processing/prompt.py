@@ -164,7 +164,10 @@ def special_id(tokenizer: Tokenizer, token: str) -> int:
 
 
 def train_tokenizer(sentences: Sequence[str], vocab_size: int, special_tokens: Sequence[str]) -> Tokenizer:
-    """A byte-level BPE tokenizer of at most `vocab_size` tokens: any text encodes, the corpus encodes shortly."""
+    """A byte-level BPE tokenizer of at most `vocab_size` tokens: any text encodes, the corpus encodes shortly.
+
+    BitvlaError where these cannot be the bytes and the special ones.
+    """
     from tokenizers import decoders, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())
@@ -177,4 +180,9 @@ def train_tokenizer(sentences: Sequence[str], vocab_size: int, special_tokens: S
         show_progress=False,
     )
     tokenizer.train_from_iterator(sentences, trainer)
+    if (size := tokenizer.get_vocab_size()) > vocab_size:
+        raise BitvlaError(
+            f"language.vocab_size leaves {vocab_size} tokens to a new tokenizer, whose bytes and special tokens alone "
+            f"are {size}; enlarge it by {size - vocab_size}"
+        )
     return tokenizer

@@ -10,9 +10,11 @@ from __future__ import annotations
 import contextlib
 import gc
 import math
+import signal
+import sys
 import time
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from threading import Thread
 from typing import Any, NamedTuple
 
@@ -113,7 +115,13 @@ class Windows(Dataset[Window]):
         self._frames = np.flatnonzero(apart[episodes] == (split == "validation"))
         if balance_tasks and len(self._frames):  # a short dataset has none apart
             self._frames = _balanced(self._frames, _task_of_frames(dataset))
-        self._token_ids = _left_padded([prompt.ids(text) for text in dataset.task_strings], prompt.pad_id)
+        sequences = [prompt.ids(text) for text in dataset.task_strings]
+        if any(prompt.pad_id in ids for ids in sequences):
+            raise BitvlaError(
+                f"the prompt holds its own pad_token, {config.processing.prompt.pad_token}, which the network is made "
+                "blind to; give policy.prompt another pad_token"
+            )
+        self._token_ids = _left_padded(sequences, prompt.pad_id)
         needed = self._token_ids.shape[1] + (config.action.dim if config.action.bins else 0)
         if needed > config.language.max_positions:
             raise BitvlaError(
@@ -373,20 +381,45 @@ def draws(seed: int, stream: int, step: int, shape: tuple[int, ...]) -> NDArray[
     return np.random.Generator(bits.advance(step * math.prod(shape))).random(shape)
 
 
-def batches(windows: Dataset[Any], steps: range, workers: int = 1) -> Iterator[Window | TokenWindow]:
-    """The batches of `steps`, in order, prepared ahead of time by other processes."""
-    loader = DataLoader(_Told(windows), batch_size=None, sampler=steps, num_workers=workers, prefetch_factor=3)
-    # They are forks, and what is garbage here is not theirs to end: it may own threads (gRPC's servers do), for which
-    # they, who have none of them, would wait for ever.
+def batches(windows: Dataset[Any], steps: range, workers: int = 1) -> Generator[Window | TokenWindow]:
+    """The batches of `steps`, in order, prepared ahead of time by other processes, which end with this iterator."""
+    loader = DataLoader(
+        _Told(windows),
+        batch_size=None,
+        sampler=steps,
+        num_workers=workers,
+        prefetch_factor=3,
+        multiprocessing_context="fork",
+        worker_init_fn=_begin,
+    )
+    # What is garbage here is not theirs to end: it may own threads (gRPC's servers do), for which they, who have none
+    # of them, would wait for ever.
     gc.freeze()
     try:
-        prepared = iter(loader)
+        prepared: Any = iter(loader)
     finally:
         gc.unfreeze()
-    for batch in prepared:
-        if isinstance(batch, BitvlaError):
-            raise batch
-        yield batch
+    try:
+        for batch in prepared:
+            if isinstance(batch, BitvlaError):
+                raise batch
+            yield batch
+    finally:
+        prepared._shutdown_workers()  # asks them to end, and waits for a while
+        for process in prepared._workers:
+            process.kill()
+
+
+def _begin(worker: int) -> None:
+    """What a process that prepares batches must not have of the main one.
+
+    What stops a run is often sent to all of its processes (Ctrl-C, torchrun, a scheduler): the main one answers it, and
+    still needs batches to end its step. It ends the others, or they end when it is gone.
+    """
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    # A warning would go to the display of the progress, whose lock a thread may have held when this process was forked.
+    sys.stdout, sys.stderr = sys.__stdout__, sys.__stderr__
 
 
 @contextlib.contextmanager
@@ -399,12 +432,17 @@ def workers_alive() -> Iterator[None]:
             time.sleep(1)
             raise
     except RuntimeError as error:
-        if not str(error).startswith("DataLoader worker (pid"):
+        if not of_workers(error):
             raise
         raise BitvlaError(
             f"a process that prepares batches was ended from outside ({' '.join(str(error).split())}), as where memory "
             "or shared memory (/dev/shm) runs out; give more of it or fewer workers, and run the same command again"
         ) from None
+
+
+def of_workers(error: Exception) -> bool:
+    """Does PyTorch say with this `error` that a process that prepares batches was ended?"""
+    return str(error).startswith("DataLoader worker (pid")
 
 
 def _flowing(window: Window, decided: Tensor, chances: Tensor) -> Window:

@@ -175,6 +175,16 @@ def extended(policy: PolicyConfig, config: TrainConfig) -> PolicyConfig:
     return check(msgspec.structs.replace(policy, action=action, vision=vision))
 
 
+def check_units(new: NewPolicy) -> None:
+    """BitvlaError where not every value of state and action has its unit."""
+    for key, units, name, size in (
+        ("state_units", new.state_units, "state_dim", new.action.state_dim),
+        ("action_units", new.action_units, "dim", new.action.dim),
+    ):
+        if size != len(units):
+            raise BitvlaError(f"policy.{key} names {len(units)} units, policy.action.{name} is {size}; name one each")
+
+
 def policy_config(new: NewPolicy, dataset: LeRobotDataset, precision: Literal["full", "ternary"]) -> PolicyConfig:
     """The configuration of a new policy, with cameras, statistics and control rate taken from its data."""
     names = dataset.cameras if new.cameras is None else new.cameras
@@ -184,17 +194,15 @@ def policy_config(new: NewPolicy, dataset: LeRobotDataset, precision: Literal["f
                 f"{dataset.root} has no camera '{name}', only {', '.join(dataset.cameras)}; change policy.cameras, or "
                 f'say what each is called there: [data.{dataset.name}] cameras = {{ {name} = "...", ... }}'
             )
-    sizes = {
-        "state_dim": (new.action.state_dim, dataset.state, "state_units", new.state_units),
-        "dim": (new.action.dim, dataset.action, "action_units", new.action_units),
-    }
-    for name, (size, vectors, key, units) in sizes.items():
+    for name, size, vectors in (
+        ("state_dim", new.action.state_dim, dataset.state),
+        ("dim", new.action.dim, dataset.action),
+    ):
         if size and size != vectors.shape[1]:
             raise BitvlaError(
                 f"{dataset.name} has vectors of {vectors.shape[1]}, policy.action.{name} is {size}; change it"
             )
-        if size != len(units):
-            raise BitvlaError(f"policy.{key} names {len(units)} units, policy.action.{name} is {size}; name one each")
+    check_units(new)
     config = PolicyConfig(
         name=new.name,
         vision=new.vision,

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import re
+import sys
+from collections.abc import Iterable
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -64,6 +68,8 @@ class Conversations(Dataset[TokenWindow]):
         self._vision, self._image, self._chat = vision, image, chat
         self._batch_size, self._max_tokens, self._seed = batch_size, max_tokens, seed
         self._augmentation, self._rank, self._world_size = augmentation, rank, world_size
+        if split == "train":
+            _check_said(self._entries, chat)
         self._chosen = np.flatnonzero(
             [_apart(entry) == (split == "validation") and self._fits(entry) for entry in self._entries]
         )
@@ -145,6 +151,16 @@ class Conversations(Dataset[TokenWindow]):
         if self._augmentation is not None:
             view = jitter(view[None, None], self._augmentation, changes[None, None, 2:])[0, 0]
         return to_pixels(view, self._image).transpose(2, 0, 1)
+
+
+def _check_said(entries: Iterable[Conversation], chat: Chat) -> None:
+    """BitvlaError for special tokens in what is said. Met in the middle of a run it would be too late: corrected data
+    are other data, on which that run does not go on."""
+    reserved = [re.escape(token.content) for token in chat.tokenizer.get_added_tokens_decoder().values()]
+    suspicious = re.compile("|".join(reserved)).search
+    for entry in entries:
+        if any(suspicious(text) for turn in entry.turns for text in (turn.prompt, turn.answer)):
+            tokens(entry, chat, sys.maxsize)
 
 
 def _apart(entry: Conversation) -> bool:

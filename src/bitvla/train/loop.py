@@ -12,7 +12,7 @@ import platform
 import signal
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Protocol
@@ -43,7 +43,7 @@ from bitvla.model.checkpoint import save_checkpoint
 from bitvla.model.lora import trained_state
 from bitvla.model.network import Backbone, checkpoint_activations, layers
 from bitvla.train import stages
-from bitvla.train.batches import TokenWindow, Window, batches, workers_alive
+from bitvla.train.batches import TokenWindow, Window, batches, of_workers, workers_alive
 from bitvla.train.config import FREE_TO_CHANGE, TrainConfig, load
 from bitvla.train.language import LanguageLearner
 from bitvla.train.policy import PolicyLearner
@@ -58,6 +58,7 @@ from bitvla.train.starts import (
 )
 
 STATE_FILE = "training_state.pt"
+LAUNCHERS_SECONDS = 2  # within which a signal that is sent twice was meant once
 
 
 def run(
@@ -89,7 +90,7 @@ def run(
         cache_bytes: disk that kept pictures may take, in all; by default what they need.
 
     Raises:
-        BitvlaError: unusable configuration, data or checkpoint; a loss that is not finite.
+        BitvlaError: unusable configuration, data or checkpoint; a loss that is not finite; memory that ran out.
     """
     check_stage(stage, teacher)
     check_tower(stage, init, tower)
@@ -99,7 +100,7 @@ def run(
     names = [name_of(source) for source in sources]
     check_mixture(stage, config, names)
     parents = {path for path in (start, teacher) if path is not None}
-    check_out(Path(out), parents)
+    check_out(Path(out), parents if tower is None else {*parents, tower})
     opened = {path: open_start(path, tower) for path in parents}
     if teacher is not None:
         check_teacher(opened[teacher].config, teacher, opened[teacher].provenance)
@@ -118,7 +119,14 @@ def run(
         described = [config.data.get(name, AS_STORED) for name in names]
         datasets = [LeRobotDataset(one, how, share) for one, how in zip(sources, described, strict=True)]
         learner = PolicyLearner(stage, config, datasets, source, sentences)
-    return Trainer(stage, config, learner, Path(out), accelerator, start, teacher, opened).train()
+    try:
+        return Trainer(stage, config, learner, Path(out), accelerator, start, teacher, opened).train()
+    except torch.OutOfMemoryError as error:
+        raise BitvlaError(
+            f"the device has too little memory ({str(error).splitlines()[0]}); checkpoint_activations = true, shard = "
+            "true on several devices, or a smaller batch_size with as much more gradient_accumulation takes less, and "
+            "the same command goes on; --plan says how much"
+        ) from None
 
 
 class Learner(Protocol):
@@ -160,7 +168,7 @@ class Trainer:
         opened: Mapping[Path, Source],
     ) -> None:
         self.stage, self.config, self.learner, self.out, self.accelerator = stage, config, learner, out, accelerator
-        self.console = Console(stderr=True, quiet=not accelerator.is_main_process)
+        self.console = Console(stderr=True, quiet=not accelerator.is_main_process, soft_wrap=True)
         self.network, self.auxiliary = learner.network, learner.auxiliary
         # What is saved: whole, and not on the device; brought up to date with the averages when it is needed.
         self.averaged = copy.deepcopy(self.network).requires_grad_(False)
@@ -242,9 +250,10 @@ class Trainer:
         steps = range(self.step * passes, config.steps * passes)
         losses: dict[str, float] = {}
         latest: list[stages.Losses] = []
-        with _interruptible() as interrupted, workers_alive(), self._progress() as progress:
+        prepared = closing(batches(self.windows, steps, config.workers))
+        with _interruptible() as interrupted, workers_alive(), prepared as windows, self._progress() as progress:
             bar = progress.add_task(self.stage, total=config.steps, completed=self.step, losses="")
-            for number, window in zip(steps, batches(self.windows, steps, config.workers), strict=True):
+            for number, window in zip(steps, windows, strict=True):
                 self.number = number
                 latest = [*latest, self._step(window)][-passes:]
                 if not self.accelerator.sync_gradients:
@@ -257,7 +266,7 @@ class Trainer:
                 if self._any(bool(interrupted)):
                     self._save(progress.console)
                     raise KeyboardInterrupt(f"stopped at step {self.step}; run the same command again to go on")
-        self._save(self.console)
+            self._save(progress.console)
         self.accelerator.end_training()
         return {"stage": self.stage, "steps": self.step, "checkpoint": str(self.out), "losses": losses}
 
@@ -351,17 +360,23 @@ class Trainer:
         return state
 
     def _state(self) -> dict[str, Any]:
-        """What a run goes on from, in whole tensors: the number of processes may change. Every process must ask."""
+        """What a run goes on from, in whole tensors: the number of processes may change. Every process must ask; the
+        main one alone gets it, as the memory of a machine may hold it once, and not once a process."""
+
+        def kept(value: Any) -> Any:
+            whole = _whole(value)
+            return whole if self.accelerator.is_main_process else None
+
         with torch.no_grad():
-            for kept, value in zip(self.kept_averages, self.averages, strict=True):
-                kept.copy_(_whole(value))
+            for average, value in zip(self.kept_averages, self.averages, strict=True):
+                average.copy_(_whole(value))
         parts = {
             "network": trained_state(self.network),
             "auxiliary": self.auxiliary.state_dict(),
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
             "schedules": [schedule.state_dict() for schedule in self.schedules],
         }
-        gathered: dict[str, Any] = tree_map(_whole, parts)
+        gathered: dict[str, Any] = tree_map(kept, parts)
         return {**gathered, "averaged": trained_state(self.averaged), "step": self.step, "identity": self._identity()}
 
     def _save(self, console: Console) -> None:
@@ -382,13 +397,16 @@ class Trainer:
         try:
             save_checkpoint(self.out, averaged, self.learner.tokenizer, golden, provenance)
             torch.save(state, temporary)
+            os.replace(temporary, self.out / STATE_FILE)
         except (RuntimeError, SafetensorError) as error:  # as PyTorch and safetensors tell of a full disk
-            temporary.unlink(missing_ok=True)
+            if of_workers(error):
+                raise
             raise BitvlaError(
                 f"the checkpoint of step {self.step} cannot be written to {self.out} ({' '.join(str(error).split())}); "
                 "free some space and run the same command again"
             ) from None
-        os.replace(temporary, self.out / STATE_FILE)
+        finally:
+            temporary.unlink(missing_ok=True)
 
     @torch.no_grad()
     def _validate(self) -> dict[str, float]:
@@ -582,13 +600,17 @@ def _show(losses: dict[str, float]) -> str:
 
 
 @contextmanager
-def _interruptible() -> Iterator[list[int]]:
-    """Collect SIGINT and SIGTERM instead of dying in the middle of a step."""
-    received: list[int] = []
-    previous = {
-        number: signal.signal(number, lambda signum, _: received.append(signum))
-        for number in (signal.SIGINT, signal.SIGTERM)
-    }
+def _interruptible() -> Iterator[list[float]]:
+    """Collect SIGINT and SIGTERM instead of dying in the middle of a step, as times; who asks again, later than a
+    launcher that passes on what all have heard, is not kept waiting, as for a batch that never comes."""
+    received: list[float] = []
+
+    def collect(*_: object) -> None:
+        received.append(time.monotonic())
+        if received[-1] - received[0] > LAUNCHERS_SECONDS:
+            raise KeyboardInterrupt("stopped at once; run the same command again to go on from the last checkpoint")
+
+    previous = {number: signal.signal(number, collect) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield received
     finally:

@@ -7,7 +7,7 @@ multiplies is counted. So the figures are of the network and the stage as they a
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,8 +20,10 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
 import bitvla
+from bitvla.bundle import TensorSpec, tensor_specs
 from bitvla.config import Camera, LanguageModelConfig, PolicyConfig, ProcessingConfig, Statistics
 from bitvla.convert import official
+from bitvla.convert.source import read_json
 from bitvla.convert.training import read_config
 from bitvla.data.lerobot import AS_STORED, cameras_of, locate, name_of, read_info
 from bitvla.errors import BitvlaError
@@ -30,10 +32,14 @@ from bitvla.model.network import Batch, BitVLA, VisionLanguageModel, VisionTower
 from bitvla.model.ternary import TernaryLinear
 from bitvla.train import stages
 from bitvla.train.batches import TokenWindow, Window
-from bitvla.train.config import NewPolicy, TrainConfig, load
+from bitvla.train.config import NewPolicy, TrainConfig, check_units, load
 from bitvla.train.loop import optimizers
 from bitvla.train.starts import (
+    Start,
     check_asked,
+    check_follows,
+    check_frozen,
+    check_mixture,
     check_stage,
     check_teacher,
     check_tower,
@@ -62,16 +68,16 @@ def plan(
     init: Path | None = None,
     tower: Path | None = None,
     teacher: Path | None = None,
-    data: str | Path | None = None,
+    data: str | Path | Sequence[str | Path] = (),
     devices: int = 1,
     tflops: float | None = None,
 ) -> dict[str, Any]:
     """Parameters by precision, bytes a device, tokens, FLOP and time of a run of `stage`.
 
     Args:
-        stage, config_path, init, tower, teacher: as of `bitvla.train.loop.run`; of checkpoints only config.json is
-            read, of published ones nothing, and without a teacher one like the policy is assumed.
-        data: dataset that says which cameras there are, where neither `init` nor the configuration does.
+        stage, config_path, init, tower, teacher: as of `bitvla.train.loop.run`; of checkpoints no weights are read,
+            of published ones nothing, and without a teacher one like the policy is assumed.
+        data: as there; the first says which cameras there are, where neither `init` nor the configuration does.
         devices: how many share a batch.
         tflops: 1e12 FLOP a second that one device reaches in training; without it no time is given.
 
@@ -81,9 +87,11 @@ def plan(
     if stage != "distill":  # which is like its student, where none is named
         check_stage(stage, teacher)
     check_tower(stage, init, tower)
+    for checkpoint in (init, tower, teacher):
+        _check_there(checkpoint)
     config, followed = load(config_path), _stored(teacher)
     if stage == "distill" and followed is not None:
-        check_teacher(followed.config, followed.folder)
+        check_teacher(followed.config, followed.folder, followed.provenance)
     if config.batch_size % devices:
         raise BitvlaError(f"batch_size {config.batch_size} cannot be shared by {devices} devices; make it a multiple")
     start = init or (teacher if stage == "distill" else None)
@@ -92,6 +100,9 @@ def plan(
         stage == "distill" and followed is None and config.model is not None
     )
     check_asked(stage, config, of_language)
+    sources = [data] if isinstance(data, str | Path) else list(data)
+    if sources:
+        check_mixture(stage, config, [name_of(source) for source in sources])
     stored = _stored(start)
     if start is not None and stored is None and config.model is None and config.policy is None:
         raise BitvlaError(
@@ -103,10 +114,12 @@ def plan(
             raise BitvlaError(f"{start} {official.SEES}")
         policy, length, views = start_model(stage, config, stored), config.max_tokens, 1
     else:
-        policy = start_policy(stage, config, stored, lambda new: _described(new, config, data))
+        policy = start_policy(stage, config, stored, lambda new: _described(new, config, sources))
         length, views = _sequence_length(policy), len(policy.processing.cameras)
+    if followed is not None and stored is not None and isinstance(stored.config, type(policy)):
+        check_follows(policy, followed)
     windows = config.batch_size // devices
-    whole = _pass(stage, config, policy, windows, length, checkpoints=False)
+    whole = _pass(stage, config, policy, windows, length, stored, checkpoints=False)
     thrifty = _pass(stage, config, policy, windows, length, checkpoints=True)
     passes = config.gradient_accumulation
     step = (thrifty if config.checkpoint_activations else whole).flop * devices * passes
@@ -170,6 +183,7 @@ def _pass(
     policy: PolicyConfig | LanguageModelConfig,
     windows: int,
     length: int,
+    start: Start | None = None,
     *,
     checkpoints: bool,
 ) -> _Pass:
@@ -197,6 +211,8 @@ def _pass(
         ternary = sum(m.weight.numel() for m in network.modules() if isinstance(m, TernaryLinear))
         if config.lora_rank:
             add_adapters(network, config.lora_rank, config.lora_alpha)
+        if start is not None:
+            check_frozen(stage, network, start)
         part = stages.trained_part(stage, network)
         if checkpoints:
             checkpoint_activations(part)
@@ -326,25 +342,31 @@ def _sequence_length(policy: PolicyConfig) -> int:
 
 
 class _Stored(NamedTuple):
-    """A training checkpoint of which nothing but config.json was read."""
+    """A training checkpoint of which no weights were read."""
 
     folder: Path
     config: PolicyConfig | LanguageModelConfig
+    provenance: dict[str, Any]
+
+    @property
+    def specs(self) -> dict[str, TensorSpec]:
+        return tensor_specs(self.config)
 
 
 def _stored(start: Path | None) -> _Stored | None:
     """What the checkpoint of a start says that it is; a published one is not read."""
     if start is None or official.recognizes(start) or _is_on_the_hub(start):
         return None
-    return _Stored(start, read_config(start))
+    return _Stored(start, read_config(start), read_json(start / "provenance.json"))
 
 
-def _described(new: NewPolicy, config: TrainConfig, data: str | Path | None) -> PolicyConfig:
+def _described(new: NewPolicy, config: TrainConfig, data: Sequence[str | Path]) -> PolicyConfig:
     """A new policy without the statistics of its data."""
+    check_units(new)
     names = new.cameras
-    if names is None and data is not None:
-        chosen = config.data.get(name_of(data), AS_STORED).cameras
-        names = tuple(chosen or cameras_of(read_info(locate(data))["features"]))
+    if names is None and data:
+        chosen = config.data.get(name_of(data[0]), AS_STORED).cameras
+        names = tuple(chosen or cameras_of(read_info(locate(data[0]))["features"]))
     if names is None:
         raise BitvlaError(
             "nothing says how many cameras there are: give --data, or policy.cameras in the configuration"
@@ -365,6 +387,16 @@ def _described(new: NewPolicy, config: TrainConfig, data: str | Path | None) -> 
         action=new.action,
         processing=processing,
         precision=config.precision,
+    )
+
+
+def _check_there(checkpoint: Path | None) -> None:
+    """BitvlaError for what is not here and cannot be meant as an id on the Hub: a folder here has its owner's name."""
+    if checkpoint is None or checkpoint.exists() or (_is_on_the_hub(checkpoint) and not checkpoint.parent.is_dir()):
+        return
+    raise BitvlaError(
+        f"{checkpoint} does not exist; correct it, or where it is an id on the Hugging Face Hub leave it out: --plan "
+        "reads nothing of it"
     )
 
 

@@ -14,7 +14,7 @@ from bitvla.config import PolicyConfig
 from bitvla.convert.source import Source
 from bitvla.data.lerobot import LeRobotDataset
 from bitvla.errors import BitvlaError
-from bitvla.model.checkpoint import golden_tensors, load_network
+from bitvla.model.checkpoint import golden_tensors, load_network, tokenizer_of
 from bitvla.model.lora import add_adapters
 from bitvla.model.network import BitVLA
 from bitvla.model.policy import TorchPolicy
@@ -48,7 +48,7 @@ class PolicyLearner:
         policy = start_policy(stage, config, start, lambda new: policy_config(new, dataset, config.precision))
         if start is not None:
             check_data(policy, dataset, start)
-            self.tokenizer = Tokenizer.from_str(start.tokenizer)
+            self.tokenizer = tokenizer_of(start)
             self.network, self._prompt = load_network(start, policy)
         else:
             corpus = sentences or [text for dataset in datasets for text in dataset.task_strings]
@@ -62,10 +62,8 @@ class PolicyLearner:
         # What a simulator knows of the scene.
         positions = 0 if dataset.environment_state is None else dataset.environment_state.shape[1]
         keypoints = 0 if dataset.keypoints is None else dataset.keypoints.shape[2]
-        if stage == "localize" and not (config.keypoint_weight and keypoints):
-            raise BitvlaError(
-                f"stage 'localize' needs keypoint_weight above 0 and observation.keypoints in {dataset.root}"
-            )
+        if stage == "localize" and not keypoints:
+            raise BitvlaError(f"stage 'localize' needs observation.keypoints, which {dataset.root} lacks")
         self.auxiliary = stages.AuxiliaryHead(policy, positions, keypoints)
         # Without gradients where nothing is asked of them, as several processes demand.
         acts = stage in ("finetune", "distill")
@@ -74,7 +72,7 @@ class PolicyLearner:
 
     def teacher(self, source: Source) -> nn.Module:
         check_follows(self.network.config, source)
-        if self.tokenizer.to_str() != Tokenizer.from_str(source.tokenizer).to_str():
+        if self.tokenizer.to_str() != tokenizer_of(source).to_str():
             raise BitvlaError(f"the student has another tokenizer than its teacher {source.folder}; leave out --init")
         return load_network(source)[0]
 

@@ -12,8 +12,8 @@ from typing import Any, Protocol
 
 import msgspec
 
+from bitvla.bundle import TensorSpec
 from bitvla.config import LanguageModelConfig, PolicyConfig, check
-from bitvla.convert.source import Source
 from bitvla.data.lerobot import LeRobotDataset
 from bitvla.errors import BitvlaError, meant
 from bitvla.model.lora import ADAPTED
@@ -21,8 +21,9 @@ from bitvla.model.network import Backbone, VisionLanguageModel
 from bitvla.train import stages
 from bitvla.train.config import NO_POLICY, NewPolicy, TrainConfig, extended
 
+OF_SCENES = ("auxiliary_weight", "keypoint_weight")  # what a policy that acts may learn besides
 # What a configuration may ask of a policy, and not of a vision-language model.
-OF_POLICIES = ("policy", "data", "mixture", "film", "max_prefix", "flow", "balance_tasks")
+OF_POLICIES = ("policy", "data", "mixture", "film", "max_prefix", "flow", "balance_tasks", *OF_SCENES)
 
 
 class Start(Protocol):
@@ -33,6 +34,12 @@ class Start(Protocol):
 
     @property
     def config(self) -> PolicyConfig | LanguageModelConfig: ...
+
+    @property
+    def provenance(self) -> dict[str, Any]: ...
+
+    @property
+    def specs(self) -> Mapping[str, TensorSpec]: ...
 
 
 # -- a stage and what it was given ---------------------------------------------------
@@ -82,10 +89,12 @@ def trains_language(stage: str, teacher: PolicyConfig | LanguageModelConfig | No
 
 def check_asked(stage: str, config: TrainConfig, of_language: bool) -> None:
     """BitvlaError where a configuration asks for what its stage does not do, as adapters or a policy's parts."""
-    for name in OF_POLICIES if of_language else ("model",):
+    for name in OF_POLICIES if of_language else ("model", *OF_SCENES) if stage == "pretrain" else ("model",):
         if getattr(config, name):
             data = "conversations" if of_language else "demonstrations"
             raise BitvlaError(f"stage '{stage}' trains on {data} here and has no use for {name}; leave it out")
+    if stage == "localize" and not config.keypoint_weight:
+        raise BitvlaError("stage 'localize' learns where things are: it needs keypoint_weight above 0")
     if config.mixture and stage != "pretrain":
         raise BitvlaError(f"stage '{stage}' trains on one dataset; leave out mixture")
     if config.lora_rank and stage == "localize":
@@ -275,7 +284,7 @@ def check_follows(student: PolicyConfig | LanguageModelConfig, teacher: Start) -
     check_same(f"{of}processing", student.processing, followed.processing, teacher, ("execute_horizon",))
 
 
-def check_frozen(stage: str, network: Backbone, start: Source | None) -> None:
+def check_frozen(stage: str, network: Backbone, start: Start | None) -> None:
     """BitvlaError where a part of `network` does not learn, nor has before: it would stay random."""
     taught = set() if start is None else _taught(network, start)
     for name, parameter in network.named_parameters():
@@ -288,7 +297,7 @@ def check_frozen(stage: str, network: Backbone, start: Source | None) -> None:
             )
 
 
-def _taught(network: Backbone, start: Source) -> set[str]:
+def _taught(network: Backbone, start: Start) -> set[str]:
     """The tensors that `network` takes from a checkpoint and that were trained there."""
     of_policy = isinstance(network, VisionLanguageModel) and isinstance(start.config, PolicyConfig)
     part = "vision_tower." if of_policy or _is_a_tower(start.provenance) else ""
