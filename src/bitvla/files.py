@@ -35,9 +35,7 @@ def write_whole(path: Path, *parts: Any) -> None:
         with temporary.open("wb") as file:
             for part in parts:
                 file.write(part)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        put(temporary, path)
     except OSError as error:
         raise BitvlaError(f"cannot write {path}: {error.strerror}; free some space or choose another place") from None
     finally:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from bitvla.bundle import EMBEDDING, LANGUAGE_HEAD, to_float32
 from bitvla.config import LanguageModelConfig, PolicyConfig, to_dict
 from bitvla.convert.source import Source
 from bitvla.errors import BitvlaError
+from bitvla.files import put
 from bitvla.model.lora import checkpoint_name, trained_state
 from bitvla.model.network import Backbone, BitVLA, VisionLanguageModel
 from bitvla.processing.prompt import Chat, Prompt
@@ -99,13 +99,13 @@ def save_checkpoint(
 def _write_text(path: Path, text: str) -> None:
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(text)
-    os.replace(temporary, path)
+    put(temporary, path)
 
 
 def _write_tensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None) -> None:
     temporary = path.with_name(path.name + ".tmp")
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, metadata)
-    os.replace(temporary, path)
+    put(temporary, path)
 
 
 def golden_tensors(

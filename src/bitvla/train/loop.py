@@ -7,7 +7,6 @@ import hashlib
 import importlib.util
 import json
 import math
-import os
 import platform
 import signal
 import time
@@ -39,6 +38,7 @@ from bitvla.convert.training import Adapters, open_start
 from bitvla.data.lerobot import AS_STORED, LeRobotDataset, name_of
 from bitvla.data.llava import LlavaDataset
 from bitvla.errors import BitvlaError
+from bitvla.files import put
 from bitvla.model.checkpoint import save_checkpoint
 from bitvla.model.lora import trained_state
 from bitvla.model.network import Backbone, checkpoint_activations, layers
@@ -397,7 +397,7 @@ class Trainer:
         try:
             save_checkpoint(self.out, averaged, self.learner.tokenizer, golden, provenance)
             torch.save(state, temporary)
-            os.replace(temporary, self.out / STATE_FILE)
+            put(temporary, self.out / STATE_FILE)
         except (RuntimeError, SafetensorError) as error:  # as PyTorch and safetensors tell of a full disk
             if of_workers(error):
                 raise
